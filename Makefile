@@ -1,0 +1,41 @@
+# make quickstart           from raw text to BLEU with GradInit, about 15 minutes on 2 cores
+# make quickstart-compare   the same against the default initialisation, without and with warmup
+# make test                 the tests
+# make lint                 ruff and mypy
+# All of them share one virtual environment, made on first use.
+
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: quickstart quickstart-compare test lint clean
+
+quickstart: $(STAMP)
+	$(BIN)/python recipes/quickstart.py
+
+quickstart-compare: $(STAMP)
+	$(BIN)/python recipes/quickstart.py --compare
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# setup.py and the pinned versions decide what is installed: the environment is made anew with them.
+$(STAMP): setup.py pyproject.toml constraints.txt
+	@echo "making the virtual environment $(VENV) (a minute or two; torch is the large part)"
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || \
+	    { echo "fairseq needs Python 3.11 or 3.12, and $(PYTHON) is $$($(PYTHON) --version 2>&1):" \
+	      "run 'make PYTHON=python3.11 $(MAKECMDGOALS)' with one of them"; exit 1; }
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[fairseq,quickstart,test]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) quickstart-run

@@ -1,0 +1,115 @@
+"""Which parameter tensors GradInit scales.
+
+A block is one trainable parameter tensor. A tensor that several modules share (tied embeddings)
+is one block, whatever the module types are. Blocks without a scale of their own still take part
+in the trial step: training will move them too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fairseq_gradinit.config import NormGains
+from fairseq_gradinit.errors import GradInitError
+
+BlockState = Literal["learned", "zero", "norm gain"]
+
+
+@dataclass(frozen=True)
+class Block:
+    """One trainable parameter tensor.
+
+    Attributes:
+        name: dotted name in the model, of its first occurrence when it is shared.
+        parameter: the tensor itself; GradInit changes it in place.
+        state: `learned` when it gets a scale; `zero` when all its elements are zero, so that no
+            scale could change it; `norm gain` when it belongs to a normalisation layer and the
+            configuration leaves those at scale 1.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    state: BlockState
+
+    @property
+    def learned(self) -> bool:
+        return self.state == "learned"
+
+    @property
+    def is_bias(self) -> bool:
+        return "bias" in self.name.rpartition(".")[2]
+
+
+def collect_blocks(modules: Mapping[str, nn.Module], norm_gains: NormGains) -> list[Block]:
+    """List the blocks of `modules`, in the order of `named_parameters`.
+
+    Args:
+        modules: prefix of the names to module, for example `{"": model, "criterion": criterion}`.
+        norm_gains: `fixed` leaves parameters of normalisation layers out of the learning.
+
+    Raises:
+        GradInitError: no block is left to learn a scale for, or a tensor is not finite.
+    """
+    blocks = []
+    seen: set[int] = set()
+    for name, owner, parameter in _named_parameters(modules):
+        if id(parameter) in seen or not parameter.requires_grad:
+            continue
+        seen.add(id(parameter))
+        state: BlockState = "learned"
+        if not torch.isfinite(parameter).all():
+            raise GradInitError(
+                f"parameter {name} holds NaN or infinity before GradInit begins: "
+                "check how the model initialises it"
+            )
+        if not parameter.any():
+            state = "zero"
+        elif norm_gains == "fixed" and _is_normalisation(owner):
+            state = "norm gain"
+        blocks.append(Block(name, parameter, state))
+    if not any(block.learned for block in blocks):
+        raise GradInitError(
+            "the model has no parameter tensor that GradInit could scale: every one is frozen, "
+            "all zero, or a gain of a normalisation layer"
+        )
+    return blocks
+
+
+def _named_parameters(
+    modules: Mapping[str, nn.Module],
+) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
+    for prefix, root in modules.items():
+        for module_name, module in root.named_modules():
+            path = ".".join(part for part in (prefix, module_name) if part)
+            for leaf, parameter in module.named_parameters(recurse=False):
+                yield (f"{path}.{leaf}" if path else leaf), module, parameter
+
+
+def _is_normalisation(module: nn.Module) -> bool:
+    # By class name, not type: fairseq, apex and others bring normalisation layers of their own,
+    # all of them called after one of torch's (FusedLayerNorm, Fp32GroupNorm, T5LayerNorm).
+    return "norm" in type(module).__name__.lower()
+
+
+def base_weights(blocks: list[Block]) -> list[Tensor]:
+    """Copies of the initial tensors W_i, one for each block."""
+    return [block.parameter.detach().clone() for block in blocks]
+
+
+@torch.no_grad()
+def set_weights(blocks: list[Block], base: list[Tensor], scales: Tensor) -> None:
+    """Set every learned block to m_i W_i and every other block to W_i, in place.
+
+    Args:
+        scales: shape (number of learned blocks,), in the order of the learned blocks. The same
+            `scales` give the same weights to the last bit, however often they are set.
+    """
+    torch._foreach_copy_([block.parameter for block in blocks], base)
+    learned: list[Tensor] = [block.parameter for block in blocks if block.learned]
+    factors: list[Tensor] = [s.to(p.dtype) for p, s in zip(learned, scales.unbind(), strict=True)]
+    torch._foreach_mul_(learned, factors)

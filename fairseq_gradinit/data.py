@@ -1,0 +1,130 @@
+"""Batches for GradInit, drawn from the run's own training data.
+
+The batches come from the task, but not through the epoch iterator that training uses: the task
+caches that one, and drawing from it would shift training's order of data. Each batch of sentence
+indices is cut in thirds before it is collated, so any sample format that the task's own collater
+produces is right, and its token counts too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from fairseq import utils
+
+from fairseq_gradinit.engine import BatchPair
+from fairseq_gradinit.errors import GradInitError
+
+# Training shuffles with seed + epoch; this keeps GradInit's batches apart from any epoch's.
+SEED_OFFSET = 1_000_003
+
+
+class PairedBatches:
+    """Endless pairs S, S~ that share half of their sentences (paper, section 3.3).
+
+    Every batch of about `max_tokens` tokens is shuffled and cut in thirds A, B, C: S = A + B and
+    S~ = B + C, two thirds of the batch each.
+
+    Args:
+        trainer: fairseq's trainer, with the training data loaded.
+        max_tokens: tokens in a batch before the cut, or None to use `max_sentences` alone.
+        max_sentences: sentences in a batch before the cut, or None.
+        micro_batches: micro-batches in each of S and S~ (the run's --update-freq).
+
+    Raises:
+        GradInitError: the data do not give enough batches of three sentences or more.
+    """
+
+    def __init__(
+        self, trainer: Any, max_tokens: int | None, max_sentences: int | None, micro_batches: int
+    ) -> None:
+        cfg = trainer.cfg
+        self._dataset = trainer.task.dataset(cfg.dataset.train_subset)
+        self._micro_batches = micro_batches
+        self._seed = cfg.common.seed + SEED_OFFSET
+        self._cuda = trainer.cuda
+        self._digest = hashlib.blake2b(digest_size=4)
+        epoch_itr = trainer.task.get_batch_iterator(
+            dataset=self._dataset,
+            max_tokens=max_tokens,
+            max_sentences=max_sentences,
+            max_positions=utils.resolve_max_positions(
+                trainer.task.max_positions(),
+                trainer.get_model().max_positions(),
+                cfg.dataset.max_tokens,
+            ),
+            ignore_invalid_inputs=True,
+            required_batch_size_multiple=cfg.dataset.required_batch_size_multiple,
+            seed=self._seed,
+            epoch=1,
+            disable_iterator_cache=True,
+        )
+        batches = _index_batches(epoch_itr, self._dataset)
+        self._batches = [batch for batch in batches if len(batch) >= 3]
+        if len(self._batches) < max(2, micro_batches):
+            raise GradInitError(_too_few(batches, self._batches, max_tokens, micro_batches))
+
+    def __iter__(self) -> Iterator[BatchPair]:
+        rng = np.random.default_rng(self._seed)
+        queue: list[np.ndarray] = []
+        while True:
+            while len(queue) < self._micro_batches:
+                queue += [self._batches[i] for i in rng.permutation(len(self._batches))]
+            cut = [self._cut(queue.pop(0), rng) for _ in range(self._micro_batches)]
+            yield BatchPair([first for first, _ in cut], [second for _, second in cut])
+
+    def digest(self) -> str:
+        """Fingerprint of all the tensors handed out so far."""
+        return self._digest.hexdigest()
+
+    def _cut(self, indices: np.ndarray, rng: np.random.Generator) -> tuple[Any, Any]:
+        # Sentences of a batch are sorted by length: without the shuffle S would be the short ones.
+        order = rng.permutation(indices)
+        third = len(order) // 3
+        return self._collate(order[: 2 * third]), self._collate(order[third : 3 * third])
+
+    def _collate(self, indices: np.ndarray) -> Any:
+        if getattr(self._dataset, "supports_prefetch", False):
+            self._dataset.prefetch(indices)
+        sample = self._dataset.collater([self._dataset[i] for i in indices])
+        utils.apply_to_sample(self._fingerprint, sample)
+        return utils.move_to_cuda(sample) if self._cuda else sample
+
+    def _fingerprint(self, tensor: torch.Tensor) -> torch.Tensor:
+        self._digest.update(tensor.contiguous().cpu().numpy().tobytes())
+        return tensor
+
+
+def _index_batches(epoch_itr: Any, dataset: Any) -> list[np.ndarray]:
+    batches = getattr(epoch_itr, "frozen_batches", None)
+    if batches is None or not getattr(dataset, "supports_fetch_outside_dataloader", True):
+        raise GradInitError(
+            f"GradInit draws sentences by index, which the streaming data of "
+            f"{type(dataset).__name__} does not allow: learn the scales on a task with "
+            "indexed data of the same model, and give them with --gradinit-scales"
+        )
+    return [np.asarray(batch) for batch in batches]
+
+
+def _too_few(
+    batches: list[np.ndarray],
+    usable: list[np.ndarray],
+    max_tokens: int | None,
+    micro_batches: int,
+) -> str:
+    if len(batches) >= max(2, micro_batches):
+        return (
+            f"GradInit cuts each batch in thirds, but only {len(usable)} of the {len(batches)} "
+            "batches have three sentences or more: raise --gradinit-max-tokens"
+            + (f" (now {max_tokens})" if max_tokens else " or --batch-size")
+        )
+    sentences = sum(len(batch) for batch in batches)
+    return (
+        f"the training data ({sentences} sentences) fill only {len(batches)} GradInit "
+        f"batch(es), and {max(2, micro_batches)} or more are needed: lower --gradinit-max-tokens"
+        + (f" (now {max_tokens})" if max_tokens else " or --batch-size")
+    )

@@ -1,0 +1,112 @@
+"""Where the plugin takes hold of fairseq: the one file that changes fairseq's objects.
+
+Four places, each passing through to fairseq's own code when --gradinit is not given:
+
+- the training parser gets the group of options (`--help` shows only what is there before the task
+  adds its own);
+- every task's configuration gets the same options as fields, present and future tasks alike;
+- `call_main`, the entry of training on the command line and under hydra, checks the options
+  before anything is built, and turns a GradInitError into a sentence and exit code 1;
+- `Trainer.begin_epoch`, the first call after the checkpoint is (or is not) loaded, runs the phase.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from fairseq import options as fairseq_options
+from fairseq import tasks
+from fairseq.dataclass.utils import gen_parser_from_dataclass
+from fairseq.distributed import utils as distributed_utils
+from fairseq.trainer import Trainer
+from hydra.core.config_store import ConfigStore
+
+from fairseq_gradinit.errors import GradInitError
+from fairseq_gradinit.options import GradInitOptions, make_plan
+from fairseq_gradinit.phase import require_writable, run_phase
+
+logger = logging.getLogger("fairseq_gradinit")
+
+
+def install() -> None:
+    """Take hold of fairseq; call it once in each process."""
+    fairseq_options.add_optimization_args = _with_option_group(
+        fairseq_options.add_optimization_args
+    )
+    for name in list(tasks.TASK_DATACLASS_REGISTRY):
+        _add_fields(name)
+    tasks.register_task = _with_fields(tasks.register_task)
+    distributed_utils.call_main = _with_checks(distributed_utils.call_main)
+    Trainer.begin_epoch = _with_phase(Trainer.begin_epoch)
+
+
+def _with_option_group(add_optimization_args: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(add_optimization_args)
+    def wrapper(parser: Any) -> Any:
+        result = add_optimization_args(parser)
+        gen_parser_from_dataclass(parser.add_argument_group("GradInit"), GradInitOptions())
+        return result
+
+    return wrapper
+
+
+def _add_fields(task_name: str) -> None:
+    """Give the configuration of a registered task the fields of GradInitOptions."""
+    plain = tasks.TASK_DATACLASS_REGISTRY[task_name]
+    if issubclass(plain, GradInitOptions):
+        return
+    extended = dataclasses.make_dataclass(plain.__name__, [], bases=(GradInitOptions, plain))
+    extended.__module__, extended.__doc__ = plain.__module__, plain.__doc__
+    tasks.TASK_DATACLASS_REGISTRY[task_name] = extended
+    setattr(tasks.TASK_REGISTRY[task_name], "__dataclass", extended)
+    node = extended()
+    node._name = task_name
+    ConfigStore.instance().store(name=task_name, group="task", node=node, provider="fairseq")
+
+
+def _with_fields(register_task: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(register_task)
+    def wrapper(name: str, dataclass: Any = None) -> Callable[[Any], Any]:
+        register = register_task(name, dataclass=dataclass)
+
+        def register_task_cls(cls: Any) -> Any:
+            result = register(cls)
+            if name in tasks.TASK_DATACLASS_REGISTRY:
+                _add_fields(name)
+            return result
+
+        return register_task_cls
+
+    return wrapper
+
+
+def _with_checks(call_main: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(call_main)
+    def wrapper(cfg: Any, main: Any, **kwargs: Any) -> Any:
+        try:
+            if make_plan(cfg) is not None:
+                require_writable(cfg.checkpoint.save_dir)
+            return call_main(cfg, main, **kwargs)
+        except GradInitError as error:
+            logger.error("GradInit: %s", error)
+            sys.exit(1)
+
+    return wrapper
+
+
+def _with_phase(begin_epoch: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(begin_epoch)
+    def wrapper(trainer: Any, epoch: int) -> Any:
+        if not getattr(trainer, "_gradinit_done", False):
+            plan = make_plan(trainer.cfg)
+            if plan is not None:
+                run_phase(trainer, plan)
+            trainer._gradinit_done = True
+        return begin_epoch(trainer, epoch)
+
+    return wrapper

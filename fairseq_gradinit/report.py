@@ -1,0 +1,120 @@
+"""What a user reads about a GradInit run: log lines, the table of scales, the signature."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections import OrderedDict
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from fairseq_gradinit import __version__
+from fairseq_gradinit.blocks import Block
+from fairseq_gradinit.engine import Iteration
+from fairseq_gradinit.options import Plan
+from fairseq_gradinit.scales import BlockScale, Scales
+
+FAIRSEQ_DISTRIBUTIONS = ("ve-fairseq", "fairseq", "fairseq-fixed")
+
+
+def iteration_stats(iteration: Iteration, gamma: float) -> dict[str, Any]:
+    """One iteration as the values of one log line."""
+    stats: dict[str, Any] = OrderedDict(
+        kind=iteration.kind,
+        gnorm=round(iteration.grad_norm, 2),
+        gamma=gamma if math.isfinite(gamma) else "off",
+        loss=round(iteration.loss, 4),
+    )
+    if iteration.trial_loss is not None:
+        stats["trial_loss"] = round(iteration.trial_loss, 4)
+    stats["min_scale"] = round(iteration.min_scale, 3)
+    stats["max_scale"] = round(iteration.max_scale, 3)
+    return stats
+
+
+def kind_of_block(name: str) -> str:
+    """The name with its layer numbers left out: blocks of one kind differ in nothing else."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+
+
+def scale_table(scales: Scales) -> list[str]:
+    """The scales by kind of block, as lines of text; one column for each layer."""
+    groups: OrderedDict[str, list[BlockScale]] = OrderedDict()
+    for block in scales.blocks:
+        groups.setdefault(kind_of_block(block.name), []).append(block)
+    width = max(len(kind) for kind in groups)
+    lines = [f"{'scales by kind of block':{width}}  first layer to last"]
+    for kind, blocks in groups.items():
+        cells = [_cell(block) for block in blocks]
+        if all(block.state != "learned" for block in blocks):
+            cells = [f"1 ({', '.join(sorted({block.state for block in blocks}))})"]
+        lines.append(f"{kind:{width}}  {' '.join(cells)}")
+    return lines
+
+
+def _cell(block: BlockScale) -> str:
+    return f"{block.scale:.2f}" if block.state == "learned" else "-"
+
+
+def fingerprint(blocks: Sequence[Block]) -> str:
+    """Eight hexadecimal digits that change with any name, shape or value of the blocks."""
+    digest = hashlib.blake2b(digest_size=4)
+    for block in blocks:
+        digest.update(f"{block.name}{tuple(block.parameter.shape)}".encode())
+        digest.update(block.parameter.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def signature(plan: Plan, cfg: Any, model: str, data: str, device: str) -> str:
+    """One line that names everything that determines the scales.
+
+    Args:
+        model: fingerprint of the initial weights.
+        data: fingerprint of the batches used.
+        device: where it ran.
+    """
+    config = plan.config
+    fields = {
+        "gradinit": __version__,
+        "preset": plan.preset,
+        "optimizer": config.target,
+        "eta": f"{config.eta:g}",
+        "gamma": f"{config.gamma:g}" if config.constrained else "off",
+        "iterations": config.iterations,
+        "lr": f"{config.lr:g}",
+        "betas": ",".join(f"{beta:g}" for beta in config.betas),
+        "scales": f"{config.min_scale:g}..{config.max_scale:g}",
+        "bias-scales": f"{config.min_bias_scale:g}..{config.max_scale:g}",
+        "norm-gains": config.norm_gains,
+        "tokens": f"{plan.max_tokens or '-'}",
+        "sentences": f"{plan.max_sentences or '-'}",
+        "micro-batches": plan.micro_batches,
+        "seed": cfg.common.seed,
+        "task": task_name(cfg),
+        "criterion": getattr(cfg.criterion, "_name", "-"),
+        "model": model,
+        "data": data,
+        "precision": "fp32",
+        "device": device,
+        "torch": torch.__version__,
+        "fairseq": fairseq_version(),
+    }
+    return "|".join(f"{name}:{value}" for name, value in fields.items())
+
+
+def task_name(cfg: Any) -> str:
+    return str(getattr(cfg.task, "_name", None) or cfg.task.task)
+
+
+def fairseq_version() -> str:
+    """Version of the installed fairseq and the distribution it came from."""
+    for name in FAIRSEQ_DISTRIBUTIONS:
+        try:
+            return f"{version(name)} ({name})"
+        except PackageNotFoundError:
+            continue
+    return "checkout"

@@ -1,0 +1,215 @@
+"""The learned scales as a file: plain JSON, versioned, readable, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from fairseq_gradinit.blocks import Block, BlockState, base_weights, set_weights
+from fairseq_gradinit.engine import Iteration
+from fairseq_gradinit.errors import GradInitError
+
+T = TypeVar("T")
+
+FORMAT = "fairseq-gradinit-scales"
+VERSION = 1
+FILE_NAME = "gradinit_scales.json"
+
+
+@dataclass(frozen=True)
+class BlockScale:
+    """The scale of one parameter tensor.
+
+    Attributes:
+        name: dotted name of the tensor in the model.
+        shape: its shape.
+        scale: the factor on its initial value.
+        state: why it has the scale it has, see `fairseq_gradinit.blocks.Block`.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    scale: float
+    state: BlockState
+
+
+@dataclass(frozen=True)
+class Scales:
+    """What a GradInit run learned.
+
+    Attributes:
+        blocks: every trainable parameter tensor of the model, in its order.
+        signature: one line that names everything that determined the result.
+        history: record of the iterations, empty when unknown.
+    """
+
+    blocks: tuple[BlockScale, ...]
+    signature: str
+    history: tuple[Iteration, ...] = field(default=())
+
+    @classmethod
+    def of(
+        cls,
+        blocks: Sequence[Block],
+        scale_of: Mapping[str, float],
+        signature: str,
+        history: Sequence[Iteration],
+    ) -> Scales:
+        rows = tuple(
+            BlockScale(b.name, tuple(b.parameter.shape), scale_of[b.name], b.state) for b in blocks
+        )
+        return cls(rows, signature, tuple(history))
+
+    def save(self, path: Path) -> None:
+        """Write the file; `path` either keeps its old content or gets all of the new one.
+
+        Raises:
+            GradInitError: the file cannot be written.
+        """
+        document = {
+            "format": FORMAT,
+            "version": VERSION,
+            "signature": self.signature,
+            "blocks": [asdict(block) for block in self.blocks],
+            "history": [asdict(iteration) for iteration in self.history],
+        }
+        write_atomically(path, json.dumps(document, indent=1, allow_nan=False) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Scales:
+        """Read a file written by `save`.
+
+        Raises:
+            GradInitError: the file cannot be read, is damaged, or is not of this format.
+        """
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise GradInitError(f"cannot read the scales file {path}: {error}") from error
+        try:
+            document = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise GradInitError(
+                f"the scales file {path} is not valid JSON ({error}): it is damaged, or not a "
+                "GradInit scales file"
+            ) from error
+        return _parse(document, path)
+
+    def apply(self, blocks: Sequence[Block]) -> None:
+        """Multiply the model's freshly initialised tensors by these scales, in place.
+
+        Raises:
+            GradInitError: the names or shapes are not those of the model; nothing is changed then.
+        """
+        self._check_fits(blocks)
+        scale_of = {row.name: row.scale for row in self.blocks}
+        as_learned = [Block(b.name, b.parameter, "learned") for b in blocks]
+        factors = torch.tensor([scale_of[b.name] for b in blocks], dtype=torch.float64)
+        set_weights(as_learned, base_weights(as_learned), factors)
+
+    def _check_fits(self, blocks: Sequence[Block]) -> None:
+        file = {row.name: list(row.shape) for row in self.blocks}
+        model = {block.name: list(block.parameter.shape) for block in blocks}
+        problems = [f"{name} is not in the model" for name in file if name not in model]
+        problems += [f"{name} is not in the file" for name in model if name not in file]
+        problems += [
+            f"{name} has shape {file[name]} in the file and {model[name]} in the model"
+            for name in file
+            if name in model and file[name] != model[name]
+        ]
+        if problems:
+            more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+            raise GradInitError(
+                f"the scales were learned for another model: {'; '.join(problems[:5])}{more}"
+            )
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace the content of `path` by `text`, through a temporary file beside it.
+
+    Raises:
+        GradInitError: a file cannot be written there.
+    """
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
+        ) as file:
+            temporary = file.name
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+        raise GradInitError(
+            f"cannot write {path}: {error.strerror or error}; choose a folder that can be written"
+        ) from error
+
+
+def _parse(document: Any, path: Path) -> Scales:
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise GradInitError(f"{path} is not a GradInit scales file (no format {FORMAT!r} in it)")
+    if document.get("version") != VERSION:
+        raise GradInitError(
+            f"{path} has version {document.get('version')!r} of the scales format; this "
+            f"fairseq-gradinit reads version {VERSION}"
+        )
+    try:
+        blocks = tuple(_parse_block(row) for row in document["blocks"])
+        history = tuple(_parse_iteration(row) for row in document["history"])
+        signature = _typed(document["signature"], str)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise GradInitError(
+            f"the scales file {path} is damaged: {type(error).__name__}: {error}"
+        ) from error
+    if not blocks or len({block.name for block in blocks}) != len(blocks):
+        raise GradInitError(f"the scales file {path} is damaged: a name is missing or repeated")
+    return Scales(blocks, signature, history)
+
+
+def _parse_block(row: dict[str, Any]) -> BlockScale:
+    scale = _number(row["scale"])
+    if not math.isfinite(scale) or scale < 0.0:
+        raise ValueError(f"scale {scale} of {row['name']} is not a finite number of at least 0")
+    shape = tuple(_typed(size, int) for size in row["shape"])
+    if row["state"] not in ("learned", "zero", "norm gain"):
+        raise ValueError(f"unknown state {row['state']!r}")
+    return BlockScale(_typed(row["name"], str), shape, scale, row["state"])
+
+
+def _parse_iteration(row: dict[str, Any]) -> Iteration:
+    if row["kind"] not in ("objective", "constraint"):
+        raise ValueError(f"unknown kind of iteration {row['kind']!r}")
+    trial = row["trial_loss"]
+    return Iteration(
+        index=_typed(row["index"], int),
+        kind=row["kind"],
+        loss=_number(row["loss"]),
+        trial_loss=None if trial is None else _number(trial),
+        grad_norm=_number(row["grad_norm"]),
+        min_scale=_number(row["min_scale"]),
+        max_scale=_number(row["max_scale"]),
+    )
+
+
+def _typed(value: Any, kind: type[T]) -> T:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise TypeError(f"{value!r} is not of type {kind.__name__}")
+    return value
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{value!r} is not a number")
+    return float(value)

@@ -1,0 +1,75 @@
+"""The loss that training would differentiate, for any fairseq task.
+
+Tasks may override `train_step` (several losses, several language pairs), so the loss is taken from
+there and not from the criterion: an optimizer that only records what it is asked to differentiate
+stands in for the run's own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fairseq_gradinit.errors import GradInitError
+
+
+class LossRecorder:
+    """Stands in for the optimizer in `task.train_step`; keeps the losses to differentiate."""
+
+    def __init__(self) -> None:
+        self.losses: list[torch.Tensor] = []
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self.losses.append(loss)
+
+    def __getattr__(self, name: str) -> Any:
+        raise GradInitError(
+            f"this task's train_step uses the optimizer's {name}, so GradInit cannot take its "
+            "loss: learn the scales with another task of the same model, and give them with "
+            "--gradinit-scales"
+        )
+
+
+class TaskLoss:
+    """Maps a sample to (summed loss, sample size), as the trainer would see them.
+
+    Losses are those of the criterion: for cross entropy in nats, summed over target tokens. Call
+    it inside `quiet`, which keeps the model in evaluation mode whatever the task does.
+
+    Raises (when called):
+        GradInitError: the criterion gives no sample size greater than 0, or no loss.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._task = trainer.task
+        self._model = trainer.get_model()
+        self._criterion = trainer.get_criterion()
+
+    def __call__(self, sample: Any) -> tuple[torch.Tensor, torch.Tensor | float]:
+        recorder = LossRecorder()
+        _, sample_size, _ = self._task.train_step(
+            sample=sample,
+            model=self._model,
+            criterion=self._criterion,
+            optimizer=recorder,
+            update_num=0,
+        )
+        return self._total(recorder.losses), self._checked(sample_size)
+
+    def _total(self, losses: list[torch.Tensor]) -> torch.Tensor:
+        if not losses:
+            raise GradInitError(
+                f"the train_step of task {type(self._task).__name__} differentiated no loss"
+            )
+        return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
+
+    def _checked(self, sample_size: Any) -> torch.Tensor | float:
+        if isinstance(sample_size, torch.Tensor) and sample_size.numel() == 1:
+            return sample_size.detach()
+        if isinstance(sample_size, int | float) and not isinstance(sample_size, bool):
+            return float(sample_size)
+        raise GradInitError(
+            f"criterion {type(self._criterion).__name__} returned {sample_size!r} as its sample "
+            "size; GradInit needs the number of items that its loss sums over"
+        )

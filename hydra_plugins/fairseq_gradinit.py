@@ -1,0 +1,37 @@
+"""Lets fairseq-hydra-train read GradInit's options.
+
+Hydra composes and checks its configuration before fairseq loads the --user-dir, and would refuse
+`task.gradinit=true` as unknown. Hydra imports every module of the `hydra_plugins` namespace when
+it starts: this one loads the user dir in time, and does nothing in any other program.
+"""
+
+import sys
+from argparse import Namespace
+
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+
+USER_DIR_OPTION = "common.user_dir="
+
+
+class FairseqGradInitSearchPath(SearchPathPlugin):
+    """Adds nothing to the search path; it is the earliest moment that Hydra offers."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        program = sys.modules.get("fairseq_cli.hydra_train") or sys.modules["__main__"]
+        if not hasattr(program, "_hydra_main") or not hasattr(program, "add_defaults"):
+            return
+        from fairseq.utils import import_user_module
+
+        for argument in sys.argv:
+            option, _, path = argument.partition(USER_DIR_OPTION)
+            if not option.strip("+") and "fairseq_gradinit" in path:
+                import_user_module(Namespace(user_dir=path))
+        add_defaults = program.add_defaults
+
+        def with_user_dir(cfg):
+            # Covers a user dir that a configuration file names.
+            import_user_module(cfg.common)
+            add_defaults(cfg)
+
+        program.add_defaults = with_user_dir

@@ -1,0 +1,314 @@
+"""The numerics against independent truth: finite differences, and torch's own optimizers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from fairseq_gradinit.blocks import collect_blocks
+from fairseq_gradinit.config import GradInitConfig
+from fairseq_gradinit.engine import BatchPair, ScaleLearner, learn_scales
+from fairseq_gradinit.errors import GradInitError
+from fairseq_gradinit.quiet import quiet
+
+
+class Attention(nn.Module):
+    """Embedding, post-LN attention and a tied output projection, in miniature."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.norm = nn.LayerNorm(8)
+        self.dropout = nn.Dropout(0.5)
+        self.out = nn.Linear(8, 11)
+        self.out.weight = self.embed.weight
+        nn.init.uniform_(self.norm.weight, 0.5, 1.5)
+        nn.init.normal_(self.norm.bias, std=0.1)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens)
+        x = self.norm(x + self.dropout(self.attention(x, x, x, need_weights=False)[0]))
+        return self.out(x)
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(3)
+    return Attention().double()
+
+
+@pytest.fixture
+def pair() -> BatchPair:
+    rng = torch.Generator().manual_seed(5)
+    parts = [torch.randint(11, (2, 5), generator=rng) for _ in range(3)]
+    # Two micro-batches each, of different sizes.
+    return BatchPair([parts[0], parts[1][:1]], [parts[1], parts[2][:1]])
+
+
+def loss_of(model: nn.Module):
+    def loss(tokens: torch.Tensor) -> tuple[torch.Tensor, float]:
+        logits = model(tokens[:, :-1])
+        total = nn.functional.cross_entropy(
+            logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum"
+        )
+        return total, float(tokens[:, 1:].numel())
+
+    return loss
+
+
+def mean_loss(model: nn.Module, batches) -> torch.Tensor:
+    totals, counts = zip(*(loss_of(model)(batch) for batch in batches), strict=True)
+    return torch.stack(totals).sum() / sum(counts)
+
+
+def gradients(model: nn.Module, batches) -> list[torch.Tensor]:
+    parameters = list(model.parameters())
+    found = torch.autograd.grad(mean_loss(model, batches), parameters, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+
+
+def central_differences(learner: ScaleLearner, model: nn.Module, function) -> torch.Tensor:
+    """d function / d scale of every learned block, at the present weights m_i W_i."""
+    initial = [p.detach().clone() for p in model.parameters()]
+    learned = [i for i, block in enumerate(learner.blocks) if block.learned]
+    base = [initial[i] / m for i, m in zip(learned, learner.scales.tolist(), strict=True)]
+    found, h = [], 1e-5
+    for i, w in zip(learned, base, strict=True):
+        values = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                learner.blocks[i].parameter.copy_(initial[i] + sign * h * w)
+            values.append(float(function().detach()))
+        with torch.no_grad():
+            learner.blocks[i].parameter.copy_(initial[i])
+        found.append((values[0] - values[1]) / (2 * h))
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def make_learner(model: nn.Module, **settings) -> ScaleLearner:
+    config = GradInitConfig(**{"eta": 0.05, "norm_gains": "learned", **settings})
+    return ScaleLearner(collect_blocks({"": model}, config.norm_gains), loss_of(model), config)
+
+
+def move_away_from_one(learner: ScaleLearner, pair: BatchPair) -> None:
+    for _ in range(3):
+        learner.step(pair)
+
+
+@pytest.mark.parametrize("target", ["adam", "sgd", "sgd-normalized"])
+def test_objective_gradient_equals_central_differences(model, pair, target):
+    with quiet(model):
+        learner = make_learner(model, target=target)
+        move_away_from_one(learner, pair)
+        eta = learner.config.eta
+        g = gradients(model, pair.first)
+        norm = math.sqrt(sum(float((t * t).sum()) for t in g))
+        direction = {
+            "adam": [t.sign() for t in g],
+            "sgd": g,
+            "sgd-normalized": [t / norm for t in g],
+        }[target]
+
+        def loss_after_fixed_step():
+            saved = [p.detach().clone() for p in model.parameters()]
+            with torch.no_grad():
+                for p, d in zip(model.parameters(), direction, strict=True):
+                    p.sub_(eta * d)
+            value = mean_loss(model, pair.second)
+            with torch.no_grad():
+                for p, s in zip(model.parameters(), saved, strict=True):
+                    p.copy_(s)
+            return value
+
+        found = learner.gradient(pair)
+        expected = central_differences(learner, model, loss_after_fixed_step) / eta
+        trial_loss = float(loss_after_fixed_step().detach())
+    assert found.kind == "objective"
+    assert found.trial_loss == pytest.approx(trial_loss, rel=1e-12)
+    torch.testing.assert_close(found.by_scales, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(("target", "order"), [("adam", 1), ("sgd", 2)])
+def test_constraint_gradient_equals_central_differences(model, pair, target, order):
+    with quiet(model):
+        learner = make_learner(model, target=target, gamma=1e-3)
+        move_away_from_one(learner, pair)
+
+        def norm():
+            flat = torch.cat([g.flatten() for g in gradients(model, pair.first)])
+            return torch.linalg.vector_norm(flat, order)
+
+        found = learner.gradient(pair)
+        expected = central_differences(learner, model, norm)
+        norm_value = float(norm().detach())
+    assert found.kind == "constraint"
+    assert found.norm == pytest.approx(norm_value, rel=1e-12)
+    torch.testing.assert_close(found.by_scales, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("target", "optimizer"),
+    [
+        ("adam", lambda p: torch.optim.Adam(p, lr=0.05, eps=1e-16)),
+        ("sgd", lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9)),
+    ],
+)
+def test_trial_step_is_the_first_step_of_the_optimizer(model, pair, target, optimizer):
+    seen = []
+
+    def loss(tokens):
+        seen.append([p.detach().clone() for p in model.parameters()])
+        return loss_of(model)(tokens)
+
+    with quiet(model):
+        config = GradInitConfig(eta=0.05, target=target)
+        learner = ScaleLearner(collect_blocks({"": model}, "fixed"), loss, config)
+        learner.gradient(pair)
+        real = optimizer(list(model.parameters()))
+        first_gradients = gradients(model, pair.first)
+        for p, g in zip(model.parameters(), first_gradients, strict=True):
+            p.grad = g
+        real.step()
+    for stepped, trial, g in zip(model.parameters(), seen[-1], first_gradients, strict=True):
+        # The bias of attention keys has gradient zero but for rounding, whose sign is arbitrary.
+        settled = (g == 0) | (g.abs() > 1e-12)
+        torch.testing.assert_close(trial[settled], stepped.detach()[settled], rtol=1e-9, atol=1e-12)
+
+
+def test_scale_update_is_adam_on_a_vector_of_scalars(model, pair):
+    with quiet(model):
+        learner = make_learner(model, lr=0.02, betas=(0.8, 0.9), min_scale=0.0, max_scale=50.0)
+        scales = torch.ones_like(learner.scales, requires_grad=True)
+        adam = torch.optim.Adam([scales], lr=0.02, betas=(0.8, 0.9))
+        for _ in range(5):
+            scales.grad = learner.gradient(pair).by_scales
+            adam.step()
+            learner.step(pair)
+            torch.testing.assert_close(learner.scales, scales, rtol=0, atol=0)
+
+
+def test_kinds_of_iteration_keep_separate_moments(model, pair):
+    """A constraint iteration leaves the moments of the objective alone."""
+    with quiet(model):
+        norm = make_learner(model).gradient(pair).norm
+        learner = make_learner(model, gamma=norm * 0.999, lr=0.01)
+        kinds = [learner.step(pair).kind for _ in range(12)]
+    assert set(kinds) == {"constraint", "objective"}
+    steps = {kind: int(adam.state[learner.scales]["step"]) for kind, adam in learner._adam.items()}
+    assert steps == {kind: kinds.count(kind) for kind in steps}
+
+
+def test_weights_are_restored_to_the_last_bit(model, pair):
+    initial = [p.detach().clone() for p in model.parameters()]
+    with quiet(model):
+        learner = make_learner(model)
+        learner.gradient(pair)
+        assert all(map(torch.equal, initial, model.parameters()))
+        learner.step(pair)
+        scale_of = learner.scale_of()
+        names = [name for name, _ in model.named_parameters()]
+        for name, w, p in zip(names, initial, model.parameters(), strict=True):
+            assert torch.equal(p, w * scale_of[name])
+        assert all(p.grad is None for p in model.parameters())
+        learner.restore()
+    assert all(map(torch.equal, initial, model.parameters()))
+
+
+def test_scales_stay_in_their_bounds_and_biases_have_their_own(model, pair):
+    with quiet(model):
+        learner = make_learner(model, lr=0.3, min_scale=0.9, min_bias_scale=0.5, max_scale=1.1)
+        for _ in range(6):
+            learner.step(pair)
+    scales = learner.scale_of()
+    weights = {n: s for n, s in scales.items() if not n.endswith("bias")}
+    assert min(weights.values()) == 0.9
+    assert max(scales.values()) == 1.1
+    assert 0.5 <= min(scales.values()) < 0.9
+
+
+def test_one_micro_batch_or_many_is_the_same_gradient(model):
+    tokens = torch.randint(11, (6, 5), generator=torch.Generator().manual_seed(1))
+    whole = BatchPair([tokens[:4]], [tokens[2:]])
+    parts = BatchPair([tokens[:3], tokens[3:4]], [tokens[2:3], tokens[3:]])
+    with quiet(model):
+        for gamma in (math.inf, 1e-3):
+            found = [make_learner(model, gamma=gamma).gradient(p) for p in (whole, parts)]
+            torch.testing.assert_close(found[0].by_scales, found[1].by_scales)
+            assert found[0].loss == pytest.approx(found[1].loss)
+
+
+def test_learning_lowers_the_loss_after_the_trial_step(model, pair):
+    blocks = collect_blocks({"": model}, "fixed")
+    config = GradInitConfig(eta=0.05, iterations=30)
+    seen = []
+    with quiet(model):
+        _, history = learn_scales(blocks, loss_of(model), [pair] * 30, config, seen.append)
+    assert history[-1].trial_loss < history[0].trial_loss - 0.1
+    assert [iteration.index for iteration in history] == list(range(1, 31))
+    assert seen == history
+
+
+@pytest.mark.parametrize("bad_call", [1, 2, 3, 4])
+def test_nan_is_named_and_the_initial_weights_come_back(model, pair, bad_call):
+    calls = 0
+
+    def loss(tokens):
+        nonlocal calls
+        calls += 1
+        value, count = loss_of(model)(tokens)
+        return value * (math.nan if calls > 2 * (bad_call - 1) else 1.0), count
+
+    initial = [p.detach().clone() for p in model.parameters()]
+    blocks = collect_blocks({"": model}, "fixed")
+    iteration = (bad_call + 1) // 2
+    with (
+        quiet(model),
+        pytest.raises(GradInitError, match=rf"is nan in GradInit iteration {iteration} .*embed"),
+    ):
+        learn_scales(blocks, loss, [pair] * 9, GradInitConfig(eta=0.05, iterations=9))
+    assert all(map(torch.equal, initial, model.parameters()))
+
+
+def test_batches_that_end_early_are_an_error(model, pair):
+    initial = [p.detach().clone() for p in model.parameters()]
+    blocks = collect_blocks({"": model}, "fixed")
+    with quiet(model), pytest.raises(GradInitError, match="ended after 2 of 5 iterations"):
+        learn_scales(blocks, loss_of(model), [pair] * 2, GradInitConfig(eta=0.05, iterations=5))
+    assert all(map(torch.equal, initial, model.parameters()))
+
+
+def test_a_batch_that_counts_nothing_is_an_error(model, pair):
+    blocks = collect_blocks({"": model}, "fixed")
+
+    def loss(tokens):
+        return loss_of(model)(tokens)[0], 0.0
+
+    with quiet(model), pytest.raises(GradInitError, match=r"counts 0\.0 items"):
+        ScaleLearner(blocks, loss, GradInitConfig(eta=0.05)).step(pair)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target": "lamb"}, "unknown optimizer 'lamb'"),
+        ({"eta": 0.0}, "eta must be a number greater than 0"),
+        ({"eta": math.nan}, "eta must be a number greater than 0"),
+        ({"eta": math.inf}, "eta must be a number greater than 0"),
+        ({"gamma": -1.0}, "gamma must be .* or inf to switch the norm constraint off"),
+        ({"gamma": math.nan}, "gamma must be"),
+        ({"iterations": 0}, "iterations must be at least 1"),
+        ({"lr": -0.1}, "lr must be"),
+        ({"betas": (0.9, 1.0)}, r"betas must be two numbers in \[0, 1\)"),
+        ({"min_scale": 2.0}, "min-scale must lie in"),
+        ({"min_bias_scale": -0.1}, "min-bias-scale must lie in"),
+        ({"max_scale": 0.5}, "max-scale must be"),
+        ({"norm_gains": "both"}, "norm gains must be fixed or learned"),
+    ],
+)
+def test_settings_outside_their_range_are_refused(settings, message):
+    with pytest.raises(GradInitError, match=message):
+        GradInitConfig(**{"eta": 0.1, **settings})
