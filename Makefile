@@ -13,10 +13,10 @@ STAMP := $(VENV)/.installed
 .PHONY: quickstart quickstart-compare test lint clean
 
 quickstart: $(STAMP)
-	$(BIN)/python recipes/quickstart.py
+	PYTHONPATH=data-prep $(BIN)/python recipes/quickstart.py
 
 quickstart-compare: $(STAMP)
-	$(BIN)/python recipes/quickstart.py --compare
+	PYTHONPATH=data-prep $(BIN)/python recipes/quickstart.py --compare
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

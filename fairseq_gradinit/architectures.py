@@ -56,12 +56,10 @@ def transformer_gradinit_iwslt_de_en(args: Any) -> None:
 @register_model_architecture(MODEL, "transformer_gradinit_wmt_en_de")
 def transformer_gradinit_wmt_en_de(args: Any) -> None:
     """`transformer_wmt_en_de`, the base model of Vaswani et al. 2017."""
-    _fill(args, share_all_embeddings=True)
     _post_ln(args, stock.transformer_wmt_en_de)
 
 
 @register_model_architecture(MODEL, "transformer_gradinit_wmt_en_de_big")
 def transformer_gradinit_wmt_en_de_big(args: Any) -> None:
     """`transformer_wmt_en_de_big`, the big model of Vaswani et al. 2017."""
-    _fill(args, share_all_embeddings=True)
     _post_ln(args, stock.transformer_wmt_en_de_big)

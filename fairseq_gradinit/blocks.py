@@ -80,6 +80,11 @@ def collect_blocks(modules: Mapping[str, nn.Module], norm_gains: NormGains) -> l
     return blocks
 
 
+def frozen_names(modules: Mapping[str, nn.Module]) -> list[str]:
+    """Names of the parameters that training, and so GradInit, leaves as they are."""
+    return [name for name, _, p in _named_parameters(modules) if not p.requires_grad]
+
+
 def _named_parameters(
     modules: Mapping[str, nn.Module],
 ) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:

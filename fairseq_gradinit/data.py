@@ -56,9 +56,9 @@ class PairedBatches:
                 trainer.task.max_positions(),
                 trainer.get_model().max_positions(),
                 cfg.dataset.max_tokens,
+                max_tokens,
             ),
             ignore_invalid_inputs=True,
-            required_batch_size_multiple=cfg.dataset.required_batch_size_multiple,
             seed=self._seed,
             epoch=1,
             disable_iterator_cache=True,
@@ -116,6 +116,11 @@ def _too_few(
     max_tokens: int | None,
     micro_batches: int,
 ) -> str:
+    if not batches:
+        return (
+            f"no sentence of the training data fits in a GradInit batch of {max_tokens} tokens: "
+            "raise --gradinit-max-tokens"
+        )
     if len(batches) >= max(2, micro_batches):
         return (
             f"GradInit cuts each batch in thirds, but only {len(usable)} of the {len(batches)} "

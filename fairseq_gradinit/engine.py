@@ -212,7 +212,8 @@ class ScaleLearner:
 
     def _norm(self, gradients: list[Tensor]) -> Tensor:
         norms = torch._foreach_norm(gradients, self.config.norm_order)
-        return torch.linalg.norm(torch.stack(norms).double(), self.config.norm_order)
+        norm: Tensor = torch.stack(norms).double().norm(self.config.norm_order)
+        return norm
 
     @torch.no_grad()
     def _trial_step(self, gradients: list[Tensor], norm: float) -> None:

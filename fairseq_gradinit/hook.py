@@ -4,7 +4,8 @@ Four places, each passing through to fairseq's own code when --gradinit is not g
 
 - the training parser gets the group of options (`--help` shows only what is there before the task
   adds its own);
-- every task's configuration gets the same options as fields, present and future tasks alike;
+- every task's configuration gets the same options as fields: that of tasks known by now, and of
+  those that a user dir registers later, by the time the command line or the task is set up;
 - `call_main`, the entry of training on the command line and under hydra, checks the options
   before anything is built, and turns a GradInitError into a sentence and exit code 1;
 - `Trainer.begin_epoch`, the first call after the checkpoint is (or is not) loaded, runs the phase.
@@ -38,16 +39,22 @@ def install() -> None:
     fairseq_options.add_optimization_args = _with_option_group(
         fairseq_options.add_optimization_args
     )
-    for name in list(tasks.TASK_DATACLASS_REGISTRY):
-        _add_fields(name)
-    tasks.register_task = _with_fields(tasks.register_task)
+    extend_tasks()
+    tasks.setup_task = _with_fields(tasks.setup_task)
     distributed_utils.call_main = _with_checks(distributed_utils.call_main)
     Trainer.begin_epoch = _with_phase(Trainer.begin_epoch)
+
+
+def extend_tasks() -> None:
+    """Give every task registered so far the options as fields; the same task once only."""
+    for name in list(tasks.TASK_DATACLASS_REGISTRY):
+        _add_fields(name)
 
 
 def _with_option_group(add_optimization_args: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(add_optimization_args)
     def wrapper(parser: Any) -> Any:
+        extend_tasks()
         result = add_optimization_args(parser)
         gen_parser_from_dataclass(parser.add_argument_group("GradInit"), GradInitOptions())
         return result
@@ -69,18 +76,11 @@ def _add_fields(task_name: str) -> None:
     ConfigStore.instance().store(name=task_name, group="task", node=node, provider="fairseq")
 
 
-def _with_fields(register_task: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(register_task)
-    def wrapper(name: str, dataclass: Any = None) -> Callable[[Any], Any]:
-        register = register_task(name, dataclass=dataclass)
-
-        def register_task_cls(cls: Any) -> Any:
-            result = register(cls)
-            if name in tasks.TASK_DATACLASS_REGISTRY:
-                _add_fields(name)
-            return result
-
-        return register_task_cls
+def _with_fields(setup_task: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(setup_task)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        extend_tasks()
+        return setup_task(*args, **kwargs)
 
     return wrapper
 

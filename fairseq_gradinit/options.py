@@ -233,7 +233,8 @@ def make_plan(cfg: Any) -> Plan | None:
                 f"{_flag(given[0])} was given without --gradinit: add --gradinit, or leave it out"
             )
         return None
-    _refuse_unsupported(cfg, learning=options.gradinit_scales is None)
+    learning = options.gradinit_scales is None
+    _refuse_unsupported(cfg, learning)
     preset = PRESETS[str(options.gradinit_preset)]
 
     def pick(name: str) -> Any:
@@ -254,7 +255,8 @@ def make_plan(cfg: Any) -> Plan | None:
         preset=str(options.gradinit_preset),
         config=GradInitConfig(
             eta=preset.eta_per_lr * peak_lr(cfg) if eta is None else eta,
-            target=_target(str(options.gradinit_optimizer), cfg),
+            # Scales from a file are applied whatever the optimizer is.
+            target=_target(str(options.gradinit_optimizer), cfg) if learning else "adam",
             gamma=pick("gamma"),
             iterations=pick("iterations"),
             lr=pick("lr"),

@@ -13,7 +13,7 @@ from typing import Any
 from fairseq.logging import progress_bar
 
 from fairseq_gradinit import report
-from fairseq_gradinit.blocks import Block, collect_blocks
+from fairseq_gradinit.blocks import Block, collect_blocks, frozen_names
 from fairseq_gradinit.data import PairedBatches
 from fairseq_gradinit.engine import Iteration, learn_scales
 from fairseq_gradinit.errors import GradInitError
@@ -36,7 +36,8 @@ def run_phase(trainer: Any, plan: Plan) -> None:
     Raises:
         GradInitError: see `learn_scales`, `Scales.load` and `Scales.apply`.
     """
-    if trainer.get_num_updates() > 0 or trainer._optim_history:
+    finetuning = trainer.cfg.checkpoint.finetune_from_model is not None
+    if trainer.get_num_updates() > 0 or trainer._optim_history or finetuning:
         logger.info(
             "skipping GradInit: the weights come from a checkpoint, which a new scale would spoil"
         )
@@ -83,6 +84,9 @@ def require_writable(save_dir: str) -> None:
 
 def _blocks(trainer: Any, plan: Plan) -> list[Block]:
     modules = {"": trainer.get_model(), "criterion": trainer.get_criterion()}
+    frozen = frozen_names(modules)
+    if frozen:
+        logger.info("frozen, so kept at scale 1: %s", ", ".join(frozen))
     return collect_blocks(modules, plan.config.norm_gains)
 
 

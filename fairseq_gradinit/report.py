@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
-from collections import OrderedDict
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -16,19 +14,19 @@ from fairseq_gradinit import __version__
 from fairseq_gradinit.blocks import Block
 from fairseq_gradinit.engine import Iteration
 from fairseq_gradinit.options import Plan
-from fairseq_gradinit.scales import BlockScale, Scales
+from fairseq_gradinit.scales import BlockScale, Scales, kinds_of_blocks
 
 FAIRSEQ_DISTRIBUTIONS = ("ve-fairseq", "fairseq", "fairseq-fixed")
 
 
 def iteration_stats(iteration: Iteration, gamma: float) -> dict[str, Any]:
     """One iteration as the values of one log line."""
-    stats: dict[str, Any] = OrderedDict(
-        kind=iteration.kind,
-        gnorm=round(iteration.grad_norm, 2),
-        gamma=gamma if math.isfinite(gamma) else "off",
-        loss=round(iteration.loss, 4),
-    )
+    stats: dict[str, Any] = {
+        "kind": iteration.kind,
+        "gnorm": round(iteration.grad_norm, 2),
+        "gamma": gamma if math.isfinite(gamma) else "off",
+        "loss": round(iteration.loss, 4),
+    }
     if iteration.trial_loss is not None:
         stats["trial_loss"] = round(iteration.trial_loss, 4)
     stats["min_scale"] = round(iteration.min_scale, 3)
@@ -36,16 +34,9 @@ def iteration_stats(iteration: Iteration, gamma: float) -> dict[str, Any]:
     return stats
 
 
-def kind_of_block(name: str) -> str:
-    """The name with its layer numbers left out: blocks of one kind differ in nothing else."""
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
-
-
 def scale_table(scales: Scales) -> list[str]:
     """The scales by kind of block, as lines of text; one column for each layer."""
-    groups: OrderedDict[str, list[BlockScale]] = OrderedDict()
-    for block in scales.blocks:
-        groups.setdefault(kind_of_block(block.name), []).append(block)
+    groups = kinds_of_blocks(scales)
     width = max(len(kind) for kind in groups)
     lines = [f"{'scales by kind of block':{width}}  first layer to last"]
     for kind, blocks in groups.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -96,7 +97,7 @@ class Scales:
             raise GradInitError(f"cannot read the scales file {path}: {error}") from error
         try:
             document = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise GradInitError(
                 f"the scales file {path} is not valid JSON ({error}): it is damaged, or not a "
                 "GradInit scales file"
@@ -130,6 +131,15 @@ class Scales:
             raise GradInitError(
                 f"the scales were learned for another model: {'; '.join(problems[:5])}{more}"
             )
+
+
+def kinds_of_blocks(scales: Scales) -> dict[str, list[BlockScale]]:
+    """The blocks grouped by their name with layer numbers left out, such as `layers.*.fc1.bias`."""
+    kinds: dict[str, list[BlockScale]] = {}
+    for block in scales.blocks:
+        kind = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", block.name)
+        kinds.setdefault(kind, []).append(block)
+    return kinds
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -169,7 +179,7 @@ def _parse(document: Any, path: Path) -> Scales:
         blocks = tuple(_parse_block(row) for row in document["blocks"])
         history = tuple(_parse_iteration(row) for row in document["history"])
         signature = _typed(document["signature"], str)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise GradInitError(
             f"the scales file {path} is damaged: {type(error).__name__}: {error}"
         ) from error
@@ -180,8 +190,8 @@ def _parse(document: Any, path: Path) -> Scales:
 
 def _parse_block(row: dict[str, Any]) -> BlockScale:
     scale = _number(row["scale"])
-    if not math.isfinite(scale) or scale < 0.0:
-        raise ValueError(f"scale {scale} of {row['name']} is not a finite number of at least 0")
+    if scale < 0.0:
+        raise ValueError(f"scale {scale} of {row['name']} is negative")
     shape = tuple(_typed(size, int) for size in row["shape"])
     if row["state"] not in ("learned", "zero", "norm gain"):
         raise ValueError(f"unknown state {row['state']!r}")
@@ -212,4 +222,6 @@ def _typed(value: Any, kind: type[T]) -> T:
 def _number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{value!r} is not a number")
+    if not math.isfinite(value):
+        raise ValueError(f"{value} is not a finite number")
     return float(value)

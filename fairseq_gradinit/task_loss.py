@@ -7,6 +7,7 @@ stands in for the run's own.
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 import torch
@@ -54,6 +55,7 @@ class TaskLoss:
             criterion=self._criterion,
             optimizer=recorder,
             update_num=0,
+            ignore_grad=False,
         )
         return self._total(recorder.losses), self._checked(sample_size)
 
@@ -62,12 +64,12 @@ class TaskLoss:
             raise GradInitError(
                 f"the train_step of task {type(self._task).__name__} differentiated no loss"
             )
-        return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
+        return torch.stack([loss.sum() for loss in losses]).sum()
 
     def _checked(self, sample_size: Any) -> torch.Tensor | float:
         if isinstance(sample_size, torch.Tensor) and sample_size.numel() == 1:
-            return sample_size.detach()
-        if isinstance(sample_size, int | float) and not isinstance(sample_size, bool):
+            return sample_size.detach().reshape(())
+        if isinstance(sample_size, Real) and not isinstance(sample_size, bool):
             return float(sample_size)
         raise GradInitError(
             f"criterion {type(self._criterion).__name__} returned {sample_size!r} as its sample "
