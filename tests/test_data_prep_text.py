@@ -1,0 +1,300 @@
+"""Cleaning, reading and splitting, without files other than miniature wheels."""
+
+import gettext
+import io
+import json
+import struct
+import zipfile
+
+import pytest
+from dataprep import DataPrepError
+from dataprep.cleaning import FILTERS, CleaningRules, clean, mask_key, match_key, normalise
+from dataprep.readers import GettextCatalogues, JsonCatalogues, Pair, read_wheel
+from dataprep.splitting import MATCHES, Splits, leakage, split_pairs
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+RULES = CleaningRules()
+JSON_READER = JsonCatalogues("app/*/translations/{language}.json")
+MO_READER = GettextCatalogues("shop/locale/{language}/LC_MESSAGES/*.mo", message_language="en")
+
+
+def write_zip(path, members):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return path
+
+
+def compiled_catalogue(messages):
+    """The bytes of a .mo file; gettext's own format, sorted by message as it asks for."""
+    header = {
+        "": "Content-Type: text/plain; charset=UTF-8\nPlural-Forms: nplurals=2; plural=n!=1;\n"
+    }
+    entries = sorted((k.encode(), v.encode()) for k, v in (header | messages).items())
+    count = len(entries)
+    offset = 28 + 16 * count
+    tables, data = ([], []), b""
+    for side in (0, 1):
+        for entry in entries:
+            tables[side].append(struct.pack("<II", len(entry[side]), offset + len(data)))
+            data += entry[side] + b"\0"
+    head = struct.pack("<7I", 0x950412DE, 0, count, 28, 28 + 8 * count, 0, 0)
+    return head + b"".join(tables[0]) + b"".join(tables[1]) + data
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("  two\n lines\tand\u00a0a no-break  space ", "two lines and a no-break space"),
+        ("\u201eWort\u201c \u201aso\u2018 it\u2019s \u00abici\u00bb", '"Wort" \'so\' it\'s "ici"'),
+        ("1\u20132 \u2014 end\u2026", "1-2 - end..."),
+        ("Ko\u00adpie\u200b", "Kopie"),
+        ("u\u0308ber", "\u00fcber"),
+        ("CO\u2082 in m\u00b3 at 20 \u00ba", "CO\u2082 in m\u00b3 at 20 \u00b0"),
+    ],
+)
+def test_normalise(text, expected):
+    assert normalise(text) == expected
+    assert normalise(expected) == expected
+
+
+def test_keys_disregard_what_they_say():
+    assert match_key("Turn it OFF, now!") == match_key("turn it off now")
+    assert match_key("Button 1") != match_key("Button 2")
+    assert mask_key("Button 1 of {name}") == mask_key("button 22 of %(device)s.")
+    assert mask_key("Stra\u00dfe") == mask_key("STRASSE")
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "second"),
+    [
+        ("empty", "", "Etwas hier"),
+        ("empty", "Some text", " \u200b "),
+        ("no-words", "{a} - {b}", "{b} - {a}"),
+        ("no-words", "12 / 34", "Zahl 12 / 34"),
+        ("identical", "Home Assistant", "home assistant."),
+        ("markup", "Read <b>this</b> now", "Lies <b>das</b> jetzt"),
+        ("markup", "See https://example.org now", "Siehe https://example.org nun"),
+        ("markup", "See [the guide]({url}) now", "Siehe [Anleitung]({url}) nun"),
+        ("markup", "Set `code` to it", "Setze `code` darauf"),
+        ("markup", "This &amp; that", "Dies &amp; das"),
+        ("markup", "{n, plural, one {day} other {days}}", "{n, plural, one {Tag} other {Tage}}"),
+        ("placeholders", "Hello {name} there", "Hallo {user} dort"),
+        ("placeholders", "Hello {name} there", "Hallo dort"),
+        ("placeholders", "At most %(n)s times", "H\u00f6chstens %(n)s von %(n)s Mal"),
+        ("too-short", "Kitchen", "K\u00fcche"),
+        ("too-long", "word " * 26, "Wort " * 25),
+        ("length-ratio", "On it", "Dies ist bei weitem zu lang"),
+    ],
+)
+def test_each_filter_removes_and_counts(name, first, second):
+    result = clean([Pair(first, second)], RULES)
+    assert result.pairs == []
+    assert {key: count for key, count in result.removed.items() if count} == {name: 1}
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("Turn on {name}", "{name} einschalten"),
+        ("Starting data", "Anfangsdatenbestand"),
+        ("word " * 25, "Wort " * 25),
+        ("Back to %(order)s: 100 % done", "Zur\u00fcck zu %(order)s: 100 % fertig"),
+        ("Salt & pepper", "Salz & Pfeffer"),
+    ],
+)
+def test_good_pairs_pass(first, second):
+    result = clean([Pair(first, second)], RULES)
+    assert result.pairs == [Pair(first.strip(), second.strip())]
+    assert not any(result.removed.values())
+
+
+def test_duplicates_differ_in_neither_words_nor_numbers():
+    pairs = [
+        Pair("Open the door", "\u00d6ffne die T\u00fcr"),
+        Pair("open the door!", "\u00f6ffne die T\u00fcr."),
+        Pair("Open the door", "Die T\u00fcr \u00f6ffnen"),
+        Pair("Open door 1", "\u00d6ffne T\u00fcr 1"),
+        Pair("Open door 2", "\u00d6ffne T\u00fcr 2"),
+    ]
+    result = clean(pairs, RULES)
+    assert result.pairs == [pairs[0], *pairs[2:]]
+    assert result.removed["duplicate"] == 1
+
+
+def test_every_pair_is_kept_or_counted_once():
+    pairs = [Pair("", ""), Pair("a b", "a b"), Pair("one two", "eins zwei")] * 3
+    result = clean(pairs, RULES)
+    assert len(result.pairs) + sum(result.removed.values()) == len(pairs)
+    assert list(result.removed) == [*FILTERS, "duplicate"]
+
+
+def test_json_catalogues_align_by_key_path(tmp_path):
+    english = {"title": "Lamp", "form": {"name": "Your name", "only_here": "x"}, "n": 3, "l": ["a"]}
+    german = {"form": {"name": "Dein Name", "only_there": "y"}, "title": "Lampe", "n": 3}
+    path = write_zip(
+        tmp_path / "a.whl",
+        {
+            "app/lamp/translations/en.json": json.dumps(english),
+            "app/lamp/translations/de.json": json.dumps(german),
+            "app/alone/translations/en.json": json.dumps({"a": "not in German"}),
+            "app/deep/er/translations/en.json": "not read: it lies too deep",
+            "app/deep/er/translations/de.json": "not read: it lies too deep",
+            "../../escape/translations/en.json": "never a path",
+        },
+    )
+    pairs = read_wheel(path, JSON_READER, ("en", "de"))
+    assert pairs == [Pair("Lamp", "Lampe"), Pair("Your name", "Dein Name")]
+    assert read_wheel(path, JSON_READER, ("de", "en")) == [
+        Pair("Dein Name", "Your name"),
+        Pair("Lampe", "Lamp"),
+    ]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.whl"]
+
+
+def test_gettext_catalogues_align_by_message(tmp_path):
+    catalogue = compiled_catalogue(
+        {
+            "Open order": "Offene Bestellung",
+            "menu\x04Close it": "Schlie\u00dfen",
+            "%(n)s day\0%(n)s days": "%(n)s Tag\0%(n)s Tage",
+        }
+    )
+    assert gettext.GNUTranslations(io.BytesIO(catalogue)).gettext("Open order")  # a fair fake
+    path = write_zip(
+        tmp_path / "a.whl",
+        {
+            "shop/locale/de/LC_MESSAGES/django.mo": catalogue,
+            "shop/locale/de_Informal/LC_MESSAGES/django.mo": b"another language",
+            "shop/locale/de/LC_MESSAGES/django.po": b"not compiled",
+        },
+    )
+    pairs = read_wheel(path, MO_READER, ("en", "de"))
+    assert set(pairs) == {
+        Pair("", pairs[0].second),  # the header, which the filter "empty" removes
+        Pair("Open order", "Offene Bestellung"),
+        Pair("Close it", "Schlie\u00dfen"),
+        Pair("%(n)s day", "%(n)s Tag"),
+    }
+    swapped = read_wheel(path, MO_READER, ("de", "en"))
+    assert [Pair(p.second, p.first) for p in swapped] == pairs
+
+
+@pytest.mark.parametrize(
+    ("reader", "members", "expected"),
+    [
+        (JSON_READER, {"readme": "x"}, "no message catalogues for en and de"),
+        (JSON_READER, {"app/a/translations/en.json": "{}"}, "no message catalogues"),
+        (MO_READER, {"readme": "x"}, "no message catalogues"),
+        (MO_READER, {"shop/locale/de/LC_MESSAGES/a.mo": "text"}, "not a compiled gettext"),
+        (MO_READER, {"shop/locale/de/LC_MESSAGES/a.mo": ""}, "not a compiled gettext"),
+        (
+            JSON_READER,
+            {"app/a/translations/en.json": "{", "app/a/translations/de.json": "{}"},
+            "app/a/translations/en.json in a.whl is not valid JSON",
+        ),
+        (
+            JSON_READER,
+            {"app/a/translations/en.json": b"{\xff}", "app/a/translations/de.json": "{}"},
+            "not valid JSON",
+        ),
+        (
+            JSON_READER,
+            {"app/a/translations/en.json": "[" * 100_000, "app/a/translations/de.json": "{}"},
+            "not valid JSON",
+        ),
+        (
+            JSON_READER,
+            {"app/a/translations/en.json": "{}", "app/a/translations/de.json": "[]"},
+            "not an object of messages",
+        ),
+        (
+            JSON_READER,
+            {
+                "app/a/translations/en.json": b" " * (65 * 1024 * 1024),  # a zip bomb in small
+                "app/a/translations/de.json": "{}",
+            },
+            "more than the 67,108,864 that a message catalogue may have",
+        ),
+    ],
+)
+def test_wheels_that_are_not_as_expected(tmp_path, reader, members, expected):
+    path = write_zip(tmp_path / "a.whl", members)
+    with pytest.raises(DataPrepError, match=expected):
+        read_wheel(path, reader, ("en", "de"))
+
+
+def test_gettext_without_the_message_language(tmp_path):
+    path = write_zip(tmp_path / "a.whl", {"shop/locale/de/LC_MESSAGES/a.mo": b""})
+    with pytest.raises(DataPrepError, match="not one of the corpus's languages"):
+        read_wheel(path, MO_READER, ("fr", "de"))
+
+
+def test_damaged_archives(tmp_path):
+    path = tmp_path / "a.whl"
+    path.write_bytes(b"no zip at all")
+    with pytest.raises(DataPrepError, match="cannot be read as a zip archive"):
+        read_wheel(path, JSON_READER, ("en", "de"))
+    text = json.dumps({str(i): f"message {i * 7919}" for i in range(2000)})
+    name = "app/a/translations/{}.json"
+    write_zip(path, {name.format("en"): text, name.format("de"): text})
+    content = bytearray(path.read_bytes())
+    content[200:2000] = bytes(1800)
+    path.write_bytes(content)
+    with pytest.raises(DataPrepError, match="cannot be read as a zip archive"):
+        read_wheel(path, JSON_READER, ("en", "de"))
+
+
+# Few words, so that sides often repeat, differ by a number only, or appear on the other side.
+SENTENCES = st.lists(
+    st.sampled_from(["open", "Open", "door", "T\u00fcr", "1", "2", "{name}", "the", "auf!"]),
+    min_size=1,
+    max_size=4,
+).map(" ".join)
+PAIRS = st.lists(st.builds(Pair, SENTENCES, SENTENCES), max_size=60)
+
+
+@given(PAIRS, st.integers(0, 4), st.integers(0, 4), st.integers(0, 5))
+@settings(max_examples=200, deadline=None)
+def test_held_out_sentences_occur_nowhere_else(raw, valid_pairs, test_pairs, seed):
+    pairs = clean(raw, CleaningRules(min_words=1)).pairs
+    try:
+        splits = split_pairs(pairs, valid_pairs, test_pairs, seed)
+    except DataPrepError:
+        return
+    assert (len(splits.valid), len(splits.test)) == (valid_pairs, test_pairs)
+    assert sorted(map(repr, splits.train + splits.valid + splits.test)) == sorted(map(repr, pairs))
+    assert leakage(splits) == dict.fromkeys(MATCHES, 0)
+    held_out = {mask_key(s) for p in splits.valid + splits.test for s in (p.first, p.second)}
+    trained = {mask_key(s) for p in splits.train for s in (p.first, p.second)}
+    assert held_out.isdisjoint(trained)
+
+
+def test_split_does_not_depend_on_order_but_on_the_seed():
+    letters = "abcdefghijklmnopqrst"
+    pairs = [Pair(f"{x} one", f"{x} eins") for x in letters]
+    splits = split_pairs(pairs, 4, 5, seed=1)
+    backwards = split_pairs(pairs[::-1], 4, 5, seed=1)
+    assert (splits.valid, splits.test) == (backwards.valid, backwards.test)
+    assert split_pairs(pairs, 4, 5, seed=2).test != splits.test
+
+
+def test_split_needs_enough_pairs():
+    pairs = [Pair("a one", "a eins"), Pair("b one", "b eins"), Pair("b one", "b zwei")]
+    with pytest.raises(DataPrepError, match="3 clean pairs, of which 1 can be held out; 2 are"):
+        split_pairs(pairs, 1, 1, seed=1)
+
+
+def test_leakage_counts_each_sense():
+    train = [Pair("Open door 1", "T\u00fcr 1 \u00f6ffnen")]
+    splits = Splits(
+        train,
+        valid=[Pair("nothing alike", "nichts Gleiches")],
+        test=[
+            Pair("Open door 1", "x y"),
+            Pair("OPEN, door 1!", "x z"),
+            Pair("x q", "T\u00fcr 2 \u00f6ffnen"),
+        ],
+    )
+    assert list(leakage(splits).values()) == [1, 2, 3]
