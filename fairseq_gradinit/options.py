@@ -225,7 +225,8 @@ def make_plan(cfg: Any) -> Plan | None:
         GradInitError: an option is out of its range, or the run uses something that GradInit does
             not support.
     """
-    options = read_options(cfg.task)
+    # Programs of other projects pass through here too, with configurations of their own.
+    options = read_options(getattr(cfg, "task", None))
     if not options.gradinit:
         given = [n for n in OPTION_NAMES if getattr(options, n) != getattr(GradInitOptions, n)]
         if given:

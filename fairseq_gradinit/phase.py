@@ -36,8 +36,7 @@ def run_phase(trainer: Any, plan: Plan) -> None:
     Raises:
         GradInitError: see `learn_scales`, `Scales.load` and `Scales.apply`.
     """
-    finetuning = trainer.cfg.checkpoint.finetune_from_model is not None
-    if trainer.get_num_updates() > 0 or trainer._optim_history or finetuning:
+    if trainer.get_num_updates() > 0 or trainer._optim_history:
         logger.info(
             "skipping GradInit: the weights come from a checkpoint, which a new scale would spoil"
         )

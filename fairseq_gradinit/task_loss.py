@@ -68,7 +68,7 @@ class TaskLoss:
 
     def _checked(self, sample_size: Any) -> torch.Tensor | float:
         if isinstance(sample_size, torch.Tensor) and sample_size.numel() == 1:
-            return sample_size.detach().reshape(())
+            return sample_size.detach()
         if isinstance(sample_size, Real) and not isinstance(sample_size, bool):
             return float(sample_size)
         raise GradInitError(

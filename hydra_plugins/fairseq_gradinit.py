@@ -5,11 +5,13 @@ Hydra composes and checks its configuration before fairseq loads the --user-dir,
 it starts: this one loads the user dir in time, and does nothing in any other program.
 """
 
+import os
 import sys
 from argparse import Namespace
 
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.plugins.search_path_plugin import SearchPathPlugin
+from hydra.utils import to_absolute_path
 
 USER_DIR_OPTION = "common.user_dir="
 
@@ -30,8 +32,14 @@ class FairseqGradInitSearchPath(SearchPathPlugin):
         add_defaults = program.add_defaults
 
         def with_user_dir(cfg):
+            # Hydra works in a folder of its own by now: a relative user dir still means the one
+            # that the program was started in.
+            if cfg.common.user_dir and os.path.exists(to_absolute_path(cfg.common.user_dir)):
+                cfg.common.user_dir = to_absolute_path(cfg.common.user_dir)
             # Covers a user dir that a configuration file names.
             import_user_module(cfg.common)
+            if "fairseq_gradinit.hook" in sys.modules:
+                sys.modules["fairseq_gradinit.hook"].extend_tasks()
             add_defaults(cfg)
 
         program.add_defaults = with_user_dir

@@ -35,11 +35,11 @@ log = logging.getLogger("quickstart")
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE, TARGET = "de", "en"
-SEED = 1
 UPDATES = 1600
-WARMUP = 400
+SEED = 1
 EXAMPLES = 10
 
+PLUGIN = ["--user-dir", "fairseq_gradinit"]
 # With fairseq's default of 8, ve-fairseq 0.12.3 drops the sentences that do not fill a multiple of
 # it: 4 of 700 test sentences would get no translation.
 ALL_SENTENCES = ["--required-batch-size-multiple", "1"]
@@ -49,16 +49,14 @@ TRAINING = [
     *("--criterion", "label_smoothed_cross_entropy", "--label-smoothing", "0.1"),
     *("--optimizer", "adam", "--adam-betas", "(0.9, 0.98)", "--weight-decay", "0.0001"),
     *("--lr", "0.001", "--lr-scheduler", "polynomial_decay"),
-    *("--total-num-update", str(UPDATES), "--max-update", str(UPDATES)),
-    *("--max-tokens", "1500", *ALL_SENTENCES, "--seed", str(SEED)),
+    *("--max-tokens", "1500", *ALL_SENTENCES),
 ]
-# Keeps a resumable state every 200 updates, and no more than the last one of them.
+# Keeps a state to resume from every 200 updates, and only the last of them.
 HOUSEKEEPING = [
     *("--save-interval-updates", "200", "--keep-interval-updates", "1", "--no-epoch-checkpoints"),
     *("--validate-interval", "1000", "--num-workers", "1"),
     *("--log-format", "json", "--log-interval", "20"),
 ]
-PLUGIN = ["--user-dir", "fairseq_gradinit"]
 
 
 @dataclass(frozen=True)
@@ -76,11 +74,55 @@ class Arm:
     options: tuple[str, ...]
 
 
-ARMS = (
-    Arm("gradinit", "GradInit, no warmup", ("--gradinit", "--warmup-updates", "0")),
-    Arm("no-warmup", "default init, no warmup", ("--warmup-updates", "0")),
-    Arm("warmup", f"default init, warmup {WARMUP}", ("--warmup-updates", str(WARMUP))),
-)
+@dataclass(frozen=True)
+class Settings:
+    """What the user decides.
+
+    Attributes:
+        run_dir: folder for everything that the program makes.
+        updates: length of training.
+        seed: of initialisation, data order and dropout.
+    """
+
+    run_dir: Path
+    updates: int
+    seed: int
+
+    @property
+    def corpus(self) -> Path:
+        return self.run_dir / "corpus"
+
+    @property
+    def arms(self) -> tuple[Arm, Arm, Arm]:
+        warmup = self.updates // 4
+        return (
+            Arm("gradinit", "GradInit, no warmup", ("--gradinit", "--warmup-updates", "0")),
+            Arm("no-warmup", "default, no warmup", ("--warmup-updates", "0")),
+            Arm("warmup", f"default, warmup {warmup}", ("--warmup-updates", str(warmup))),
+        )
+
+    def checkpoints(self, arm: Arm) -> Path:
+        return self.run_dir / arm.name / "checkpoints"
+
+    def training_command(self, arm: Arm) -> list[str]:
+        length = str(self.updates)
+        return [
+            *program("train"),
+            *(str(self.corpus / "data-bin"), *PLUGIN, *arm.options, *MODEL, *TRAINING),
+            *("--total-num-update", length, "--max-update", length, "--seed", str(self.seed)),
+            *(*HOUSEKEEPING, "--save-dir", str(self.checkpoints(arm))),
+        ]
+
+    def translation_command(self, arm: Arm) -> list[str]:
+        return [
+            *program("generate"),
+            *(str(self.corpus / "data-bin"), *PLUGIN, "--task", "translation"),
+            *("--source-lang", SOURCE, "--target-lang", TARGET, "--gen-subset", "test"),
+            *("--path", str(self.checkpoints(arm) / "checkpoint_last.pt")),
+            *("--beam", "4", "--max-len-a", "1.5", "--max-len-b", "10"),
+            *("--max-tokens", "4000", *ALL_SENTENCES, "--remove-bpe", "sentencepiece"),
+            *("--results-path", str(self.run_dir / arm.name)),
+        ]
 
 
 @dataclass(frozen=True)
@@ -89,7 +131,8 @@ class Result:
 
     Attributes:
         valid_loss: base-2 validation loss after the last update.
-        bleu, chrf: sacrebleu's scores, as lines with their signatures.
+        bleu, chrf: scores of the test set.
+        signatures: sacrebleu's lines for both, which say how they were computed.
         train_seconds, translate_seconds: wall time.
         curve: (update, base-2 training loss).
         rows: of the test set: source, reference, translation.
@@ -97,8 +140,9 @@ class Result:
 
     arm: Arm
     valid_loss: float
-    bleu: str
-    chrf: str
+    bleu: float
+    chrf: float
+    signatures: tuple[str, str]
     train_seconds: float
     translate_seconds: float
     curve: list[tuple[int, float]]
@@ -115,24 +159,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--compare", action="store_true", help="train the default init too")
     parser.add_argument("--run-dir", type=Path, default=ROOT / "quickstart-run")
+    parser.add_argument("--updates", type=int, default=UPDATES)
+    parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--wheels", type=Path, help="folder that holds the corpus's wheels")
     options = parser.parse_args(arguments)
+    settings = Settings(options.run_dir, options.updates, options.seed)
     start = time.monotonic()
     try:
-        corpus_seconds = prepare_corpus(options.run_dir / "corpus", options.wheels)
-        arms = ARMS if options.compare else ARMS[:1]
-        results = [run_arm(arm, options.run_dir) for arm in arms]
+        prepare_corpus(settings, options.wheels)
+        corpus_seconds = time.monotonic() - start
+        arms = settings.arms if options.compare else settings.arms[:1]
+        results = [run_arm(arm, settings) for arm in arms]
     except (QuickstartError, DataPrepError) as error:
         log.error("quickstart: %s", error)
         return 1
     except KeyboardInterrupt:
         log.error("quickstart: interrupted; the same command goes on from here")
         return 130
-    name = "compare" if options.compare else "quickstart"
-    picture = options.run_dir / f"{name}.png"
-    scales = Scales.load(options.run_dir / ARMS[0].name / "checkpoints" / FILE_NAME)
+    picture = settings.run_dir / ("compare.png" if options.compare else "quickstart.png")
+    scales = Scales.load(settings.checkpoints(settings.arms[0]) / FILE_NAME)
     save_picture(picture, {result.arm.title: result.curve for result in results}, scales)
-    print_summary(results, options.run_dir, picture, corpus_seconds, time.monotonic() - start)
+    show_examples(results[0])
+    show_results(results, settings)
+    log.info(
+        "corpus: %.0f s; everything, this time: %.0f s", corpus_seconds, time.monotonic() - start
+    )
+    show_files(settings, picture)
     return 0
 
 
@@ -152,46 +204,38 @@ def once(marker: Path, ingredients: dict[str, Any], work: Callable[[], dict]) ->
     return report
 
 
-def prepare_corpus(folder: Path, wheels: Path | None) -> float:
-    """Make the corpus, if it is not there yet; returns the seconds it took."""
+def prepare_corpus(settings: Settings, wheels: Path | None) -> None:
+    """Make the corpus, as far as it is not there yet."""
     command = [sys.executable, str(ROOT / "data-prep" / "prepare.py"), "quickstart"]
-    command += ["--out", str(folder), "--source-lang", SOURCE, "--target-lang", TARGET]
+    command += ["--out", str(settings.corpus), "--source-lang", SOURCE, "--target-lang", TARGET]
     command += ["--wheels", str(wheels)] if wheels else []
     log.info("\n== corpus: raw text to binarised data\n%s", shlex.join(command))
-    start = time.monotonic()
     if subprocess.run(command, check=False).returncode != 0:
         raise QuickstartError("the preparation of the corpus failed, for the reason above")
-    return time.monotonic() - start
 
 
-def run_arm(arm: Arm, run_dir: Path) -> Result:
+def run_arm(arm: Arm, settings: Settings) -> Result:
     """Train, translate and score one arm."""
-    folder = run_dir / arm.name
+    folder = settings.run_dir / arm.name
     folder.mkdir(parents=True, exist_ok=True)
-    corpus = run_dir / "corpus"
-    trained = train(arm, folder, corpus)
-    command = [
-        *program("generate"),
-        *(str(corpus / "data-bin"), *PLUGIN, "--task", "translation"),
-        *("--source-lang", SOURCE, "--target-lang", TARGET, "--gen-subset", "test"),
-        *("--path", str(folder / "checkpoints" / "checkpoint_last.pt")),
-        *("--beam", "4", "--max-tokens", "4000", *ALL_SENTENCES, "--max-len-a", "1.5", "--max-len-b", "10"),
-        *("--remove-bpe", "sentencepiece", "--results-path", str(folder)),
-    ]
+    trained = train(arm, settings)
+    command = settings.translation_command(arm)
     log.info("\n== %s: translate the test set\n%s", arm.title, shlex.join(command))
     translated = once(
         folder / "translate.json",
         {"command": command, "trained": trained["key"]},
         lambda: run_quietly(command, folder / "translate.log"),
     )
-    rows = read_translations(folder / "generate-test.txt", corpus / "text")
+    rows = read_translations(folder / "generate-test.txt", settings.corpus / "text")
     references, hypotheses = [row[1] for row in rows], [row[2] for row in rows]
-    bleu, chrf = BLEU(), CHRF()
+    metrics = BLEU(), CHRF()
+    scores = [metric.corpus_score(hypotheses, [references]) for metric in metrics]
     return Result(
         arm=arm,
         valid_loss=trained["valid_loss"],
-        bleu=score_line(bleu, hypotheses, references),
-        chrf=score_line(chrf, hypotheses, references),
+        bleu=scores[0].score,
+        chrf=scores[1].score,
+        signatures=(str(metrics[0].get_signature()), str(metrics[1].get_signature())),
         train_seconds=trained["seconds"],
         translate_seconds=translated["seconds"],
         curve=[(update, loss) for update, loss in trained["curve"]],
@@ -199,25 +243,23 @@ def run_arm(arm: Arm, run_dir: Path) -> Result:
     )
 
 
-def train(arm: Arm, folder: Path, corpus: Path) -> dict[str, Any]:
+def train(arm: Arm, settings: Settings) -> dict[str, Any]:
     """Run fairseq-train, resuming what was interrupted; returns curve, valid_loss and seconds."""
-    command = [
-        *program("train"),
-        *(str(corpus / "data-bin"), *PLUGIN, *arm.options, *MODEL, *TRAINING, *HOUSEKEEPING),
-        *("--save-dir", str(folder / "checkpoints")),
-    ]
-    data = json.loads((corpus / "manifest.json").read_text())["outputs"]
+    folder = settings.run_dir / arm.name
+    command = settings.training_command(arm)
+    data = json.loads((settings.corpus / "manifest.json").read_text())["outputs"]
     ingredients = {"command": command, "data": data}
     started = folder / "started.json"
     key = {"key": fingerprint(ingredients)}
     if not started.exists() or json.loads(started.read_text()) != key:
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        shutil.rmtree(settings.checkpoints(arm), ignore_errors=True)
         (folder / "train.log").unlink(missing_ok=True)
         write_json(started, key)
     log.info("\n== %s: train\n%s", arm.title, shlex.join(command))
 
     def work() -> dict[str, Any]:
-        follow_training(command, folder / "train.log", arm.title)
+        with tqdm(total=settings.updates, desc=arm.title, unit="update", mininterval=5) as bar:
+            follow_training(command, folder / "train.log", bar)
         return read_training(folder / "train.log")
 
     return once(folder / "train.json", ingredients, work)
@@ -246,8 +288,8 @@ def run_quietly(command: Sequence[str], log_file: Path) -> dict[str, Any]:
     return {}
 
 
-def follow_training(command: Sequence[str], log_file: Path, title: str) -> None:
-    """Run fairseq-train with its output in a file and its progress on the screen."""
+def follow_training(command: Sequence[str], log_file: Path, bar: tqdm) -> None:
+    """Run fairseq-train with its output in a file and its progress on `bar`."""
     with (
         log_file.open("a") as output,
         subprocess.Popen(
@@ -257,7 +299,6 @@ def follow_training(command: Sequence[str], log_file: Path, title: str) -> None:
             env=environment(),
             text=True,
         ) as process,
-        tqdm(total=UPDATES, desc=title, unit="update", mininterval=5) as bar,
     ):
         try:
             for line in process.stdout or ():
@@ -320,58 +361,52 @@ def read_translations(generated: Path, text: Path) -> list[tuple[str, str, str]]
     return [(s, r, hypotheses[i]) for i, (s, r) in enumerate(zip(source, reference, strict=True))]
 
 
-def score_line(metric: BLEU | CHRF, hypotheses: list[str], references: list[str]) -> str:
-    """The score with sacrebleu's signature."""
-    score = metric.corpus_score(hypotheses, [references])
-    return score.format(signature=str(metric.get_signature()), width=1)
-
-
-def print_summary(
-    results: list[Result], run_dir: Path, picture: Path, corpus_seconds: float, seconds: float
-) -> None:
-    """All that the run came to, and what to do next."""
-    first = results[0]
-    log.info("\n== ten translations of %s", first.arm.title)
-    for row in first.rows[:: max(1, len(first.rows) // EXAMPLES)][:EXAMPLES]:
+def show_examples(result: Result) -> None:
+    """Sentences at even distances through the test set, so that none is picked."""
+    log.info("\n== %d translations of: %s", EXAMPLES, result.arm.title)
+    for row in result.rows[:: max(1, len(result.rows) // EXAMPLES)][:EXAMPLES]:
         for label, sentence in zip(("source", "reference", "translation"), row, strict=True):
             log.info("%-11s  %s", label, sentence)
         log.info("")
-    log.info("== results on the test set (%d sentences)", len(first.rows))
-    for result in results:
-        curve = dict(result.curve)
-        marks = [m for m in (UPDATES // 8, UPDATES // 4, UPDATES // 2, UPDATES) if m in curve]
-        losses = ", ".join(f"{curve[mark]:.2f} at {mark}" for mark in marks)
-        log.info("%s", result.arm.title)
-        log.info("    %s", result.bleu)
-        log.info("    %s", result.chrf)
-        log.info("    base-2 loss: training %s; validation %.3f", losses, result.valid_loss)
-        log.info(
-            "    wall time: training %.0f s, translation %.0f s",
-            result.train_seconds,
-            result.translate_seconds,
-        )
-    log.info("corpus: %.0f s; everything, this time: %.0f s", corpus_seconds, seconds)
-    checkpoints = run_dir / ARMS[0].name / "checkpoints"
+
+
+def show_results(results: list[Result], settings: Settings) -> None:
+    """The arms side by side."""
+    table = {
+        "": [result.arm.title for result in results],
+        "BLEU": [f"{result.bleu:.2f}" for result in results],
+        "chrF2": [f"{result.chrf:.2f}" for result in results],
+        "validation loss (base 2)": [f"{result.valid_loss:.3f}" for result in results],
+    }
+    for update in (settings.updates // 8, settings.updates // 4, settings.updates // 2):
+        row = [dict(result.curve).get(update) for result in results]
+        if None not in row:
+            table[f"training loss at {update}"] = [f"{loss:.2f}" for loss in row]
+    table["training, seconds"] = [f"{result.train_seconds:.0f}" for result in results]
+    table["translation, seconds"] = [f"{result.translate_seconds:.0f}" for result in results]
+    log.info("== results on the test set (%d sentences)", len(results[0].rows))
+    for name, cells in table.items():
+        log.info("%-24s  %s", name, "  ".join(f"{cell:>22}" for cell in cells))
+    log.info("\nBLEU   %s\nchrF2  %s", *results[0].signatures)
+
+
+def show_files(settings: Settings, picture: Path) -> None:
+    """Where things lie, and three commands to try next."""
+    checkpoints = settings.checkpoints(settings.arms[0])
     log.info("\ncheckpoint  %s", checkpoints / "checkpoint_last.pt")
     log.info("scales      %s", checkpoints / FILE_NAME)
     log.info("picture     %s", picture)
-    log.info("\nnext:\n%s", "\n".join(next_commands(run_dir, checkpoints, len(results) > 1)))
-
-
-def next_commands(run_dir: Path, checkpoints: Path, compared: bool) -> list[str]:
-    """Three commands to try after this one."""
-    binaries = Path(sys.executable).parent
-    data = run_dir / "corpus" / "data-bin"
-    model = run_dir / "corpus" / "subwords" / "joint.model"
-    interactive = (
-        f"  echo 'Passwort vergessen?' | {binaries}/fairseq-interactive {data} "
-        f"--user-dir fairseq_gradinit --path {checkpoints / 'checkpoint_last.pt'} "
-        f"--source-lang {SOURCE} --target-lang {TARGET} --beam 4 "
-        f"--bpe sentencepiece --sentencepiece-model {model}"
-    )
-    compare = f"  {'make quickstart' if compared else 'make quickstart-compare'}"
-    options = f"  {binaries}/fairseq-train --user-dir fairseq_gradinit --help"
-    return [interactive, compare, options]
+    interactive = [
+        *program("interactive"),
+        *(str(settings.corpus / "data-bin"), *PLUGIN, "--task", "translation"),
+        *("--path", str(checkpoints / "checkpoint_last.pt"), "--beam", "4"),
+        *("--source-lang", SOURCE, "--target-lang", TARGET, "--bpe", "sentencepiece"),
+        *("--sentencepiece-model", str(settings.corpus / "subwords" / "joint.model")),
+    ]
+    log.info("\ntry next:")
+    log.info("  echo 'Passwort vergessen?' | %s", shlex.join(interactive))
+    log.info("  make quickstart-compare")
+    log.info("  %s", shlex.join([*program("train"), *PLUGIN, "--help"]))
 
 
 if __name__ == "__main__":

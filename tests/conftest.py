@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import io
+import logging
 import os
 import random
+import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch
+
+# Models this small lose more to the hand-over between threads than they gain.
+torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -29,10 +40,22 @@ SHORT_TRAINING = [
     *("--log-format", "simple", "--log-interval", "1", "--num-workers", "0"),
 ]
 PLUGIN = ["--user-dir", "fairseq_gradinit"]
-GRADINIT = [*PLUGIN, "--gradinit", "--gradinit-iterations", "3"]
+GRADINIT = ["--gradinit", "--gradinit-iterations", "3"]
+OWN_USER_DIR = ["--user-dir", str(ROOT / "tests" / "own_user_dir")]
 
 
-@dataclass(frozen=True)
+def usual_options(*left_out: str) -> list[str]:
+    """The small model and its short training, without some options and their values."""
+    usual = [*SMALL_MODEL, *SHORT_TRAINING]
+    kept = []
+    for i, word in enumerate(usual):
+        option = word if word.startswith("--") else usual[i - 1]
+        if option not in left_out:
+            kept.append(word)
+    return kept
+
+
+@dataclass
 class Outcome:
     """What a command line did: its exit code and all that it printed."""
 
@@ -42,15 +65,31 @@ class Outcome:
     def lines(self, needle: str) -> list[str]:
         return [line for line in self.output.splitlines() if needle in line]
 
+    @property
+    def updates(self) -> list[str]:
+        """What the log says of every update, but for times and speeds."""
+        columns = r"\b(?:loss|nll_loss|ppl|wpb|bsz|num_updates|lr|gnorm)=\S+"
+        return [" ".join(re.findall(columns, line)) for line in self.lines("num_updates=")]
 
-def run_command(program: str, *arguments: object, stdin: str | None = None, **env: str) -> Outcome:
-    """Run a program of the environment that the tests run in, from a folder that is not ours."""
+    def error(self) -> str:
+        """The one sentence that a mistake was answered with."""
+        assert self.code not in (0, None), self.output
+        assert "Traceback" not in self.output, self.output
+        (line,) = self.lines("GradInit: ")[-1:] or [self.output]
+        assert "ERROR" in line, self.output
+        return line.partition("GradInit: ")[2]
+
+
+def run_command(
+    program: str, *arguments: object, stdin: str | None = None, cwd: Path | str = "/", **env: str
+) -> Outcome:
+    """Run a program of the environment that the tests run in, by default in a folder not ours."""
     done = subprocess.run(
         [str(BIN / program), *map(str, arguments)],
         capture_output=True,
         text=True,
         input=stdin,
-        cwd="/",
+        cwd=cwd,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **env},
         timeout=300,
         check=False,
@@ -104,3 +143,87 @@ def train(data: Path, save_dir: Path, *arguments: object, base: Sequence[str] = 
     """Run fairseq-train on the small model; `arguments` come last, and so override the rest."""
     base = base or [*SMALL_MODEL, *SHORT_TRAINING]
     return run_command("fairseq-train", data, *base, "--save-dir", save_dir, *arguments)
+
+
+@dataclass
+class Training(Outcome):
+    """A run of fairseq-train in this process, and what its trainer saw.
+
+    Attributes:
+        trainer: fairseq's trainer as the run left it.
+        initial: the model's tensors when the trainer was made.
+        first: the model's tensors at the beginning of the first update.
+        batches: a hash of the data of every update.
+    """
+
+    trainer: object = None
+    initial: dict[str, torch.Tensor] = field(default_factory=dict)
+    first: dict[str, torch.Tensor] = field(default_factory=dict)
+    batches: list[str] = field(default_factory=list)
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        return tensors_of(self.trainer.get_model())
+
+
+def tensors_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def digest(sample: object) -> str:
+    """A hash of every tensor in a nested sample."""
+    from fairseq import utils
+
+    found = hashlib.blake2b(digest_size=8)
+
+    def add(tensor):
+        found.update(tensor.contiguous().numpy().tobytes())
+        return tensor
+
+    utils.apply_to_sample(add, sample)
+    return found.hexdigest()
+
+
+def train_here(
+    data: Path, save_dir: Path, *arguments: object, base: Sequence[str] = ()
+) -> Training:
+    """Run fairseq-train as `train` does, but in this process, where the plugin stays loaded."""
+    import fairseq_cli.train as program
+
+    import fairseq_gradinit.plugin  # noqa: F401
+
+    seen = Training(0, "")
+
+    class RecordingTrainer(program.Trainer):
+        def __init__(self, cfg, task, model, criterion, quantizer=None):
+            super().__init__(cfg, task, model, criterion, quantizer)
+            seen.trainer, seen.initial = self, tensors_of(self.get_model())
+
+        def train_step(self, samples, raise_oom=False):
+            seen.first = seen.first or tensors_of(self.get_model())
+            seen.batches.append(" ".join(map(digest, samples)))
+            return super().train_step(samples, raise_oom)
+
+    base = base or [*SMALL_MODEL, *SHORT_TRAINING]
+    argv = ["fairseq-train", data, *base, "--save-dir", save_dir, *arguments]
+    log = io.StringIO()
+    handler = logging.StreamHandler(log)
+    handler.setFormatter(logging.Formatter("%(levelname)s | %(name)s | %(message)s"))
+    root = logging.getLogger()
+    level = root.level
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    try:
+        with (
+            mock.patch.object(sys, "argv", list(map(str, argv))),
+            mock.patch.object(program, "Trainer", RecordingTrainer),
+            contextlib.redirect_stderr(log),
+            warnings.catch_warnings(action="ignore"),
+        ):
+            program.cli_main()
+    except SystemExit as leaving:
+        seen = Training(**{**vars(seen), "code": leaving.code})
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(level)
+    return Training(**{**vars(seen), "output": log.getvalue()})

@@ -1,0 +1,193 @@
+"""Mistakes: each is answered by one sentence and a non-zero exit, and nothing is lost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import (
+    OWN_USER_DIR,
+    PLUGIN,
+    Corpus,
+    binarise,
+    train,
+    train_here,
+    usual_options,
+    write_corpus,
+)
+
+QUICK = ["--gradinit", "--gradinit-iterations", "2", "--max-update", "1"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--gradinit-gamma", "0"], "gamma must be a number greater than 0"),
+        (["--gradinit-eta=-1e-3"], "eta must be a number greater than 0"),
+        (["--gradinit-iterations", "0"], "iterations must be at least 1"),
+        (["--gradinit-min-scale", "2", "--gradinit-max-scale", "1.5"], "min-scale must lie in"),
+        (["--gradinit-betas", "none"], "'none' is not two numbers with a comma"),
+        (["--gradinit-max-tokens", "1"], "too few to cut a batch in thirds"),
+        (["--gradinit-max-tokens", "10"], "raise --gradinit-max-tokens (now 10)"),
+        (["--gradinit-max-tokens", "3"], "no sentence of the training data fits"),
+        (["--gradinit-max-tokens", "100000"], "lower --gradinit-max-tokens (now 100000)"),
+        (["--distributed-world-size", "2"], "learns on one process, and this run has 2"),
+        (["--ddp-backend", "fully_sharded"], "does not work with --ddp-backend fully_sharded"),
+        (["--ddp-backend", "slowmo"], "does not work with --ddp-backend slowmo"),
+        (["--bf16"], "does not work with --tpu or --bf16"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_options_that_cannot_work(corpus, tmp_path, options, message):
+    run = train_here(corpus.translation, tmp_path / "run", *QUICK, *options)
+    assert message in run.error()
+    assert not run.batches
+    assert not list((tmp_path / "run").glob("*"))
+
+
+def test_an_optimizer_that_gradinit_does_not_know(corpus, tmp_path):
+    base = usual_options("--optimizer", "--adam-betas")
+    options = ["--optimizer", "adadelta", *QUICK]
+    run = train_here(corpus.translation, tmp_path / "run", *options, base=base)
+    assert "does not know the first step of --optimizer adadelta" in run.error()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("option", ["optimizer", "preset", "norm-gains"])
+def test_a_choice_that_does_not_exist(corpus, tmp_path, option):
+    run = train_here(corpus.translation, tmp_path, *QUICK, f"--gradinit-{option}", "lamb")
+    assert run.code == 2
+    assert f"argument --gradinit-{option}: invalid choice: 'lamb'" in run.output
+    assert "Traceback" not in run.output
+
+
+@pytest.mark.parametrize(
+    ("criterion", "message"),
+    [
+        ("no_sample_size", "criterion NoSampleSize returned None as its sample size"),
+        ("nothing_counted", "the sample size that the criterion returns must be greater than 0"),
+        ("nan_loss", "the loss is nan in GradInit iteration 1 "),
+    ],
+)
+def test_a_criterion_that_gives_nothing_to_learn_from(corpus, tmp_path, criterion, message):
+    base = usual_options("--criterion", "--label-smoothing")
+    options = [*OWN_USER_DIR, "--criterion", criterion, *QUICK]
+    run = train_here(corpus.translation, tmp_path, *options, base=base)
+    assert message in run.error()
+    assert not list(tmp_path.glob("*"))
+    model = run.trainer.get_model()
+    assert all(torch.equal(p, run.initial[name]) for name, p in model.named_parameters())
+
+
+def test_a_nan_that_comes_later_gives_the_initial_weights_back(corpus, tmp_path):
+    options = [*QUICK, "--gradinit-eta", "1e38"]
+    run = train_here(corpus.translation, tmp_path, *options)
+    assert "lower eta, the learning rate of the scales, or max-scale" in run.error()
+    model = run.trainer.get_model()
+    assert all(torch.equal(p, run.initial[name]) for name, p in model.named_parameters())
+
+
+def test_a_task_that_steers_the_optimizer_itself(corpus, tmp_path):
+    options = [*OWN_USER_DIR, "--task", "task_with_its_own_optimizer_steps", *QUICK]
+    run = train_here(corpus.translation, tmp_path, *options)
+    assert "train_step uses the optimizer's zero_grad" in run.error()
+
+
+def test_a_model_that_is_frozen_but_for_its_norm_gains(corpus, tmp_path):
+    """One that is frozen altogether is refused by fairseq's optimizer before."""
+    options = [*OWN_USER_DIR, "--arch", "half_frozen_transformer", "--freeze-but-norms", *QUICK]
+    run = train_here(corpus.translation, tmp_path, *options)
+    assert "the model has no parameter tensor that GradInit could scale" in run.error()
+
+
+def test_a_corpus_smaller_than_a_batch(tmp_path):
+    write_corpus(tmp_path, {"train": 8})
+    pair = ("-s", "de", "-t", "en", "--joined-dictionary", "--trainpref", f"{tmp_path}/train")
+    data = binarise(tmp_path / "mt", *pair)
+    run = train_here(data, tmp_path / "run", *QUICK)
+    assert "the training data (8 sentences) fill only 1 GradInit batch" in run.error()
+    run = train_here(data, tmp_path / "run", *QUICK, "--gradinit-max-tokens", "20")
+    assert "raise --gradinit-max-tokens (now 20)" in run.error()
+    assert not list((tmp_path / "run").glob("*"))
+
+
+@pytest.fixture(scope="module")
+def scales_file(corpus: Corpus, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("scales")
+    assert train_here(corpus.translation, folder, *QUICK, "--no-save").code == 0
+    return folder / "gradinit_scales.json"
+
+
+def test_a_scales_file_of_another_model(corpus, scales_file, tmp_path):
+    options = ["--gradinit", "--gradinit-scales", scales_file, "--decoder-layers", "1"]
+    error = train_here(corpus.translation, tmp_path, *options).error()
+    assert "the scales were learned for another model" in error
+    assert "decoder.layers.1.self_attn.k_proj.weight is not in the model" in error
+    options = ["--gradinit", "--gradinit-scales", scales_file, "--encoder-ffn-embed-dim", "16"]
+    run = train_here(corpus.translation, tmp_path, *options)
+    expected = (
+        "encoder.layers.0.fc1.weight has shape [64, 32] in the file and [16, 32] in the model"
+    )
+    assert expected in run.error()
+    model = run.trainer.get_model()
+    assert all(torch.equal(p, run.initial[name]) for name, p in model.named_parameters())
+    assert not list(tmp_path.glob("*"))
+
+
+def test_a_scales_file_that_is_none(corpus, scales_file, tmp_path):
+    binary = tmp_path / "model.pt"
+    torch.save(torch.ones(3), binary)
+    damaged = tmp_path / "damaged.json"
+    damaged.write_text(scales_file.read_text()[:-300])
+    changed = tmp_path / "changed.json"
+    document = json.loads(scales_file.read_text())
+    document["blocks"][3]["scale"] = None
+    changed.write_text(json.dumps(document))
+    for path, message in {
+        tmp_path / "missing.json": "cannot read the scales file",
+        binary: "cannot read the scales file",
+        damaged: "is not valid JSON",
+        changed: "is damaged: TypeError: None is not a number",
+        corpus.source_text: "is not valid JSON",
+    }.items():
+        options = ["--gradinit", "--gradinit-scales", path, "--max-update", "1"]
+        run = train_here(corpus.translation, tmp_path / "run", *options)
+        assert message in run.error()
+        assert str(path) in run.error()
+        assert not list((tmp_path / "run").glob("*"))
+
+
+def test_a_save_dir_that_cannot_be_written(corpus, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("dear")
+    for folder in ("/proc/gradinit", file, file / "below"):
+        error = train_here(corpus.translation, folder, *QUICK).error()
+        assert f"cannot write to --save-dir {folder}: " in error
+    assert file.read_text() == "dear"
+
+
+def test_a_disk_that_fills_up_keeps_the_old_scales(corpus, tmp_path, monkeypatch):
+    import os
+
+    assert train_here(corpus.translation, tmp_path, *QUICK, "--no-save").code == 0
+    before = (tmp_path / "gradinit_scales.json").read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    run = train_here(corpus.translation, tmp_path, *QUICK, "--no-save", "--seed", "5")
+    assert "No space left on device; choose a folder that can be written" in run.error()
+    assert [path.name for path in tmp_path.iterdir()] == ["gradinit_scales.json"]
+    assert (tmp_path / "gradinit_scales.json").read_bytes() == before
+
+
+def test_the_command_line_itself_ends_with_one_sentence(corpus, tmp_path):
+    outcome = train(corpus.translation, tmp_path, *PLUGIN, "--gradinit-eta", "1")
+    assert outcome.code == 1
+    expected = "--gradinit-eta was given without --gradinit: add --gradinit, or leave it out"
+    assert outcome.error() == expected
+    assert "Traceback" not in outcome.output
+    assert not list(tmp_path.glob("*"))

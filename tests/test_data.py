@@ -1,0 +1,163 @@
+"""GradInit's batches: thirds that overlap, from training's data, without disturbing training."""
+
+from __future__ import annotations
+
+import itertools
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import digest
+
+from fairseq_gradinit.errors import GradInitError
+
+PAD = 1
+
+
+@pytest.fixture
+def make_trainer():
+    """A trainer that has just what `PairedBatches` asks for, over sentences of given lengths."""
+    from fairseq.data import Dictionary, LanguagePairDataset
+    from fairseq.tasks.fairseq_task import FairseqTask
+
+    def make(lengths, seed=1, max_tokens=None):
+        rng = torch.Generator().manual_seed(0)
+        tokens = [torch.randint(4, 99, (n,), generator=rng) for n in lengths]
+        dictionary = Dictionary()
+        for i in range(99):
+            dictionary.add_symbol(str(i))
+        sizes = np.array(lengths)
+        data = LanguagePairDataset(tokens, sizes, dictionary, tokens, sizes, dictionary)
+        task = FairseqTask(SimpleNamespace())
+        task.datasets["train"] = data
+        task.max_positions = lambda: (64, 64)
+        return SimpleNamespace(
+            task=task,
+            cuda=False,
+            get_model=lambda: SimpleNamespace(max_positions=lambda: (64, 64)),
+            cfg=SimpleNamespace(
+                dataset=SimpleNamespace(
+                    train_subset="train", required_batch_size_multiple=1, max_tokens=max_tokens
+                ),
+                common=SimpleNamespace(seed=seed),
+            ),
+        )
+
+    return make
+
+
+def paired(trainer, max_tokens=60, max_sentences=None, micro_batches=1):
+    from fairseq_gradinit.data import PairedBatches
+
+    return PairedBatches(trainer, max_tokens, max_sentences, micro_batches)
+
+
+def ids(samples):
+    return [set(sample["id"].tolist()) for sample in samples]
+
+
+def test_the_batches_of_a_pair_share_half_of_their_sentences(make_trainer):
+    for pair in itertools.islice(paired(make_trainer([6] * 90)), 20):
+        (first,), (second,) = ids(pair.first), ids(pair.second)
+        assert len(first) == len(second) == 6
+        assert len(first & second) == 3
+
+
+def test_token_counts_are_those_of_the_cut_batch(make_trainer):
+    lengths = [3, 4, 5, 6, 7, 8] * 15
+    for pair in itertools.islice(paired(make_trainer(lengths)), 10):
+        for sample in (*pair.first, *pair.second):
+            expected = [lengths[i] for i in sample["id"].tolist()]
+            assert sample["ntokens"] == sum(expected)
+            assert sample["nsentences"] == len(expected)
+            assert int((sample["target"] != PAD).sum()) == sum(expected)
+            assert sample["target"].shape[1] == max(expected)
+
+
+def test_a_batch_is_shuffled_before_the_cut(make_trainer):
+    """Else S would always hold the short sentences of a batch, and S~ the long ones."""
+    lengths = list(range(3, 12)) * 10
+    means = []
+    for pair in itertools.islice(paired(make_trainer(lengths), max_sentences=9), 60):
+        one, other = (
+            np.mean([lengths[i] for i in group]) for group in ids(pair.first + pair.second)
+        )
+        means.append(one - other)
+    assert min(means) < 0 < max(means)
+
+
+def test_micro_batches(make_trainer):
+    for pair in itertools.islice(paired(make_trainer([6] * 90), micro_batches=3), 10):
+        assert len(pair.first) == len(pair.second) == 3
+        for first, second in zip(ids(pair.first), ids(pair.second), strict=True):
+            assert len(first & second) == 3
+        assert len(set.union(*ids(pair.first))) >= 12
+
+
+def test_all_the_data_are_used_and_again_in_another_order(make_trainer):
+    pairs = paired(make_trainer([6] * 90), max_tokens=54)
+    seen = [frozenset(set.union(*ids(p.first + p.second))) for p in itertools.islice(pairs, 20)]
+    assert set.union(*map(set, seen[:10])) == set(range(90))
+    assert set(seen[:10]) == set(seen[10:])
+    assert seen[:10] != seen[10:]
+
+
+def test_the_seed_decides_and_the_digest_tells(make_trainer):
+    def draw(seed):
+        pairs = paired(make_trainer([3, 5, 7] * 30, seed))
+        found = [digest([p.first, p.second]) for p in itertools.islice(pairs, 5)]
+        return found, pairs.digest()
+
+    assert draw(1) == draw(1)
+    assert draw(1)[0] != draw(2)[0]
+    assert draw(1)[1] != draw(2)[1]
+
+
+def test_training_finds_its_iterator_as_it_left_it(make_trainer):
+    trainer = make_trainer([3, 5, 7] * 30)
+    data = trainer.task.dataset("train")
+    iterator = trainer.task.get_batch_iterator(data, max_tokens=60)
+    cached = dict(trainer.task.dataset_to_epoch_iter)
+    state = np.random.get_state()[1].tolist()
+    next(iter(paired(trainer)))
+    assert trainer.task.dataset_to_epoch_iter == cached
+    assert iterator.next_epoch_idx == 1
+    assert np.random.get_state()[1].tolist() == state
+
+
+def test_batches_of_fewer_than_three_sentences_are_left_out(make_trainer):
+    trainer = make_trainer([50] * 10 + [5] * 40)
+    for pair in itertools.islice(paired(trainer), 30):
+        (first,) = ids(pair.first)
+        assert min(first) >= 10
+
+
+@pytest.mark.parametrize("limits", [{"max_tokens": 20}, {"max_tokens": 100}])
+def test_sentences_too_long_for_either_batch_are_left_out(make_trainer, limits):
+    trainer = make_trainer([40] * 10 + [5] * 40, max_tokens=30)
+    for pair in itertools.islice(paired(trainer, **limits), 10):
+        assert min(min(group) for group in ids(pair.first)) >= 10
+
+
+@pytest.mark.parametrize(
+    ("lengths", "options", "message"),
+    [
+        ([25] * 40, {"max_tokens": 60}, r"only 0 of the 20 batches .* raise --gradinit-max-tokens"),
+        ([25] * 40, {"max_tokens": 9}, "no sentence .* fits in a GradInit batch of 9 tokens"),
+        ([5] * 4, {"max_tokens": 60}, r"4 sentences\) fill only 1 .* lower --gradinit-max-tokens"),
+        ([5] * 40, {"max_tokens": 60, "micro_batches": 9}, "fill only 4 .* and 9 or more"),
+        ([5] * 4, {"max_tokens": None, "max_sentences": 4}, "lower .* or --batch-size"),
+        ([5] * 4, {"max_tokens": None, "max_sentences": 2}, "raise .* or --batch-size"),
+    ],
+)
+def test_too_few_or_too_small_batches_are_refused(make_trainer, lengths, options, message):
+    with pytest.raises(GradInitError, match=message):
+        paired(make_trainer(lengths), **options)
+
+
+def test_streams_are_refused(make_trainer):
+    trainer = make_trainer([5] * 40)
+    trainer.task.get_batch_iterator = lambda **_: iter([])
+    with pytest.raises(GradInitError, match="streaming data of LanguagePairDataset"):
+        paired(trainer)

@@ -1,0 +1,129 @@
+"""The quickstart driver on a tiny corpus: it trains, translates, scores, and skips what is done."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import quickstart
+from conftest import binarise, write_corpus
+
+MODEL = [
+    *("--arch", "transformer_gradinit_tiny", "--encoder-layers", "1", "--decoder-layers", "1"),
+    *("--encoder-embed-dim", "16", "--decoder-embed-dim", "16"),
+]
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> quickstart.Settings:
+    """A prepared corpus where `prepare.py quickstart` would have put it."""
+    settings = quickstart.Settings(tmp_path_factory.mktemp("run"), updates=16, seed=1)
+    text = settings.corpus / "text"
+    text.mkdir(parents=True)
+    write_corpus(text, {"train": 1000, "valid": 20, "test": 21})
+    prefixes = [f"--{part}pref" for part in ("train", "valid", "test")]
+    paths = [str(text / part) for part in ("train", "valid", "test")]
+    binarise(
+        settings.corpus / "data-bin",
+        *("-s", "de", "-t", "en", "--joined-dictionary"),
+        *(word for pair in zip(prefixes, paths, strict=True) for word in pair),
+    )
+    (settings.corpus / "manifest.json").write_text('{"outputs": {"text": "1"}}')
+    return settings
+
+
+@pytest.fixture(scope="module")
+def results(settings: quickstart.Settings) -> list[quickstart.Result]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setattr(quickstart, "MODEL", MODEL)
+        patch.setattr(quickstart, "HOUSEKEEPING", [*quickstart.HOUSEKEEPING[:-1], "2"])
+        return [quickstart.run_arm(arm, settings) for arm in settings.arms]
+
+
+def test_arms_differ_only_in_how_they_start(settings):
+    gradinit, no_warmup, warmup = (set(settings.training_command(arm)) for arm in settings.arms)
+    folder = settings.run_dir
+    assert gradinit ^ no_warmup == {
+        "--gradinit",
+        str(folder / "gradinit/checkpoints"),
+        str(folder / "no-warmup/checkpoints"),
+    }
+    assert "--gradinit" not in warmup
+    assert settings.arms[2].options == ("--warmup-updates", "4")
+
+
+def test_results_are_those_of_the_logs(settings, results):
+    for result in results:
+        assert [update for update, _ in result.curve] == list(range(2, 17, 2))
+        assert len(result.rows) == 21
+        assert result.rows[3][0] == (settings.corpus / "text/test.de").read_text().split("\n")[3]
+        log = (settings.run_dir / result.arm.name / "train.log").read_text()
+        assert f'"valid_loss": "{result.valid_loss}"' in log
+        assert "nrefs:1|case:mixed" in result.signatures[0]
+    by_name = {result.arm.name: result.curve for result in results}
+    assert by_name["gradinit"] != by_name["no-warmup"] != by_name["warmup"]
+
+
+def test_what_is_done_is_not_done_again(settings, results, monkeypatch):
+    monkeypatch.setattr(quickstart, "MODEL", MODEL)
+    monkeypatch.setattr(quickstart, "HOUSEKEEPING", [*quickstart.HOUSEKEEPING[:-1], "2"])
+    monkeypatch.setattr(quickstart, "follow_training", pytest.fail)
+    monkeypatch.setattr(quickstart, "run_quietly", pytest.fail)
+    assert quickstart.run_arm(settings.arms[0], settings) == results[0]
+
+
+def test_another_corpus_starts_training_over(settings, results, monkeypatch, tmp_path):
+    other = quickstart.Settings(tmp_path, settings.updates, settings.seed)
+    shutil.copytree(settings.run_dir, other.run_dir, dirs_exist_ok=True)
+    (other.corpus / "manifest.json").write_text('{"outputs": {"text": "2"}}')
+
+    class StartedOver(Exception):
+        pass
+
+    def follow(*_):
+        assert not other.checkpoints(other.arms[0]).exists()
+        raise StartedOver
+
+    monkeypatch.setattr(quickstart, "follow_training", follow)
+    with pytest.raises(StartedOver):
+        quickstart.run_arm(other.arms[0], other)
+
+
+def test_summary_shows_the_arms_side_by_side(settings, results, caplog):
+    caplog.set_level("INFO")
+    quickstart.show_examples(results[0])
+    quickstart.show_results(results, settings)
+    quickstart.show_files(settings, Path("picture.png"))
+    lines = caplog.text.splitlines()
+    (bleu,) = [line for line in lines if " BLEU  " in line and "nrefs" not in line]
+    assert bleu.split()[-3:] == [f"{result.bleu:.2f}" for result in results]
+    assert sum("translation  " in line for line in lines) == quickstart.EXAMPLES
+    assert any("training loss at 8" in line for line in lines)
+    assert any("fairseq-interactive" in line for line in lines)
+
+
+def test_failure_names_the_log(tmp_path):
+    log = tmp_path / "x.log"
+    with pytest.raises(quickstart.QuickstartError, match=r"false failed: .* \(.*x\.log\)"):
+        quickstart.run_quietly(["false"], log)
+
+
+def test_missing_translations_are_an_error(settings, results, tmp_path):
+    generated = tmp_path / "generate-test.txt"
+    full = (settings.run_dir / "gradinit/generate-test.txt").read_text()
+    generated.write_text(full.replace("H-7\t", "X-7\t"))
+    with pytest.raises(quickstart.QuickstartError, match="each of the 21 sentences"):
+        quickstart.read_translations(generated, settings.corpus / "text")
+
+
+def test_a_broken_marker_is_done_again(tmp_path):
+    marker = tmp_path / "step.json"
+    marker.write_text("{")
+    report = quickstart.once(marker, {"a": 1}, lambda: {"x": 2})
+    assert report["x"] == 2
+    assert json.loads(marker.read_text()) == report
+    assert quickstart.once(marker, {"a": 1}, pytest.fail) == report
+    assert quickstart.once(marker, {"a": 2}, lambda: {"x": 3})["x"] == 3

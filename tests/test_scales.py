@@ -1,0 +1,289 @@
+"""The file of scales: what is written is what comes back, and nothing else comes back at all."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from fairseq_gradinit.blocks import base_weights, collect_blocks, set_weights
+from fairseq_gradinit.engine import Iteration
+from fairseq_gradinit.errors import GradInitError
+from fairseq_gradinit.scales import BlockScale, Scales, kinds_of_blocks, write_atomically
+
+HISTORY = (
+    Iteration(1, "objective", 5.25, 4.125, 1e3, 0.9, 1.1),
+    Iteration(2, "constraint", 5.0, None, 1e4, 0.8, 1.2),
+)
+SCALES = Scales(
+    (
+        BlockScale("embed.weight", (5, 2), 1 / 3, "learned"),
+        BlockScale("out.weight", (3, 2), math.pi, "learned"),
+        BlockScale("out.bias", (3,), 1.0, "zero"),
+        BlockScale("norm.weight", (), 1.0, "norm gain"),
+    ),
+    "gradinit:0|seed:1",
+    HISTORY,
+)
+
+names = st.text(min_size=1, max_size=20)
+finite = st.floats(allow_nan=False, allow_infinity=False)
+block_scales = st.builds(
+    BlockScale,
+    names,
+    st.lists(st.integers(0, 9), max_size=3).map(tuple),
+    st.floats(0, 100, allow_nan=False),
+    st.sampled_from(["learned", "zero", "norm gain"]),
+)
+iterations = st.builds(
+    Iteration,
+    st.integers(1, 999),
+    st.sampled_from(["objective", "constraint"]),
+    finite,
+    st.none() | finite,
+    finite,
+    finite,
+    finite,
+)
+any_scales = st.builds(
+    Scales,
+    st.lists(block_scales, min_size=1, max_size=4, unique_by=lambda b: b.name).map(tuple),
+    st.text(max_size=20),
+    st.lists(iterations, max_size=3).map(tuple),
+)
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=5)
+    | st.just(10**400)
+    | st.just("learned"),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=4,
+)
+one_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+
+
+@pytest.fixture
+def model() -> nn.ModuleDict:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"embed": nn.Embedding(5, 2), "out": nn.Linear(2, 3)})
+    nn.init.zeros_(model["out"].bias)
+    return model
+
+
+def scales_of(model: nn.Module, **factors: float) -> Scales:
+    blocks = collect_blocks({"": model}, "fixed")
+    return Scales.of(blocks, {b.name: 1.0 for b in blocks} | factors, "signature", HISTORY)
+
+
+@one_folder
+@given(any_scales)
+def test_round_trip(tmp_path, scales):
+    scales.save(tmp_path / "s.json")
+    assert Scales.load(tmp_path / "s.json") == scales
+
+
+def test_the_file_can_be_read_by_a_person(tmp_path):
+    SCALES.save(tmp_path / "s.json")
+    text = (tmp_path / "s.json").read_text()
+    assert text.isascii()
+    document = json.loads(text)
+    assert (document["format"], document["version"]) == ("fairseq-gradinit-scales", 1)
+    assert document["signature"] == SCALES.signature
+    assert document["blocks"][0] == {
+        "name": "embed.weight",
+        "shape": [5, 2],
+        "scale": 1 / 3,
+        "state": "learned",
+    }
+    assert document["history"][1]["kind"] == "constraint"
+
+
+def test_applying_gives_the_learned_weights_to_the_last_bit(model, tmp_path):
+    blocks = collect_blocks({"": model}, "fixed")
+    twin = copy.deepcopy(model)
+    factors = torch.tensor([1 / 3, math.pi / 3], dtype=torch.float64)
+    scales_of(model, **{"embed.weight": 1 / 3, "out.weight": math.pi / 3}).save(tmp_path / "s")
+    set_weights(blocks, base_weights(blocks), factors)
+    Scales.load(tmp_path / "s").apply(collect_blocks({"": twin}, "fixed"))
+    assert all(map(torch.equal, model.parameters(), twin.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"embed": (5, 2), "out": (2, 4)}, "out.weight has shape .3, 2. in the file and .4, 2."),
+        ({"embed": (5, 2)}, "out.weight is not in the model"),
+        ({"embed": (5, 2), "out": (2, 3), "more": (2, 3)}, "more.weight is not in the file"),
+    ],
+)
+def test_a_file_of_another_model_is_refused_and_nothing_changes(model, other, message):
+    scales = scales_of(model, **{"embed.weight": 2.0})
+    made = {name: nn.Linear(*size) for name, size in other.items() if name != "embed"}
+    changed = nn.ModuleDict({"embed": nn.Embedding(5, 2), **made})
+    before = [p.detach().clone() for p in changed.parameters()]
+    with pytest.raises(GradInitError, match=f"learned for another model: .*{message}"):
+        scales.apply(collect_blocks({"": changed}, "fixed"))
+    assert all(map(torch.equal, before, changed.parameters()))
+
+
+def test_a_wholly_different_model_is_refused_in_one_readable_sentence(model):
+    other = nn.Sequential(*[nn.Linear(2, 2) for _ in range(20)])
+    with pytest.raises(GradInitError, match=r"; and 38 more$") as error:
+        scales_of(model).apply(collect_blocks({"": other}, "fixed"))
+    assert len(str(error.value)) < 400
+
+
+def places(value, path=()):
+    """Every place in a JSON document, as the keys that lead there."""
+    yield path
+    if isinstance(value, dict | list):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield from places(value[key], (*path, key))
+
+
+def load_or_refuse(path):
+    """The scales in the file, or None when it was refused in a sentence that names it."""
+    try:
+        return Scales.load(path)
+    except GradInitError as refusal:
+        if str(path) not in str(refusal):
+            raise
+        return None
+
+
+@one_folder
+@given(st.data())
+def test_a_damaged_field_is_an_error_or_harmless(tmp_path, data):
+    path = tmp_path / "s.json"
+    SCALES.save(path)
+    document = json.loads(path.read_text())
+    *parents, last = data.draw(st.sampled_from(list(places(document))[1:]))
+    holder = document
+    for key in parents:
+        holder = holder[key]
+    if data.draw(st.booleans()):
+        holder[last] = data.draw(json_values)
+    else:
+        del holder[last]
+    path.write_text(json.dumps(document))
+    found = load_or_refuse(path)
+    if found is not None:
+        # What is accepted is well formed: it can be written again and means the same.
+        found.save(path)
+        assert Scales.load(path) == found
+        assert all(math.isfinite(block.scale) and block.scale >= 0 for block in found.blocks)
+
+
+@one_folder
+@given(st.data())
+def test_a_damaged_byte_is_an_error_or_harmless(tmp_path, data):
+    path = tmp_path / "s.json"
+    SCALES.save(path)
+    content = bytearray(path.read_bytes())
+    place = data.draw(st.integers(0, len(content) - 1))
+    if data.draw(st.booleans()):
+        content[place] = data.draw(st.integers(0, 255))
+    else:
+        del content[place:]
+    path.write_bytes(content)
+    found = load_or_refuse(path)
+    if found is not None:
+        found.save(path)
+
+
+def changed(**fields):
+    document = {
+        "format": "fairseq-gradinit-scales",
+        "version": 1,
+        "signature": "",
+        "history": [],
+        "blocks": [{"name": "a", "shape": [1], "scale": 1.0, "state": "learned"}],
+    }
+    return json.dumps(document | fields)
+
+
+def block(**fields):
+    row = {"name": "a", "shape": [1], "scale": 1.0, "state": "learned"} | fields
+    return changed(blocks=[row])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is not valid JSON"),
+        ("[" * 100_000, "is not valid JSON|is not a GradInit scales file"),
+        ("9" * 10_000, "is not valid JSON|is not a GradInit scales file"),
+        ('{"a": 1}', "is not a GradInit scales file"),
+        ("[]", "is not a GradInit scales file"),
+        (changed(version=2), "has version 2 .* reads version 1"),
+        (changed(blocks=[]), "damaged: a name is missing or repeated"),
+        (changed(blocks=json.loads(block())["blocks"] * 2), "a name is missing or repeated"),
+        (block(scale=math.nan), "damaged: ValueError: nan is not a finite number"),
+        (block(scale=10**400), "damaged: OverflowError"),
+        (block(scale=-1), "scale -1.0 of a is negative"),
+        (block(scale="1"), "damaged: TypeError: '1' is not a number"),
+        (block(scale=True), "damaged: TypeError: True is not a number"),
+        (block(shape="12"), "damaged: TypeError"),
+        (block(state="frozen"), "unknown state 'frozen'"),
+    ],
+)
+def test_what_is_not_a_scales_file_is_refused_with_its_name(tmp_path, text, message):
+    path = tmp_path / "s.json"
+    path.write_text(text)
+    with pytest.raises(GradInitError, match=message) as error:
+        Scales.load(path)
+    assert str(path) in str(error.value)
+
+
+def test_a_file_that_cannot_be_read_is_an_error(tmp_path):
+    binary = tmp_path / "model.pt"
+    torch.save(torch.ones(3), binary)
+    for path in (tmp_path / "missing.json", tmp_path, binary):
+        with pytest.raises(GradInitError, match="cannot read the scales file"):
+            Scales.load(path)
+
+
+@pytest.mark.parametrize("broken", ["fsync", "replace", "chmod"])
+def test_writing_is_all_or_nothing(tmp_path, monkeypatch, broken):
+    path = tmp_path / "s.json"
+    path.write_text("old")
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, broken, fail)
+        with pytest.raises(GradInitError, match=r"cannot write .*s\.json: No space left"):
+            write_atomically(path, "new")
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["s.json"]
+    write_atomically(path, "new")
+    assert path.read_text() == "new"
+
+
+def test_a_folder_that_is_not_there_is_an_error(tmp_path):
+    with pytest.raises(GradInitError, match="choose a folder that can be written"):
+        SCALES.save(tmp_path / "no" / "s.json")
+
+
+def test_kinds_leave_out_layer_numbers_only():
+    blocks = [
+        BlockScale(f"encoder.layers.{i}.{leaf}", (1,), 1.0, "learned")
+        for i in range(11)
+        for leaf in ("fc1.bias", "k2.weight")
+    ]
+    kinds = kinds_of_blocks(Scales(tuple(blocks), ""))
+    assert {kind: len(rows) for kind, rows in kinds.items()} == {
+        "encoder.layers.*.fc1.bias": 11,
+        "encoder.layers.*.k2.weight": 11,
+    }
