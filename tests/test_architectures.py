@@ -74,9 +74,9 @@ def test_the_dropout_of_the_authors(build):
 
 def test_the_tiny_model(build):
     args, model = build("transformer_gradinit_tiny")
-    assert shapes(model)["encoder.embed_tokens.weight"] == (96, 128)
+    assert shapes(model)["encoder.embed_tokens.weight"] == (96, 256)
     assert model.encoder.embed_tokens is model.decoder.embed_tokens
-    assert shapes(model)["decoder.layers.0.fc1.weight"] == (512, 128)
+    assert shapes(model)["decoder.layers.0.fc1.weight"] == (1024, 256)
     assert (args.encoder_attention_heads, args.decoder_attention_heads) == (4, 4)
 
 
@@ -87,11 +87,11 @@ def test_the_command_line_has_the_last_word(build, ours):
     assert args.decoder_normalize_before is True
 
 
-def test_the_tiny_model_has_six_layers_unless_told_otherwise():
+def test_the_tiny_model_has_three_layers_unless_told_otherwise():
     from fairseq.models import ARCH_CONFIG_REGISTRY
 
     import fairseq_gradinit.plugin  # noqa: F401
 
     args = Namespace()
     ARCH_CONFIG_REGISTRY["transformer_gradinit_tiny"](args)
-    assert (args.encoder_layers, args.decoder_layers) == (6, 6)
+    assert (args.encoder_layers, args.decoder_layers) == (3, 3)

@@ -1,0 +1,46 @@
+"""What the README says about options is what the code does."""
+
+from __future__ import annotations
+
+from conftest import ROOT
+
+from fairseq_gradinit.options import OPTION_NAMES, PRESETS, GradInitOptions
+
+
+def rows() -> dict[str, tuple[str, str]]:
+    """Flag to (default, default of preset paper), from the README's table of options."""
+    found = {}
+    for line in (ROOT / "README.md").read_text().splitlines():
+        if line.startswith("| `--gradinit"):
+            flag, default, paper, _ = (cell.strip() for cell in line.strip("|").split("|"))
+            found[flag.strip("`")] = (default, paper)
+    return found
+
+
+def shown(value: object) -> str:
+    if isinstance(value, tuple):
+        return ",".join(f"{part:g}" for part in value)
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
+
+
+def test_every_option_is_in_the_table():
+    assert set(rows()) == {"--" + name.replace("_", "-") for name in OPTION_NAMES}
+
+
+def test_defaults_are_those_of_the_presets():
+    default, paper = PRESETS["default"], PRESETS["paper"]
+    for flag, cells in rows().items():
+        name = flag.removeprefix("--gradinit").lstrip("-").replace("-", "_")
+        if name == "eta":
+            assert cells == (
+                f"{default.eta_per_lr:g} times the run's peak `--lr`",
+                shown(paper.eta),
+            )
+        elif name == "max_tokens":
+            growth = f"{default.batch_per_training_batch:g} times `--max-tokens`"
+            assert cells == (growth, shown(paper.max_tokens))
+        elif hasattr(default, name):
+            assert cells == (shown(getattr(default, name)), shown(getattr(paper, name))), flag
+        else:
+            value = getattr(GradInitOptions, flag.lstrip("-").replace("-", "_"))
+            assert cells[0] == {False: "off", None: ""}.get(value, value), flag
