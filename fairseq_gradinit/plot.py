@@ -59,7 +59,9 @@ def draw_scales(axes: Axes, kinds: Mapping[str, Sequence[BlockScale]]) -> None:
     axes.imshow(grid, cmap="RdBu_r", norm=Normalize(-reach, reach), aspect="auto")
     for y, blocks in enumerate(kinds.values()):
         for x, block in enumerate(blocks):
-            axes.text(x, y, f"{block.scale:.2f}", ha="center", va="center", fontsize=7)
+            colour = "white" if abs(grid[y][x]) > 0.6 * reach else "black"
+            label = f"{block.scale:.2f}"
+            axes.text(x, y, label, ha="center", va="center", fontsize=7, color=colour)
     axes.set_yticks(range(len(kinds)), list(kinds), fontsize=7)
     axes.set_xticks(range(columns), [str(layer) for layer in range(columns)])
     axes.set_xlabel("layer")
