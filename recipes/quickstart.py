@@ -35,7 +35,7 @@ log = logging.getLogger("quickstart")
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE, TARGET = "de", "en"
-UPDATES = 2000
+UPDATES = 1500
 SEED = 1
 EXAMPLES = 10
 
