@@ -33,7 +33,9 @@ class PairedBatches:
         trainer: fairseq's trainer, with the training data loaded.
         max_tokens: tokens in a batch before the cut, or None to use `max_sentences` alone.
         max_sentences: sentences in a batch before the cut, or None.
-        micro_batches: micro-batches in each of S and S~ (the run's --update-freq).
+        micro_batches: micro-batches in each of S and S~ (the run's --update-freq). Of these each
+            data-parallel process gets so many, no two the same: R processes with u of them draw
+            what one process with R u of them would.
 
     Raises:
         GradInitError: the data do not give enough batches of three sentences or more.
@@ -44,7 +46,9 @@ class PairedBatches:
     ) -> None:
         cfg = trainer.cfg
         self._dataset = trainer.task.dataset(cfg.dataset.train_subset)
-        self._micro_batches = micro_batches
+        self._processes = trainer.data_parallel_world_size
+        self._rank = trainer.data_parallel_rank
+        self._drawn = micro_batches * self._processes
         self._seed = cfg.common.seed + SEED_OFFSET
         self._cuda = trainer.cuda
         self._digest = hashlib.blake2b(digest_size=4)
@@ -65,25 +69,25 @@ class PairedBatches:
         )
         batches = _index_batches(epoch_itr, self._dataset)
         self._batches = [batch for batch in batches if len(batch) >= 3]
-        if len(self._batches) < max(2, micro_batches):
-            raise GradInitError(_too_few(batches, self._batches, max_tokens, micro_batches))
+        if len(self._batches) < max(2, self._drawn):
+            raise GradInitError(_too_few(batches, self._batches, max_tokens, self._drawn))
 
     def __iter__(self) -> Iterator[BatchPair]:
         rng = np.random.default_rng(self._seed)
         queue: list[np.ndarray] = []
         while True:
-            while len(queue) < self._micro_batches:
+            while len(queue) < self._drawn:
                 queue += [self._batches[i] for i in rng.permutation(len(self._batches))]
-            cut = [self._cut(queue.pop(0), rng) for _ in range(self._micro_batches)]
+            # Sentences of a batch are sorted by length: unshuffled, S would be the short ones.
+            drawn = [rng.permutation(queue.pop(0)) for _ in range(self._drawn)]
+            cut = [self._cut(order) for order in drawn[self._rank :: self._processes]]
             yield BatchPair([first for first, _ in cut], [second for _, second in cut])
 
     def digest(self) -> str:
-        """Fingerprint of all the tensors handed out so far."""
+        """Fingerprint of all the tensors handed out to this process so far."""
         return self._digest.hexdigest()
 
-    def _cut(self, indices: np.ndarray, rng: np.random.Generator) -> tuple[Any, Any]:
-        # Sentences of a batch are sorted by length: without the shuffle S would be the short ones.
-        order = rng.permutation(indices)
+    def _cut(self, order: np.ndarray) -> tuple[Any, Any]:
         third = len(order) // 3
         return self._collate(order[: 2 * third]), self._collate(order[third : 3 * third])
 
@@ -114,14 +118,14 @@ def _too_few(
     batches: list[np.ndarray],
     usable: list[np.ndarray],
     max_tokens: int | None,
-    micro_batches: int,
+    drawn: int,
 ) -> str:
     if not batches:
         return (
             f"no sentence of the training data fits in a GradInit batch of {max_tokens} tokens: "
             "raise --gradinit-max-tokens"
         )
-    if len(batches) >= max(2, micro_batches):
+    if len(batches) >= max(2, drawn):
         return (
             f"GradInit cuts each batch in thirds, but only {len(usable)} of the {len(batches)} "
             "batches have three sentences or more: raise --gradinit-max-tokens"
@@ -130,6 +134,6 @@ def _too_few(
     sentences = sum(len(batch) for batch in batches)
     return (
         f"the training data ({sentences} sentences) fill only {len(batches)} GradInit "
-        f"batch(es), and {max(2, micro_batches)} or more are needed: lower --gradinit-max-tokens"
+        f"batch(es), and {max(2, drawn)} or more are needed: lower --gradinit-max-tokens"
         + (f" (now {max_tokens})" if max_tokens else " or --batch-size")
     )

@@ -27,6 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fairseq_gradinit.blocks import Block, base_weights, set_weights
 from fairseq_gradinit.config import GradInitConfig
 from fairseq_gradinit.errors import GradInitError
+from fairseq_gradinit.processes import OneProcess, Processes
 
 IterationKind = Literal["objective", "constraint"]
 
@@ -36,7 +37,7 @@ LossFunction = Callable[[Any], tuple[Tensor, Tensor | float]]
 
 @dataclass(frozen=True)
 class BatchPair:
-    """The data of one iteration: the batches S and S~, each given as its micro-batches.
+    """The data of one iteration: the batches S and S~, each as this process's micro-batches.
 
     S and S~ should share half of their examples: independent batches make the scales chase
     noise, identical ones overfit the step (section 3.3).
@@ -96,10 +97,21 @@ class ScaleLearner:
         blocks: see `fairseq_gradinit.blocks.collect_blocks`.
         loss: the training loss, with everything stochastic switched off (`quiet`).
         config: the settings.
+        processes: those that share each batch, every one of them with a learner of its own.
+
+    Raises:
+        GradInitError: the processes hold different weights.
     """
 
-    def __init__(self, blocks: list[Block], loss: LossFunction, config: GradInitConfig) -> None:
+    def __init__(
+        self,
+        blocks: list[Block],
+        loss: LossFunction,
+        config: GradInitConfig,
+        processes: Processes | None = None,
+    ) -> None:
         self.blocks = blocks
+        self._processes = processes or OneProcess()
         self.config = config
         self._loss = loss
         self._parameters: list[Tensor] = [block.parameter for block in blocks]
@@ -124,6 +136,8 @@ class ScaleLearner:
             for kind in kinds
         }
         self.iterations_done = 0
+        sums = [self._base[i].double().sum() for i in self._learned]
+        self._require_same("initial weights", torch.stack(sums))
 
     def gradient(self, pair: BatchPair) -> ScaleGradient:
         """The derivative to descend at the present scales; leaves the weights as they were.
@@ -133,6 +147,9 @@ class ScaleLearner:
         """
         loss, count = self._backward(pair.first)
         gradients = self._take_gradients(count)
+        for gradient in gradients:
+            # Its sign and its norm are those of the sum, not sums of signs and norms.
+            self._processes.sum_(gradient)
         loss_value, norm = torch.stack([loss / count, self._norm(gradients)]).tolist()
         self._check_finite("loss", loss_value)
         self._check_finite("gradient norm", norm)
@@ -159,7 +176,8 @@ class ScaleLearner:
         self.scales.grad = None
         with torch.no_grad():
             self.scales.clamp_(self._lower, self._upper)
-        low, high = torch.stack(torch.aminmax(self.scales.detach())).tolist()
+            low, high = torch.stack(torch.aminmax(self.scales)).tolist()
+        self._require_same("scales", self.scales.detach())
         set_weights(self.blocks, self._base, self.scales)
         self.iterations_done += 1
         return Iteration(
@@ -184,18 +202,22 @@ class ScaleLearner:
         return {block.name: next(learned) if block.learned else 1.0 for block in self.blocks}
 
     def _backward(self, batches: Sequence[Any]) -> tuple[Tensor, Tensor]:
-        """Accumulate the gradient of the loss of `batches`; return their summed loss and count."""
-        total = torch.zeros((), dtype=torch.float64, device=self.scales.device)
-        count = torch.zeros_like(total)
+        """Accumulate the gradient of the loss of this process's `batches`.
+
+        Returns:
+            The summed loss and the count, over all processes.
+        """
+        totals = torch.zeros(2, dtype=torch.float64, device=self.scales.device)
         for batch in batches:
             loss, size = self._loss(batch)
             torch.autograd.backward(loss)
-            total += loss.detach()
-            count += size
-        return total, count
+            totals[0] += loss.detach()
+            totals[1] += size
+        self._processes.sum_(totals)
+        return totals[0], totals[1]
 
     def _take_gradients(self, count: Tensor) -> list[Tensor]:
-        """Move the accumulated gradients out of the parameters, divided by `count`."""
+        """Move this process's accumulated gradients out of the parameters, divided by `count`."""
         gradients = [
             torch.zeros_like(p) if p.grad is None else p.grad.detach() for p in self._parameters
         ]
@@ -253,11 +275,25 @@ class ScaleLearner:
         return self._take_gradients(count)
 
     def _dot_base(self, tensors: list[Tensor]) -> Tensor:
-        """<t_i, W_i> for every learned block; shape (learned blocks,)."""
-        dots = [
-            torch.dot(tensors[i].flatten(), self._base[i].flatten()).double() for i in self._learned
-        ]
-        return torch.stack(dots)
+        """<t_i, W_i> of every learned block, t_i being the sum over processes; shape (learned,)."""
+        dots = torch.stack(
+            [torch.dot(tensors[i].flatten(), self._base[i].flatten()) for i in self._learned]
+        ).double()
+        self._processes.sum_(dots)
+        return dots
+
+    def _require_same(self, what: str, values: Tensor) -> None:
+        """Refuse values of the learned blocks, shape (learned,), that processes differ in."""
+        extremes = torch.cat([values, -values])
+        self._processes.max_(extremes)
+        highest, lowest = extremes[: len(values)], -extremes[len(values) :]
+        differ = (highest != lowest).nonzero().flatten().tolist()
+        if differ:
+            raise GradInitError(
+                f"the processes have different {what}, first for "
+                f"{self.blocks[self._learned[differ[0]]].name}: start all of them with the same "
+                "command and seed"
+            )
 
     def _check_finite(self, what: str, value: float) -> None:
         if math.isfinite(value):
@@ -280,6 +316,7 @@ def learn_scales(
     pairs: Iterable[BatchPair],
     config: GradInitConfig,
     on_iteration: Callable[[Iteration], None] = lambda iteration: None,
+    processes: Processes | None = None,
 ) -> tuple[dict[str, float], list[Iteration]]:
     """Learn the scales and leave the model with its weights scaled.
 
@@ -289,6 +326,7 @@ def learn_scales(
         pairs: at least `config.iterations` pairs of batches.
         config: the settings.
         on_iteration: called after every iteration.
+        processes: those that share each batch; each of them must call this function.
 
     Returns:
         The scale of every block by name, and the record of the iterations.
@@ -297,7 +335,7 @@ def learn_scales(
         GradInitError: a loss or gradient is not finite, or `pairs` ended early. The model then
             has its initial weights again.
     """
-    learner = ScaleLearner(blocks, loss, config)
+    learner = ScaleLearner(blocks, loss, config, processes)
     history: list[Iteration] = []
     try:
         for pair in pairs:

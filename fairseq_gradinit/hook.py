@@ -7,8 +7,10 @@ Four places, each passing through to fairseq's own code when --gradinit is not g
 - every task's configuration gets the same options as fields: that of tasks known by now, and of
   those that a user dir registers later, by the time the command line or the task is set up;
 - `call_main`, the entry of training on the command line and under hydra, checks the options
-  before anything is built, and turns a GradInitError into a sentence and exit code 1;
+  before anything is built;
 - `Trainer.begin_epoch`, the first call after the checkpoint is (or is not) loaded, runs the phase.
+
+A GradInitError in the last two becomes a sentence and exit code 1.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ import dataclasses
 import functools
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from fairseq import options as fairseq_options
@@ -85,16 +88,23 @@ def _with_fields(setup_task: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+@contextmanager
+def _errors_as_sentences() -> Iterator[None]:
+    """Tell the user what to mend, without a traceback, and leave with exit code 1."""
+    try:
+        yield
+    except GradInitError as error:
+        logger.error("GradInit: %s", error)
+        sys.exit(1)
+
+
 def _with_checks(call_main: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(call_main)
     def wrapper(cfg: Any, main: Any, **kwargs: Any) -> Any:
-        try:
+        with _errors_as_sentences():
             if make_plan(cfg) is not None:
                 require_writable(cfg.checkpoint.save_dir)
-            return call_main(cfg, main, **kwargs)
-        except GradInitError as error:
-            logger.error("GradInit: %s", error)
-            sys.exit(1)
+        return call_main(cfg, main, **kwargs)
 
     return wrapper
 
@@ -103,9 +113,11 @@ def _with_phase(begin_epoch: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(begin_epoch)
     def wrapper(trainer: Any, epoch: int) -> Any:
         if not getattr(trainer, "_gradinit_done", False):
-            plan = make_plan(trainer.cfg)
-            if plan is not None:
-                run_phase(trainer, plan)
+            # Here and not around all of training: this may be one of several processes.
+            with _errors_as_sentences():
+                plan = make_plan(trainer.cfg)
+                if plan is not None:
+                    run_phase(trainer, plan)
             trainer._gradinit_done = True
         return begin_epoch(trainer, epoch)
 

@@ -235,7 +235,7 @@ def make_plan(cfg: Any) -> Plan | None:
             )
         return None
     learning = options.gradinit_scales is None
-    _refuse_unsupported(cfg, learning)
+    _refuse_unsupported(cfg)
     preset = PRESETS[str(options.gradinit_preset)]
 
     def pick(name: str) -> Any:
@@ -309,14 +309,8 @@ def _target(choice: str, cfg: Any) -> TargetName:
     return TARGET_OF_OPTIMIZER[optimizer]
 
 
-def _refuse_unsupported(cfg: Any, learning: bool) -> None:
+def _refuse_unsupported(cfg: Any) -> None:
     parallel = cfg.distributed_training
-    if learning and parallel.distributed_world_size > 1:
-        raise GradInitError(
-            f"GradInit learns on one process, and this run has {parallel.distributed_world_size}: "
-            "learn the scales once with --distributed-world-size 1 --max-update 1, then give the "
-            "file it writes to this run with --gradinit-scales"
-        )
     unsupported = {
         "--ddp-backend fully_sharded": parallel.ddp_backend == "fully_sharded",
         "--ddp-backend slowmo": parallel.ddp_backend == "slowmo",

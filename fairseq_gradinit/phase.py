@@ -18,6 +18,7 @@ from fairseq_gradinit.data import PairedBatches
 from fairseq_gradinit.engine import Iteration, learn_scales
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.options import Plan
+from fairseq_gradinit.processes import ProcessGroup
 from fairseq_gradinit.quiet import quiet
 from fairseq_gradinit.scales import FILE_NAME, Scales
 from fairseq_gradinit.task_loss import TaskLoss
@@ -43,6 +44,10 @@ def run_phase(trainer: Any, plan: Plan) -> None:
         return
     path = Path(trainer.cfg.checkpoint.save_dir) / FILE_NAME
     start = time.monotonic()
+    # The optimizer, its fp32 copies, the data-parallel wrapper and the moving average hold the
+    # weights as they are. The trainer makes each of them anew when it is next asked for it.
+    trainer.reinitialize()
+    trainer._ema = None
     with _full_precision(trainer):
         blocks = _blocks(trainer, plan)
         if plan.scales_file is None:
@@ -51,10 +56,6 @@ def run_phase(trainer: Any, plan: Plan) -> None:
             scales = Scales.load(Path(plan.scales_file))
             scales.apply(blocks)
             logger.info("applied the scales in %s", plan.scales_file)
-    # The optimizer, its fp32 copies, the data-parallel wrapper and the moving average all hold
-    # the weights as they were.
-    trainer.reinitialize()
-    trainer._ema = None
     if trainer.is_data_parallel_master:
         scales.save(path)
     for line in report.scale_table(scales):
@@ -105,10 +106,14 @@ def _learn(trainer: Any, plan: Plan, blocks: list[Block]) -> Scales:
         len(blocks),
         plan.config.iterations,
     )
-    log = _Log(trainer.cfg, plan)
+    log = _Log(trainer.cfg, plan, tracked=trainer.is_data_parallel_master)
+    processes = None
+    if trainer.data_parallel_world_size > 1:
+        processes = ProcessGroup(trainer.data_parallel_process_group)
     with quiet(model, criterion):
-        loss = TaskLoss(trainer)
-        scale_of, history = learn_scales(blocks, loss, log.count(pairs), plan.config, log.write)
+        scale_of, history = learn_scales(
+            blocks, TaskLoss(trainer), log.count(pairs), plan.config, log.write, processes
+        )
     signature = report.signature(
         plan, trainer.cfg, model=before, data=pairs.digest(), device=str(trainer.device)
     )
@@ -135,10 +140,11 @@ def _full_precision(trainer: Any) -> Iterator[None]:
 
 
 class _Log:
-    """The iterations on fairseq's progress bar and its experiment trackers."""
+    """The iterations on fairseq's progress bar and, if `tracked`, its experiment trackers."""
 
-    def __init__(self, cfg: Any, plan: Plan) -> None:
+    def __init__(self, cfg: Any, plan: Plan, tracked: bool) -> None:
         self._cfg = cfg
+        self._tracked = tracked
         self._plan = plan
         self._interval = max(1, plan.config.iterations // LINES_OF_LOG)
         self._bar: Any = None
@@ -153,14 +159,14 @@ class _Log:
             log_format=common.log_format,
             log_interval=self._interval,
             prefix="gradinit",
-            aim_repo=common.aim_repo,
-            aim_run_hash=common.aim_run_hash,
+            aim_repo=common.aim_repo if self._tracked else None,
+            aim_run_hash=common.aim_run_hash if self._tracked else None,
             aim_param_checkpoint_dir=self._cfg.checkpoint.save_dir,
-            tensorboard_logdir=common.tensorboard_logdir,
+            tensorboard_logdir=common.tensorboard_logdir if self._tracked else None,
             default_log_format="simple" if common.no_progress_bar else "tqdm",
-            azureml_logging=common.azureml_logging,
+            azureml_logging=common.azureml_logging and self._tracked,
         )
-        if common.wandb_project:
+        if common.wandb_project and self._tracked:
             self._wandb = progress_bar.progress_bar(
                 [],
                 log_format="none",

@@ -84,6 +84,7 @@ def signature(plan: Plan, cfg: Any, model: str, data: str, device: str) -> str:
         "tokens": f"{plan.max_tokens or '-'}",
         "sentences": f"{plan.max_sentences or '-'}",
         "micro-batches": plan.micro_batches,
+        "processes": cfg.distributed_training.distributed_world_size,
         "seed": cfg.common.seed,
         "task": task_name(cfg),
         "criterion": getattr(cfg.criterion, "_name", "-"),

@@ -33,7 +33,6 @@ QUICK = ["--gradinit", "--gradinit-iterations", "2", "--max-update", "1"]
         (["--gradinit-max-tokens", "10"], "raise --gradinit-max-tokens (now 10)"),
         (["--gradinit-max-tokens", "3"], "no sentence of the training data fits"),
         (["--gradinit-max-tokens", "100000"], "lower --gradinit-max-tokens (now 100000)"),
-        (["--distributed-world-size", "2"], "learns on one process, and this run has 2"),
         (["--ddp-backend", "fully_sharded"], "does not work with --ddp-backend fully_sharded"),
         (["--ddp-backend", "slowmo"], "does not work with --ddp-backend slowmo"),
         (["--bf16"], "does not work with --tpu or --bf16"),

@@ -21,7 +21,7 @@ def make_trainer():
     from fairseq.data import Dictionary, LanguagePairDataset
     from fairseq.tasks.fairseq_task import FairseqTask
 
-    def make(lengths, seed=1, max_tokens=None):
+    def make(lengths, seed=1, max_tokens=None, rank=0, processes=1):
         rng = torch.Generator().manual_seed(0)
         tokens = [torch.randint(4, 99, (n,), generator=rng) for n in lengths]
         dictionary = Dictionary()
@@ -35,6 +35,8 @@ def make_trainer():
         return SimpleNamespace(
             task=task,
             cuda=False,
+            data_parallel_rank=rank,
+            data_parallel_world_size=processes,
             get_model=lambda: SimpleNamespace(max_positions=lambda: (64, 64)),
             cfg=SimpleNamespace(
                 dataset=SimpleNamespace(
@@ -62,6 +64,17 @@ def test_the_batches_of_a_pair_share_half_of_their_sentences(make_trainer):
         (first,), (second,) = ids(pair.first), ids(pair.second)
         assert len(first) == len(second) == 6
         assert len(first & second) == 3
+
+
+def test_processes_share_what_one_process_would_draw(make_trainer):
+    lengths = [5, 6, 7] * 40
+    alone = paired(make_trainer(lengths), micro_batches=4)
+    shares = [paired(make_trainer(lengths, rank=r, processes=2), micro_batches=2) for r in (0, 1)]
+    for whole, even, odd in itertools.islice(zip(alone, *shares, strict=False), 8):
+        assert ids(whole.first) == [
+            one for both in zip(ids(even.first), ids(odd.first), strict=True) for one in both
+        ]
+        assert ids(whole.second)[1] == ids(odd.second)[0]
 
 
 def test_token_counts_are_those_of_the_cut_batch(make_trainer):

@@ -161,7 +161,6 @@ def test_eta_follows_the_peak_of_the_schedule():
         (["--gradinit-max-tokens", "2"], "too few to cut a batch in thirds"),
         (["--gradinit-betas", "0.9"], "'0.9' is not two numbers with a comma"),
         (["--gradinit-betas", "0.9,1"], "betas must be two numbers in"),
-        (["--distributed-world-size", "2"], "learns on one process, and this run has 2"),
         (["--ddp-backend", "fully_sharded"], "does not work with --ddp-backend fully_sharded"),
         (["--ddp-backend", "slowmo"], "does not work with --ddp-backend slowmo"),
         (["--use-bmuf"], "does not work with --use-bmuf"),
@@ -173,11 +172,6 @@ def test_eta_follows_the_peak_of_the_schedule():
 )
 def test_what_cannot_work_is_refused(options, message):
     assert message in refusal(*options)
-
-
-def test_several_processes_may_apply_a_scales_file():
-    plan = plan_of("--distributed-world-size", "2", "--gradinit-scales", "s.json")
-    assert plan.scales_file == "s.json"
 
 
 @pytest.mark.parametrize(
