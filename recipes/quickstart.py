@@ -184,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     log.info(
         "corpus: %.0f s; everything, this time: %.0f s", corpus_seconds, time.monotonic() - start
     )
-    show_files(settings, picture)
+    show_files(settings, picture, "make test" if options.compare else "make quickstart-compare")
     return 0
 
 
@@ -378,10 +378,12 @@ def show_results(results: list[Result], settings: Settings) -> None:
         "chrF2": [f"{result.chrf:.2f}" for result in results],
         "validation loss (base 2)": [f"{result.valid_loss:.3f}" for result in results],
     }
-    for update in (settings.updates // 8, settings.updates // 4, settings.updates // 2):
-        row = [dict(result.curve).get(update) for result in results]
-        if None not in row:
-            table[f"training loss at {update}"] = [f"{loss:.2f}" for loss in row]
+    for part in (8, 4, 2):
+        # The last logged update that all arms have up to this part of training.
+        curves = [dict(result.curve) for result in results]
+        shared = set.intersection(*map(set, curves))
+        update = max(u for u in shared if u <= settings.updates // part)
+        table[f"training loss at {update}"] = [f"{curve[update]:.2f}" for curve in curves]
     table["training, seconds"] = [f"{result.train_seconds:.0f}" for result in results]
     table["translation, seconds"] = [f"{result.translate_seconds:.0f}" for result in results]
     log.info("== results on the test set (%d sentences)", len(results[0].rows))
@@ -390,7 +392,7 @@ def show_results(results: list[Result], settings: Settings) -> None:
     log.info("\nBLEU   %s\nchrF2  %s", *results[0].signatures)
 
 
-def show_files(settings: Settings, picture: Path) -> None:
+def show_files(settings: Settings, picture: Path, next_target: str) -> None:
     """Where things lie, and three commands to try next."""
     checkpoints = settings.checkpoints(settings.arms[0])
     log.info("\ncheckpoint  %s", checkpoints / "checkpoint_last.pt")
@@ -405,7 +407,7 @@ def show_files(settings: Settings, picture: Path) -> None:
     ]
     log.info("\ntry next:")
     log.info("  echo 'Passwort vergessen?' | %s", shlex.join(interactive))
-    log.info("  make quickstart-compare")
+    log.info("  %s", next_target)
     log.info("  %s", shlex.join([*program("train"), *PLUGIN, "--help"]))
 
 

@@ -95,12 +95,14 @@ def test_summary_shows_the_arms_side_by_side(settings, results, caplog):
     caplog.set_level("INFO")
     quickstart.show_examples(results[0])
     quickstart.show_results(results, settings)
-    quickstart.show_files(settings, Path("picture.png"))
+    quickstart.show_files(settings, Path("picture.png"), "make test")
     lines = caplog.text.splitlines()
     (bleu,) = [line for line in lines if " BLEU  " in line and "nrefs" not in line]
     assert bleu.split()[-2:] == [f"{result.bleu:.2f}" for result in results]
     assert sum("translation  " in line for line in lines) == quickstart.EXAMPLES
-    assert any("training loss at 8" in line for line in lines)
+    for update in (2, 4, 8):
+        (row,) = [line for line in lines if f"training loss at {update} " in line]
+        assert row.split()[-2:] == [f"{dict(result.curve)[update]:.2f}" for result in results]
     assert any("fairseq-interactive" in line for line in lines)
 
 
