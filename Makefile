@@ -2,6 +2,7 @@
 # make quickstart-compare   the same against the default initialisation, without and with warmup
 # make test                 the tests
 # make lint                 ruff and mypy
+# The quickstarts take options in ARGS: make quickstart ARGS="--updates 500 --seed 2"
 # All of them share one virtual environment, made on first use.
 
 SHELL := /bin/bash
@@ -13,10 +14,10 @@ STAMP := $(VENV)/.installed
 .PHONY: quickstart quickstart-compare test lint clean
 
 quickstart: $(STAMP)
-	PYTHONPATH=data-prep $(BIN)/python recipes/quickstart.py
+	PYTHONPATH=data-prep $(BIN)/python recipes/quickstart.py $(ARGS)
 
 quickstart-compare: $(STAMP)
-	PYTHONPATH=data-prep $(BIN)/python recipes/quickstart.py --compare
+	PYTHONPATH=data-prep $(BIN)/python recipes/quickstart.py --compare $(ARGS)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

@@ -101,8 +101,16 @@ class Settings:
             Arm("warmup", f"default, warmup {warmup}", ("--warmup-updates", str(warmup))),
         )
 
+    @property
+    def outcome(self) -> Path:
+        """Apart for each length and seed, so that trying another one loses nothing."""
+        return self.run_dir / f"{self.updates}-updates-seed-{self.seed}"
+
+    def folder(self, arm: Arm) -> Path:
+        return self.outcome / arm.name
+
     def checkpoints(self, arm: Arm) -> Path:
-        return self.run_dir / arm.name / "checkpoints"
+        return self.folder(arm) / "checkpoints"
 
     def training_command(self, arm: Arm) -> list[str]:
         length = str(self.updates)
@@ -121,7 +129,7 @@ class Settings:
             *("--path", str(self.checkpoints(arm) / "checkpoint_last.pt")),
             *("--beam", "4", "--max-len-a", "1.5", "--max-len-b", "10"),
             *("--max-tokens", "4000", *ALL_SENTENCES, "--remove-bpe", "sentencepiece"),
-            *("--results-path", str(self.run_dir / arm.name)),
+            *("--results-path", str(self.folder(arm))),
         ]
 
 
@@ -176,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         log.error("quickstart: interrupted; the same command goes on from here")
         return 130
-    picture = settings.run_dir / ("compare.png" if options.compare else "quickstart.png")
+    picture = settings.outcome / ("compare.png" if options.compare else "quickstart.png")
     scales = Scales.load(settings.checkpoints(settings.arms[0]) / FILE_NAME)
     save_picture(picture, {result.arm.title: result.curve for result in results}, scales)
     show_examples(results[0])
@@ -216,7 +224,7 @@ def prepare_corpus(settings: Settings, wheels: Path | None) -> None:
 
 def run_arm(arm: Arm, settings: Settings) -> Result:
     """Train, translate and score one arm."""
-    folder = settings.run_dir / arm.name
+    folder = settings.folder(arm)
     folder.mkdir(parents=True, exist_ok=True)
     trained = train(arm, settings)
     command = settings.translation_command(arm)
@@ -245,7 +253,7 @@ def run_arm(arm: Arm, settings: Settings) -> Result:
 
 def train(arm: Arm, settings: Settings) -> dict[str, Any]:
     """Run fairseq-train, resuming what was interrupted; returns curve, valid_loss and seconds."""
-    folder = settings.run_dir / arm.name
+    folder = settings.folder(arm)
     command = settings.training_command(arm)
     data = json.loads((settings.corpus / "manifest.json").read_text())["outputs"]
     ingredients = {"command": command, "data": data}

@@ -45,7 +45,7 @@ def results(settings: quickstart.Settings) -> list[quickstart.Result]:
 
 def test_arms_differ_only_in_how_they_start(settings):
     gradinit, no_warmup, warmup = (set(settings.training_command(arm)) for arm in settings.arms)
-    folder = settings.run_dir
+    folder = settings.run_dir / "16-updates-seed-1"
     assert gradinit ^ no_warmup == {
         "--gradinit",
         str(folder / "gradinit/checkpoints"),
@@ -60,7 +60,7 @@ def test_results_are_those_of_the_logs(settings, results):
         assert [update for update, _ in result.curve] == list(range(2, 17, 2))
         assert len(result.rows) == 21
         assert result.rows[3][0] == (settings.corpus / "text/test.de").read_text().split("\n")[3]
-        log = (settings.run_dir / result.arm.name / "train.log").read_text()
+        log = (settings.folder(result.arm) / "train.log").read_text()
         assert f'"valid_loss": "{result.valid_loss}"' in log
         assert "nrefs:1|case:mixed" in result.signatures[0]
     assert results[0].curve != results[1].curve
@@ -114,7 +114,7 @@ def test_failure_names_the_log(tmp_path):
 
 def test_missing_translations_are_an_error(settings, results, tmp_path):
     generated = tmp_path / "generate-test.txt"
-    full = (settings.run_dir / "gradinit/generate-test.txt").read_text()
+    full = (settings.folder(settings.arms[0]) / "generate-test.txt").read_text()
     generated.write_text(full.replace("H-7\t", "X-7\t"))
     with pytest.raises(quickstart.QuickstartError, match="each of the 21 sentences"):
         quickstart.read_translations(generated, settings.corpus / "text")
