@@ -171,6 +171,7 @@ class ScaleLearner:
             GradInitError: see `gradient`.
         """
         found = self.gradient(pair)
+        self._check_finite("gradient of the scales", found.by_scales.norm().item())
         self.scales.grad = found.by_scales
         self._adam[found.kind].step()
         self.scales.grad = None

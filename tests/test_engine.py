@@ -273,6 +273,23 @@ def test_nan_is_named_and_the_initial_weights_come_back(model, pair, bad_call):
     assert all(map(torch.equal, initial, model.parameters()))
 
 
+def test_a_gradient_that_is_nan_behind_a_finite_loss_is_named(model, pair):
+    calls = 0
+
+    def loss(tokens):
+        nonlocal calls
+        calls += 1
+        value, count = loss_of(model)(tokens)
+        # 0, with derivative infinity times 0, in the batches after the trial step.
+        return value + (0.0 if calls <= 2 else (0.0 * model.out.bias).sum().sqrt()), count
+
+    initial = [p.detach().clone() for p in model.parameters()]
+    blocks = collect_blocks({"": model}, "fixed")
+    with quiet(model), pytest.raises(GradInitError, match=r"gradient of the scales is nan"):
+        learn_scales(blocks, loss, [pair] * 3, GradInitConfig(eta=0.05, iterations=3))
+    assert all(map(torch.equal, initial, model.parameters()))
+
+
 def test_batches_that_end_early_are_an_error(model, pair):
     initial = [p.detach().clone() for p in model.parameters()]
     blocks = collect_blocks({"": model}, "fixed")
