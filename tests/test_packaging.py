@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 import zipfile
 from importlib.util import find_spec
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from conftest import PLUGIN, ROOT
@@ -105,3 +107,22 @@ def test_user_dir_after_a_plain_installation(installed):
     assert "--gradinit-iterations" in done.stdout
     found = Path(done.stdout.rpartition("FROM ")[2].strip())
     assert found.resolve() == installed / "fairseq_gradinit" / "__init__.py"
+
+
+@pytest.mark.parametrize(
+    ("installed_name", "brings_one"),
+    [(None, True), ("ve-fairseq", True), ("fairseq", False), ("fairseq-fixed", False)],
+)
+def test_the_extra_never_replaces_a_fairseq_that_is_there(installed_name, brings_one, tmp_path):
+    if installed_name:
+        (tmp_path / "fairseq").mkdir()
+        info = tmp_path / f"{installed_name.replace('-', '_')}-0.12.3.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Name: {installed_name}\nVersion: 0.12.3\n")
+    with (
+        mock.patch("setuptools.setup") as setup,
+        mock.patch("sysconfig.get_path", return_value=str(tmp_path)),
+    ):
+        runpy.run_path(str(ROOT / "setup.py"))
+    extra = setup.call_args.kwargs["extras_require"]["fairseq"]
+    assert [requirement.split(">")[0] for requirement in extra] == ["ve-fairseq"] * brings_one
