@@ -69,8 +69,9 @@ class PairedBatches:
         )
         batches = _index_batches(epoch_itr, self._dataset)
         self._batches = [batch for batch in batches if len(batch) >= 3]
-        if len(self._batches) < max(2, self._drawn):
-            raise GradInitError(_too_few(batches, self._batches, max_tokens, self._drawn))
+        needed = max(2, self._drawn)
+        if len(self._batches) < needed:
+            raise GradInitError(_too_few(batches, self._batches, max_tokens, needed))
 
     def __iter__(self) -> Iterator[BatchPair]:
         rng = np.random.default_rng(self._seed)
@@ -118,14 +119,14 @@ def _too_few(
     batches: list[np.ndarray],
     usable: list[np.ndarray],
     max_tokens: int | None,
-    drawn: int,
+    needed: int,
 ) -> str:
     if not batches:
         return (
             f"no sentence of the training data fits in a GradInit batch of {max_tokens} tokens: "
             "raise --gradinit-max-tokens"
         )
-    if len(batches) >= max(2, drawn):
+    if len(batches) >= needed:
         return (
             f"GradInit cuts each batch in thirds, but only {len(usable)} of the {len(batches)} "
             "batches have three sentences or more: raise --gradinit-max-tokens"
@@ -134,6 +135,6 @@ def _too_few(
     sentences = sum(len(batch) for batch in batches)
     return (
         f"the training data ({sentences} sentences) fill only {len(batches)} GradInit "
-        f"batch(es), and {max(2, drawn)} or more are needed: lower --gradinit-max-tokens"
+        f"batch(es), and {needed} or more are needed: lower --gradinit-max-tokens"
         + (f" (now {max_tokens})" if max_tokens else " or --batch-size")
     )

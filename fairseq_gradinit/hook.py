@@ -4,8 +4,8 @@ Four places, each passing through to fairseq's own code when --gradinit is not g
 
 - the training parser gets the group of options (`--help` shows only what is there before the task
   adds its own);
-- every task's configuration gets the same options as fields: that of tasks known by now, and of
-  those that a user dir registers later, by the time the command line or the task is set up;
+- every task's configuration gets the same options as fields, also when a user dir registers the
+  task later: by the time the command line is read or the task is set up;
 - `call_main`, the entry of training on the command line and under hydra, checks the options
   before anything is built;
 - `Trainer.begin_epoch`, the first call after the checkpoint is (or is not) loaded, runs the phase.
