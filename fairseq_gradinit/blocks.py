@@ -7,7 +7,8 @@ in the trial step: training will move them too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -118,3 +119,12 @@ def set_weights(blocks: list[Block], base: list[Tensor], scales: Tensor) -> None
     learned: list[Tensor] = [block.parameter for block in blocks if block.learned]
     factors: list[Tensor] = [s.to(p.dtype) for p, s in zip(learned, scales.unbind(), strict=True)]
     torch._foreach_mul_(learned, factors)
+
+
+def fingerprint(blocks: Sequence[Block]) -> str:
+    """Eight hexadecimal digits that change with any name, shape or value of the blocks."""
+    digest = hashlib.blake2b(digest_size=4)
+    for block in blocks:
+        digest.update(f"{block.name}{tuple(block.parameter.shape)}".encode())
+        digest.update(block.parameter.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -14,8 +14,12 @@ from fairseq_gradinit.errors import GradInitError
 
 TargetName = Literal["adam", "sgd", "sgd-normalized"]
 NormGains = Literal["fixed", "learned"]
+SecondOrder = Literal["auto", "exact", "finite-difference"]
+Precision = Literal["fp32", "bf16"]
 
 TARGET_NAMES: tuple[TargetName, ...] = ("adam", "sgd", "sgd-normalized")
+SECOND_ORDER_NAMES: tuple[SecondOrder, ...] = ("auto", "exact", "finite-difference")
+PRECISION_NAMES: tuple[Precision, ...] = ("fp32", "bf16")
 
 
 @dataclass(frozen=True)
@@ -24,9 +28,14 @@ class GradInitConfig:
 
     Attributes:
         eta: length of the trial step, in units of the training learning rate.
-        target: optimizer whose first step the scales are learned for. `adam` steps along sign(g)
-            and bounds the l1 norm of the gradient, `sgd` steps along g and bounds the l2 norm,
-            `sgd-normalized` steps along g / ||g||_2.
+        target: optimizer whose first step the scales are learned for. `adam` steps along
+            g / (|g| + eps) and bounds the l1 norm of the gradient, `sgd` steps along g and bounds
+            the l2 norm, `sgd-normalized` steps along g / ||g||_2.
+        eps: epsilon of Adam as it acts in the first step; 0 makes the step sign(g).
+        clip_norm: bound on the l2 norm of the gradient that `sgd` steps along; `math.inf` for none.
+        through_step: differentiate the direction of the trial step too, which costs a
+            second-order product in every iteration. Without it the direction counts as constant:
+            exact for sign(g), and the paper's choice for SGD.
         gamma: bound on the gradient norm; `math.inf` switches the constraint off.
         iterations: number of scale updates.
         lr: learning rate of Adam on the scales (tau in the paper), in units of a scale.
@@ -35,6 +44,14 @@ class GradInitConfig:
         min_bias_scale: lower bound of a bias tensor's scale.
         max_scale: upper bound of a scale.
         norm_gains: whether the gains of normalisation layers get a learned scale or keep 1.
+        second_order: how Hessian-vector products are taken: `exact` by double backward,
+            `finite-difference` from two gradients, `auto` by finite differences if two lengths of
+            the difference agree, and exactly if not.
+        precision: `bf16` evaluates the loss under autocast to bfloat16; weights, gradients and
+            scales keep their own precision.
+        max_skipped: batches that may be skipped because their loss or gradient is not finite.
+        seed: where the random number generators are set to before each pair of batches is drawn,
+            so that an interrupted run can go on as if it had not been.
 
     Raises:
         GradInitError: on construction, when a value is outside its range.
@@ -42,6 +59,9 @@ class GradInitConfig:
 
     eta: float
     target: TargetName = "adam"
+    eps: float = 0.0
+    clip_norm: float = math.inf
+    through_step: bool = False
     gamma: float = math.inf
     iterations: int = 120
     lr: float = 1e-2
@@ -50,20 +70,26 @@ class GradInitConfig:
     min_bias_scale: float = 0.2
     max_scale: float = 5.0
     norm_gains: NormGains = "fixed"
+    second_order: SecondOrder = "auto"
+    precision: Precision = "fp32"
+    max_skipped: int = 10
+    seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.target not in TARGET_NAMES:
-            raise GradInitError(
-                f"unknown optimizer {self.target!r} for GradInit: choose one of "
-                f"{', '.join(TARGET_NAMES)}"
-            )
-        if self.norm_gains not in ("fixed", "learned"):
-            raise GradInitError(f"norm gains must be fixed or learned, not {self.norm_gains!r}")
+        _require_one_of("optimizer for GradInit", self.target, TARGET_NAMES)
+        _require_one_of("norm-gains", self.norm_gains, ("fixed", "learned"))
+        _require_one_of("second-order", self.second_order, SECOND_ORDER_NAMES)
+        _require_one_of("precision", self.precision, PRECISION_NAMES)
         if self.iterations < 1:
             raise GradInitError(f"iterations must be at least 1, not {self.iterations}")
         _require_positive("eta", self.eta)
         _require_positive("lr", self.lr)
-        _require_positive("gamma", self.gamma, infinite=True)
+        _require_positive("gamma", self.gamma, infinite="to switch the norm constraint off")
+        _require_positive("clip-norm", self.clip_norm, infinite="for no clipping")
+        if not 0.0 <= self.eps < math.inf:
+            raise GradInitError(f"Adam's eps must be a number of at least 0, not {self.eps}")
+        if self.max_skipped < 0:
+            raise GradInitError(f"max-skipped must be at least 0, not {self.max_skipped}")
         if len(self.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise GradInitError(f"betas must be two numbers in [0, 1), not {self.betas}")
         for name in ("min_scale", "min_bias_scale"):
@@ -85,11 +111,25 @@ class GradInitConfig:
         return 1 if self.target == "adam" else 2
 
     @property
+    def constant_step(self) -> bool:
+        """Whether the direction of the trial step has derivative 0, as sign(g) has."""
+        return self.target == "adam" and self.eps == 0.0
+
+    @property
+    def clips(self) -> bool:
+        return self.target == "sgd" and math.isfinite(self.clip_norm)
+
+    @property
     def constrained(self) -> bool:
         return math.isfinite(self.gamma)
 
 
-def _require_positive(name: str, value: float, infinite: bool = False) -> None:
+def _require_one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise GradInitError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+
+
+def _require_positive(name: str, value: float, infinite: str = "") -> None:
     if not value > 0.0 or (math.isinf(value) and not infinite):
-        hint = ", or inf to switch the norm constraint off" if infinite else ""
+        hint = f", or inf {infinite}" if infinite else ""
         raise GradInitError(f"{name} must be a number greater than 0{hint}, not {value}")

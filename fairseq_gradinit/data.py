@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,14 @@ from fairseq_gradinit.errors import GradInitError
 
 # Training shuffles with seed + epoch; this keeps GradInit's batches apart from any epoch's.
 SEED_OFFSET = 1_000_003
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Sentences of the training data, and what the task's collater makes of them."""
+
+    indices: np.ndarray
+    sample: Any
 
 
 class PairedBatches:
@@ -74,6 +83,7 @@ class PairedBatches:
             raise GradInitError(_too_few(batches, self._batches, max_tokens, needed))
 
     def __iter__(self) -> Iterator[BatchPair]:
+        self._digest = hashlib.blake2b(digest_size=4)
         rng = np.random.default_rng(self._seed)
         queue: list[np.ndarray] = []
         while True:
@@ -88,19 +98,40 @@ class PairedBatches:
         """Fingerprint of all the tensors handed out to this process so far."""
         return self._digest.hexdigest()
 
-    def _cut(self, order: np.ndarray) -> tuple[Any, Any]:
+    def plan_digest(self) -> str:
+        """Fingerprint of which sentences the batches before the cut hold."""
+        digest = hashlib.blake2b(digest_size=4)
+        for batch in self._batches:
+            digest.update(f"{batch.tolist()}".encode())
+        return digest.hexdigest()
+
+    def halve(self, batch: MicroBatch) -> list[MicroBatch]:
+        """The same sentences in two micro-batches; none when there is only one sentence."""
+        middle = len(batch.indices) // 2
+        if middle == 0:
+            return []
+        halves = batch.indices[:middle], batch.indices[middle:]
+        return [MicroBatch(half, self._ready(self._collate(half))) for half in halves]
+
+    def _cut(self, order: np.ndarray) -> tuple[MicroBatch, MicroBatch]:
         third = len(order) // 3
-        return self._collate(order[: 2 * third]), self._collate(order[third : 3 * third])
+        return self._drawn_batch(order[: 2 * third]), self._drawn_batch(order[third : 3 * third])
+
+    def _drawn_batch(self, indices: np.ndarray) -> MicroBatch:
+        sample = self._collate(indices)
+        utils.apply_to_sample(self._fingerprint, sample)
+        return MicroBatch(indices, self._ready(sample))
 
     def _collate(self, indices: np.ndarray) -> Any:
         if getattr(self._dataset, "supports_prefetch", False):
             self._dataset.prefetch(indices)
-        sample = self._dataset.collater([self._dataset[i] for i in indices])
-        utils.apply_to_sample(self._fingerprint, sample)
+        return self._dataset.collater([self._dataset[i] for i in indices])
+
+    def _ready(self, sample: Any) -> Any:
         return utils.move_to_cuda(sample) if self._cuda else sample
 
     def _fingerprint(self, tensor: torch.Tensor) -> torch.Tensor:
-        self._digest.update(tensor.contiguous().cpu().numpy().tobytes())
+        self._digest.update(tensor.contiguous().numpy().tobytes())
         return tensor
 
 

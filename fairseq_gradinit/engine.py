@@ -9,30 +9,34 @@ and Efficient Training" (NeurIPS 2021, arXiv:2102.08098):
 
 An iteration first takes the first-order gradient g_m. Only when its norm exceeds gamma does it pay
 for a second-order product, to descend the norm; otherwise it takes the trial step, and descends
-the loss after it. The derivative of the trial step's direction is taken as zero: exact for Adam,
-whose first step is sign(g), and the paper's choice for SGD.
+the loss after it.
 """
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from itertools import chain, islice
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fairseq_gradinit.blocks import Block, base_weights, set_weights
-from fairseq_gradinit.config import GradInitConfig
-from fairseq_gradinit.errors import GradInitError
+from fairseq_gradinit.blocks import Block, base_weights, fingerprint, set_weights
+from fairseq_gradinit.config import GradInitConfig, SecondOrder
+from fairseq_gradinit.errors import GradInitError, GradInitStopped
+from fairseq_gradinit.first_step import first_step, global_norm, norm_direction, through_first_step
+from fairseq_gradinit.gradients import Halve, LossFunction, LossGradients, MeanGradient
+from fairseq_gradinit.history import KINDS, Iteration, IterationKind
 from fairseq_gradinit.processes import OneProcess, Processes
+from fairseq_gradinit.second_order import HessianProducts, agree
+from fairseq_gradinit.state import LearnerState, Moments, StateFile
 
-IterationKind = Literal["objective", "constraint"]
-
-LossFunction = Callable[[Any], tuple[Tensor, Tensor | float]]
-"""Maps a batch to (the sum of its losses, a scalar tensor; the count to divide it by)."""
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -40,33 +44,11 @@ class BatchPair:
     """The data of one iteration: the batches S and S~, each as this process's micro-batches.
 
     S and S~ should share half of their examples: independent batches make the scales chase
-    noise, identical ones overfit the step (section 3.3).
+    noise, identical ones overfit the step (section 3.3). A process may have no micro-batches.
     """
 
     first: Sequence[Any]
     second: Sequence[Any]
-
-
-@dataclass(frozen=True)
-class Iteration:
-    """What one iteration did. Losses are in the units of the loss function, per count.
-
-    Attributes:
-        index: from 1.
-        kind: `constraint` when the gradient norm exceeded gamma, else `objective`.
-        loss: L(S) at the scales before this iteration.
-        trial_loss: L(S~) after the trial step; None in a constraint iteration.
-        grad_norm: ||g||_p over all blocks together.
-        min_scale, max_scale: range of the learned scales after this iteration.
-    """
-
-    index: int
-    kind: IterationKind
-    loss: float
-    trial_loss: float | None
-    grad_norm: float
-    min_scale: float
-    max_scale: float
 
 
 @dataclass(frozen=True)
@@ -77,27 +59,55 @@ class ScaleGradient:
         kind: which function of the scales it is the derivative of: the gradient norm
             (`constraint`), or the loss after the trial step over eta (`objective`).
         by_scales: the derivative, shape (learned blocks,).
-        loss, trial_loss, norm: see `Iteration`.
+        loss, trial_loss, norm: see `Iteration`; trial_loss is a tensor of shape ().
     """
 
     kind: IterationKind
     by_scales: Tensor
     loss: float
-    trial_loss: float | None
+    trial_loss: Tensor | None
     norm: float
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What a GradInit run came to.
+
+    Attributes:
+        scale_of: the scale of every block by name; blocks that are not learned have scale 1.
+        history: the record of the iterations.
+        skipped: batches skipped because a loss or gradient was not finite.
+        second_order: how second-order products were taken; `auto` when it never had to choose.
+    """
+
+    scale_of: dict[str, float]
+    history: tuple[Iteration, ...]
+    skipped: int
+    second_order: SecondOrder
 
 
 class ScaleLearner:
     """Learns one scale per learned block, one iteration at a time.
 
-    The parameters hold m_i W_i between iterations. Gradients of the parameters are used as work
-    space and are None between iterations.
+    The parameters hold m_i W_i between iterations. Their gradients are work space, and None
+    between iterations.
+
+    The host waits for the device once in each iteration, when it must know the norm of the
+    gradient; everything else that an iteration comes to is read together with the next one's.
 
     Args:
         blocks: see `fairseq_gradinit.blocks.collect_blocks`.
         loss: the training loss, with everything stochastic switched off (`quiet`).
         config: the settings.
         processes: those that share each batch, every one of them with a learner of its own.
+        halve: how to cut a batch that does not fit in the memory of a GPU.
+
+    Attributes:
+        scales: of the learned blocks, shape (learned blocks,), float64.
+        history: the iterations whose outcome has been read.
+        skipped: batches skipped so far because a loss or gradient was not finite.
+        stopped: whether the processes have agreed to stop, see `step`.
+        first_loss: loss of the first batch of all, at the initial weights; None if not finite.
 
     Raises:
         GradInitError: the processes hold different weights.
@@ -109,87 +119,195 @@ class ScaleLearner:
         loss: LossFunction,
         config: GradInitConfig,
         processes: Processes | None = None,
+        halve: Halve | None = None,
     ) -> None:
         self.blocks = blocks
-        self._processes = processes or OneProcess()
         self.config = config
-        self._loss = loss
+        self.history: list[Iteration] = []
+        self.skipped = 0
+        self.stopped = False
+        self.first_loss: float | None = None
+        self._processes = processes or OneProcess()
         self._parameters: list[Tensor] = [block.parameter for block in blocks]
         self._learned = [i for i, block in enumerate(blocks) if block.learned]
+        self._fingerprint = fingerprint(blocks)
         self._base = base_weights(blocks)
-        device = self._parameters[self._learned[0]].device
+        self.device = self._parameters[self._learned[0]].device
         self.scales = torch.ones(
-            len(self._learned), dtype=torch.float64, device=device, requires_grad=True
+            len(self._learned), dtype=torch.float64, device=self.device, requires_grad=True
         )
         learned = [blocks[i] for i in self._learned]
         self._lower = torch.tensor(
             [config.min_bias_scale if b.is_bias else config.min_scale for b in learned],
             dtype=torch.float64,
-            device=device,
+            device=self.device,
         )
         self._upper = torch.full_like(self._lower, config.max_scale)
         # One Adam for each kind of iteration: their gradients differ by orders of magnitude, and
         # shared moments would let one kind decide the step of the other.
-        kinds: tuple[IterationKind, ...] = ("objective", "constraint")
         self._adam = {
-            kind: torch.optim.Adam([self.scales], lr=config.lr, betas=config.betas)
-            for kind in kinds
+            kind: torch.optim.Adam([self.scales], lr=config.lr, betas=config.betas, fused=True)
+            for kind in KINDS
         }
-        self.iterations_done = 0
-        sums = [self._base[i].double().sum() for i in self._learned]
-        self._require_same("initial weights", torch.stack(sums))
+        self._gradients = LossGradients(
+            self._parameters, loss, config.precision, self._processes, halve
+        )
+        self._products = HessianProducts(
+            self._parameters, self._gradients, self._processes, config.precision
+        )
+        self._exact = {"exact": True, "finite-difference": False}.get(config.second_order)
+        self._last_kind: IterationKind | None = None
+        self._pending: _Pending | None = None
+        sums = torch.stack([self._base[i].double().sum() for i in self._learned])
+        outcome = self._compared(sums, stop=False).tolist()
+        self._require_same("initial weights", outcome[0])
 
-    def gradient(self, pair: BatchPair) -> ScaleGradient:
-        """The derivative to descend at the present scales; leaves the weights as they were.
+    @property
+    def identity(self) -> str:
+        """One line that tells whether another learner's state is of any use to this one."""
+        return f"{self.config}|torch:{torch.__version__}|weights:{self._fingerprint}"
 
-        Raises:
-            GradInitError: the loss or the gradient norm is not finite, or a batch counts nothing.
-        """
-        loss, count = self._backward(pair.first)
-        gradients = self._take_gradients(count)
-        for gradient in gradients:
-            # Its sign and its norm are those of the sum, not sums of signs and norms.
-            self._processes.sum_(gradient)
-        loss_value, norm = torch.stack([loss / count, self._norm(gradients)]).tolist()
-        self._check_finite("loss", loss_value)
-        self._check_finite("gradient norm", norm)
-        if norm > self.config.gamma:
-            by_scales = self._constraint_gradient(pair.first, gradients, norm, count)
-            return ScaleGradient("constraint", by_scales, loss_value, None, norm)
-        self._trial_step(gradients, norm)
-        trial_loss, count = self._backward(pair.second)
-        by_scales = self._dot_base(self._take_gradients(count)) / self.config.eta
-        set_weights(self.blocks, self._base, self.scales)
-        trial_value = (trial_loss / count).item()
-        self._check_finite("loss after the trial step", trial_value)
-        return ScaleGradient("objective", by_scales, loss_value, trial_value, norm)
+    @property
+    def iterations_done(self) -> int:
+        return len(self.history) + (self._pending is not None)
 
-    def step(self, pair: BatchPair) -> Iteration:
+    @property
+    def pairs_used(self) -> int:
+        """Pairs of batches that the scales depend on: the position in the data."""
+        return self.iterations_done + self.skipped
+
+    def step(self, pair: BatchPair, stop: bool = False) -> None:
         """Do one iteration: descend `gradient(pair)` by Adam, keep the scales in their bounds.
 
+        A pair whose loss or gradient is not finite is skipped and counted.
+
+        Args:
+            stop: this process wants all of them to stop after this iteration. Their next call
+                sets `stopped` on each, and does nothing else.
+
         Raises:
-            GradInitError: see `gradient`.
+            GradInitError: too many batches were skipped, or the processes differ.
         """
         found = self.gradient(pair)
-        self._check_finite("gradient of the scales", found.by_scales.norm().item())
+        if found is None:
+            return
+        self._last_kind = found.kind
+        trial_loss = found.trial_loss if found.trial_loss is not None else found.by_scales.sum()
+        usable = torch.isfinite(found.by_scales).all() & torch.isfinite(trial_loss)
+        adam = self._adam[found.kind]
         self.scales.grad = found.by_scales
-        self._adam[found.kind].step()
+        # The interface by which torch's GradScaler makes a fused optimizer leave out a step.
+        vars(adam)["found_inf"] = (~usable).to(torch.float32)
+        adam.step()
         self.scales.grad = None
         with torch.no_grad():
             self.scales.clamp_(self._lower, self._upper)
-            low, high = torch.stack(torch.aminmax(self.scales)).tolist()
-        self._require_same("scales", self.scales.detach())
         set_weights(self.blocks, self._base, self.scales)
-        self.iterations_done += 1
-        return Iteration(
-            index=self.iterations_done,
+        scales = self.scales.detach()
+        own = torch.stack([usable.double(), trial_loss.double(), *torch.aminmax(scales)])
+        self._pending = _Pending(
             kind=found.kind,
             loss=found.loss,
-            trial_loss=found.trial_loss,
-            grad_norm=found.norm,
-            min_scale=low,
-            max_scale=high,
+            norm=found.norm,
+            outcome=torch.cat([own, self._compared(scales, stop)]),
+            has_trial=found.trial_loss is not None,
         )
+
+    def gradient(self, pair: BatchPair) -> ScaleGradient | None:
+        """The derivative to descend at the present scales; leaves the weights as they were.
+
+        Returns:
+            None when the loss or its gradient is not finite, or the learner has stopped.
+
+        Raises:
+            GradInitError: a batch counts nothing; see `step`.
+        """
+        first = self._gradients.of_mean(pair.first, keep_graph=self._expects_product())
+        # Its sign and its norm are those of the sum, not sums of signs and norms.
+        self._processes.sum_(first.by_parameter)
+        norm = global_norm(first.by_parameter, self.config.norm_order)
+        begins = self.pairs_used == 0
+        loss, count, norm_value = self._read([first.loss, first.count, norm])
+        if begins and math.isfinite(loss):
+            self.first_loss = loss
+        if self.stopped:
+            return None
+        if not count > 0.0:
+            raise GradInitError(
+                f"a batch of GradInit counts {count} items to average the loss over: "
+                "the sample size that the criterion returns must be greater than 0"
+            )
+        for what, value in (("loss", loss), ("gradient norm", norm_value)):
+            if not math.isfinite(value):
+                self._skip(what, value)
+                return None
+        if norm_value > self.config.gamma:
+            by_scales = self._constraint(pair.first, first, norm)
+            return ScaleGradient("constraint", by_scales, loss, None, norm_value)
+        first.graph.clear()
+        by_scales, trial_loss = self._objective(pair, first)
+        return ScaleGradient("objective", by_scales, loss, trial_loss, norm_value)
+
+    def flush(self) -> None:
+        """Read what the last iteration came to, if that has not been read yet.
+
+        Raises:
+            GradInitError: see `step`.
+        """
+        self._read([])
+
+    def state(self) -> LearnerState:
+        """What another learner needs to go on from here, after `load`."""
+        self.flush()
+        moments: dict[IterationKind, Moments] = {}
+        for kind, adam in self._adam.items():
+            if kept := adam.state[self.scales]:
+                mean, square = kept["exp_avg"].tolist(), kept["exp_avg_sq"].tolist()
+                moments[kind] = Moments(int(kept["step"]), tuple(mean), tuple(square))
+        return LearnerState(
+            scales=tuple(self.scales.tolist()),
+            moments=moments,
+            history=tuple(self.history),
+            skipped=self.skipped,
+            exact_products=self._exact,
+            first_loss=self.first_loss,
+            last_kind=self._last_kind,
+        )
+
+    def fits(self, state: LearnerState, pair: BatchPair) -> bool:
+        """Whether the first of all batches has the loss it had for the `state`.
+
+        What the initial weights cannot tell shows here: other data, another criterion, another
+        activation function. To be asked before the first iteration.
+        """
+        loss = float(self._gradients.of_mean(pair.first).loss)
+        if state.first_loss is None:
+            return not math.isfinite(loss)
+        # Kernels of GPUs do not add in the same order every time.
+        return math.isclose(loss, state.first_loss, rel_tol=1e-3)
+
+    def load(self, state: LearnerState) -> None:
+        """Go on from the `state` of a learner with the same `identity`."""
+
+        def vector(values: Sequence[float]) -> Tensor:
+            return torch.tensor(values, dtype=torch.float64, device=self.device)
+
+        with torch.no_grad():
+            self.scales.copy_(vector(state.scales))
+        for kind, kept in state.moments.items():
+            self._adam[kind].state[self.scales] = {
+                "step": torch.tensor(float(kept.step), device=self.device),
+                "exp_avg": vector(kept.mean),
+                "exp_avg_sq": vector(kept.square),
+            }
+        self.history = list(state.history)
+        self.skipped = state.skipped
+        self.first_loss = state.first_loss
+        self._last_kind = state.last_kind
+        if self.config.second_order == "auto":
+            self._exact = state.exact_products
+        self._pending = None
+        set_weights(self.blocks, self._base, self.scales)
 
     def restore(self) -> None:
         """Put the initial weights W_i back into the model."""
@@ -197,118 +315,199 @@ class ScaleLearner:
             parameter.grad = None
         set_weights(self.blocks, self._base, torch.ones_like(self.scales))
 
-    def scale_of(self) -> dict[str, float]:
-        """The scale of every block by name; blocks that are not learned have scale 1."""
-        learned = iter(self.scales.tolist())
-        return {block.name: next(learned) if block.learned else 1.0 for block in self.blocks}
+    def learned(self) -> Learned:
+        """What has been learned so far."""
+        self.flush()
+        scales = iter(self.scales.tolist())
+        ways: dict[bool | None, SecondOrder] = {
+            True: "exact",
+            False: "finite-difference",
+            None: "auto",
+        }
+        return Learned(
+            scale_of={b.name: next(scales) if b.learned else 1.0 for b in self.blocks},
+            history=tuple(self.history),
+            skipped=self.skipped,
+            second_order=ways[self._exact],
+        )
 
-    def _backward(self, batches: Sequence[Any]) -> tuple[Tensor, Tensor]:
-        """Accumulate the gradient of the loss of this process's `batches`.
+    def _expects_product(self) -> bool:
+        """Whether an exact product at S is likely to follow: kinds of iterations come in runs.
 
-        Returns:
-            The summed loss and the count, over all processes.
+        Never in the first iteration, where the product is held against an ordinary gradient.
         """
-        totals = torch.zeros(2, dtype=torch.float64, device=self.scales.device)
-        for batch in batches:
-            loss, size = self._loss(batch)
-            torch.autograd.backward(loss)
-            totals[0] += loss.detach()
-            totals[1] += size
-        self._processes.sum_(totals)
-        return totals[0], totals[1]
+        return self._exact is True and self._last_kind == "constraint"
 
-    def _take_gradients(self, count: Tensor) -> list[Tensor]:
-        """Move this process's accumulated gradients out of the parameters, divided by `count`."""
-        gradients = [
-            torch.zeros_like(p) if p.grad is None else p.grad.detach() for p in self._parameters
-        ]
-        for parameter in self._parameters:
-            parameter.grad = None
-        divisor = float(count)
-        if not divisor > 0.0:
-            raise GradInitError(
-                f"a batch of GradInit counts {divisor} items to average the loss over: "
-                "the sample size that the criterion returns must be greater than 0"
-            )
-        torch._foreach_div_(gradients, divisor)
-        return gradients
-
-    def _norm(self, gradients: list[Tensor]) -> Tensor:
-        norms = torch._foreach_norm(gradients, self.config.norm_order)
-        norm: Tensor = torch.stack(norms).double().norm(self.config.norm_order)
-        return norm
+    def _objective(self, pair: BatchPair, first: MeanGradient) -> tuple[Tensor, Tensor]:
+        """d L(S~; theta_m - eta A[g_m]) / dm_i over eta, and L(S~) there."""
+        eta = self.config.eta
+        through = self.config.through_step and not self.config.constant_step
+        self._move(first, keep=through)
+        second = self._gradients.of_mean(pair.second)
+        by_scales = self._dot_base(second.by_parameter)
+        set_weights(self.blocks, self._base, self.scales)
+        if through:
+            # <u, dA[g_m]/dm_i> = <H J^T u, W_i>, for u the gradient after the step.
+            self._processes.sum_(second.by_parameter)
+            vector = through_first_step(first.by_parameter, second.by_parameter, self.config)
+            second.by_parameter.clear()
+            by_scales -= eta * self._product_dot_base(pair.first, first, vector)
+        return by_scales / eta, second.loss
 
     @torch.no_grad()
-    def _trial_step(self, gradients: list[Tensor], norm: float) -> None:
-        """theta <- theta - eta A[g], in place, for every block; overwrites `gradients`."""
-        step = self.config.eta
-        if self.config.target == "adam":
-            torch._foreach_sign_(gradients)
-        elif self.config.target == "sgd-normalized":
-            step = step / norm if norm > 0.0 else 0.0
-        torch._foreach_add_(self._parameters, gradients, alpha=-step)
+    def _move(self, first: MeanGradient, keep: bool) -> None:
+        """theta <- theta - eta A[g] for every block; the gradient is given up unless `keep`."""
+        direction = first_step(first.by_parameter, self.config)
+        torch._foreach_add_(self._parameters, direction, alpha=-self.config.eta)
+        if not keep:
+            first.by_parameter.clear()
 
-    def _constraint_gradient(
-        self, batches: Sequence[Any], gradients: list[Tensor], norm: float, count: Tensor
+    def _constraint(self, batches: Sequence[Any], first: MeanGradient, norm: Tensor) -> Tensor:
+        """d||g||_p / dm_i = <H v, W_i>, with v the derivative of the norm by g."""
+        vector = norm_direction(first.by_parameter, norm, self.config.norm_order)
+        return self._product_dot_base(batches, first, vector)
+
+    def _product_dot_base(
+        self, batches: Sequence[Any], first: MeanGradient, vector: list[Tensor]
     ) -> Tensor:
-        """d||g||_p / dm_i = <H v, W_i>, with v = sign(g) for p = 1 and g / ||g|| for p = 2."""
-        if self.config.norm_order == 1:
-            torch._foreach_sign_(gradients)
-        else:
-            torch._foreach_div_(gradients, norm)
-        return self._dot_base(self._hessian_vector_product(batches, gradients, count))
+        """<H v, W_i> for every learned block, shape (learned,); uses `vector` up."""
+        if self._exact is None:
+            dots = self._difference_dots(batches, first, [v.clone() for v in vector])
+            longer = self._difference_dots(batches, first, [v.clone() for v in vector], 2.0)
+            self._exact = not agree(dots, longer)
+            if not self._exact:
+                return dots
+        elif not self._exact:
+            return self._difference_dots(batches, first, vector)
+        first.by_parameter.clear()
+        return self._dot_base(self._products.exact(batches, first, vector))
 
-    def _hessian_vector_product(
-        self, batches: Sequence[Any], vector: list[Tensor], count: Tensor
-    ) -> list[Tensor]:
-        """H v by double backward, H being the Hessian of the mean loss of `batches`."""
-        for batch in batches:
-            # No fused attention kernel of torch has a second derivative.
-            with sdpa_kernel(SDPBackend.MATH):
-                loss, _ = self._loss(batch)
-                first = torch.autograd.grad(
-                    loss, self._parameters, create_graph=True, allow_unused=True
-                )
-                pairs = [(g, v) for g, v in zip(first, vector, strict=True) if g is not None]
-                product = torch.stack([(g * v).sum() for g, v in pairs]).sum()
-                if product.requires_grad:
-                    torch.autograd.backward(product)
-        return self._take_gradients(count)
+    def _difference_dots(
+        self,
+        batches: Sequence[Any],
+        first: MeanGradient,
+        vector: list[Tensor],
+        lengthening: float = 1.0,
+    ) -> Tensor:
+        dots = self._dot_base(self._products.by_difference(batches, first, vector, lengthening))
+        set_weights(self.blocks, self._base, self.scales)
+        return dots
 
     def _dot_base(self, tensors: list[Tensor]) -> Tensor:
         """<t_i, W_i> of every learned block, t_i being the sum over processes; shape (learned,)."""
         dots = torch.stack(
             [torch.dot(tensors[i].flatten(), self._base[i].flatten()) for i in self._learned]
         ).double()
-        self._processes.sum_(dots)
+        self._processes.sum_([dots])
         return dots
 
-    def _require_same(self, what: str, values: Tensor) -> None:
-        """Refuse values of the learned blocks, shape (learned,), that processes differ in."""
-        extremes = torch.cat([values, -values])
+    def _compared(self, values: Tensor, stop: bool) -> Tensor:
+        """What the processes have to tell each other after an iteration.
+
+        Args:
+            values: shape (learned,).
+
+        Returns:
+            Shape (2,): the first index where the processes have different values, or -1; and
+            whether one of them wants to stop.
+        """
+        extremes = torch.cat([values, -values, torch.full_like(values[:1], float(stop))])
         self._processes.max_(extremes)
-        highest, lowest = extremes[: len(values)], -extremes[len(values) :]
-        differ = (highest != lowest).nonzero().flatten().tolist()
-        if differ:
+        n = len(values)
+        # NaN is equal to nothing, itself included.
+        differ = ~(extremes[:n] == -extremes[n : 2 * n])
+        index = torch.where(differ.any(), differ.to(torch.uint8).argmax(), -1)
+        return torch.stack([index.double(), extremes[-1]])
+
+    def _require_same(self, what: str, index: float) -> None:
+        if index >= 0:
             raise GradInitError(
                 f"the processes have different {what}, first for "
-                f"{self.blocks[self._learned[differ[0]]].name}: start all of them with the same "
+                f"{self.blocks[self._learned[int(index)]].name}: start all of them with the same "
                 "command and seed"
             )
 
-    def _check_finite(self, what: str, value: float) -> None:
-        if math.isfinite(value):
+    def _read(self, values: Sequence[Tensor]) -> list[float]:
+        """`values` on the host, together with what the last iteration came to."""
+        pending, self._pending = self._pending, None
+        tensors = [value.double().reshape(1) for value in values]
+        if pending is not None:
+            tensors.insert(0, pending.outcome)
+        floats: list[float] = torch.cat(tensors).tolist() if tensors else []
+        if pending is None:
+            return floats
+        self._settle(pending, floats[: len(pending.outcome)])
+        return floats[len(pending.outcome) :]
+
+    def _settle(self, pending: _Pending, outcome: Sequence[float]) -> None:
+        """Record an iteration, or count it as skipped."""
+        usable, trial_loss, low, high, differ, stop = outcome
+        self._require_same("scales", differ)
+        self.stopped = bool(stop)
+        if not usable:
+            what = "gradient of the scales" if math.isfinite(trial_loss) else "trial loss"
+            self._skip(what, math.nan if math.isfinite(trial_loss) else trial_loss)
             return
-        iteration = self.iterations_done + 1
-        sizes = torch.stack(torch._foreach_norm(self._parameters, math.inf))
-        largest = self.blocks[int(sizes.nan_to_num(nan=math.inf).argmax())].name
-        advice = "lower eta, the learning rate of the scales, or max-scale"
-        if iteration == 1 and what == "loss":
-            advice = "the model has no finite loss at its own initialisation: check data and model"
-        raise GradInitError(
-            f"the {what} is {value} in GradInit iteration {iteration} (the largest weight is in "
-            f"{largest}): {advice}"
+        self.history.append(
+            Iteration(
+                index=len(self.history) + 1,
+                kind=pending.kind,
+                loss=pending.loss,
+                trial_loss=trial_loss if pending.has_trial else None,
+                grad_norm=pending.norm,
+                min_scale=low,
+                max_scale=high,
+            )
         )
+
+    def _skip(self, what: str, value: float) -> None:
+        """Count a batch that gave no usable gradient.
+
+        Raises:
+            GradInitError: there were too many.
+        """
+        self.skipped += 1
+        iteration = len(self.history) + 1
+        logger.warning(
+            "GradInit iteration %d: the %s is %s, so the batch is skipped (%d of at most %d)",
+            iteration,
+            what,
+            value,
+            self.skipped,
+            self.config.max_skipped,
+        )
+        if self.skipped <= self.config.max_skipped:
+            return
+        advice = "lower eta, the learning rate of the scales, or max-scale"
+        scales = self.scales.tolist()
+        largest = max(range(len(scales)), key=scales.__getitem__)
+        if scales[largest] > 1.0:
+            name = self.blocks[self._learned[largest]].name
+            advice = f"the scale of {name} grew most, to {scales[largest]:.3g}: {advice}"
+        elif not self.history and what != "trial loss":
+            advice = (
+                "not one batch could be used: check that the model has a finite loss at its own "
+                "initialisation, and the data"
+            )
+        raise GradInitError(
+            f"the {what} is {value} in GradInit iteration {iteration}, and {self.skipped} batches "
+            f"are more than may be skipped; {advice}"
+        )
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """An iteration that is done, but whose outcome is still on the device.
+
+    Attributes:
+        outcome: usable, trial loss, smallest and largest scale, and `_compared`; shape (6,).
+    """
+
+    kind: IterationKind
+    loss: float
+    norm: float
+    outcome: Tensor
+    has_trial: bool
 
 
 def learn_scales(
@@ -316,38 +515,118 @@ def learn_scales(
     loss: LossFunction,
     pairs: Iterable[BatchPair],
     config: GradInitConfig,
+    *,
     on_iteration: Callable[[Iteration], None] = lambda iteration: None,
     processes: Processes | None = None,
-) -> tuple[dict[str, float], list[Iteration]]:
-    """Learn the scales and leave the model with its weights scaled.
+    halve: Halve | None = None,
+    state_file: StateFile | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Learned:
+    """Learn the scales and leave the model with its weights scaled. Call this inside `quiet`.
+
+    Random number generators are set to the seed of `config` before each pair is drawn.
 
     Args:
         blocks: the parameter tensors, from `collect_blocks`.
-        loss: the training loss of a batch as (sum, count); call this inside `quiet`.
-        pairs: at least `config.iterations` pairs of batches.
+        loss: the training loss of a batch as (sum, count).
+        pairs: at least `config.iterations` pairs of batches, the same ones in every process's
+            life; each process gives its own share of them.
         config: the settings.
-        on_iteration: called after every iteration.
+        on_iteration: called with each iteration's record, in order.
         processes: those that share each batch; each of them must call this function.
-
-    Returns:
-        The scale of every block by name, and the record of the iterations.
+        halve: cuts a batch that does not fit in the memory of a GPU, see `Halve`.
+        state_file: where to go on from, and to keep the state; None keeps none.
+        stop: asked before each iteration whether to stop after it.
 
     Raises:
-        GradInitError: a loss or gradient is not finite, or `pairs` ended early. The model then
-            has its initial weights again.
+        GradInitError: too many losses or gradients are not finite, `pairs` ended early, or a file
+            or another process fails. The model then has its initial weights again.
+        GradInitStopped: `stop` said so, in one process or another. The state is saved.
     """
-    learner = ScaleLearner(blocks, loss, config, processes)
-    history: list[Iteration] = []
+    learner = ScaleLearner(blocks, loss, config, processes, halve)
     try:
-        for pair in pairs:
-            history.append(learner.step(pair))
-            on_iteration(history[-1])
-            if len(history) == config.iterations:
-                return learner.scale_of(), history
+        drawn = _draw(pairs, config.seed)
+        if state_file is not None:
+            drawn = _resume(learner, drawn, state_file)
+        _iterate(learner, drawn, on_iteration, state_file, stop)
     except BaseException:
         learner.restore()
         raise
-    learner.restore()
-    raise GradInitError(
-        f"the batches for GradInit ended after {len(history)} of {config.iterations} iterations"
+    return learner.learned()
+
+
+def _draw(pairs: Iterable[BatchPair], seed: int) -> Iterator[BatchPair]:
+    iterator = iter(pairs)
+    index = 0
+    while True:
+        random.seed(seed + index)
+        np.random.seed((seed + index) % 2**32)
+        torch.manual_seed(seed + index)
+        try:
+            pair = next(iterator)
+        except StopIteration:
+            return
+        yield pair
+        index += 1
+
+
+def _resume(
+    learner: ScaleLearner, drawn: Iterator[BatchPair], file: StateFile
+) -> Iterator[BatchPair]:
+    """Load the state in `file`, if it is of any use; what is left of `drawn` for the learner."""
+    state = file.load(learner.identity, learner.device)
+    first = None if state is None else next(drawn, None)
+    if state is None or first is None:
+        return drawn
+    if not learner.fits(state, first):
+        logger.warning(
+            "%s was left by a run with other data or another loss, so GradInit begins anew",
+            file.path,
+        )
+        return chain([first], drawn)
+    learner.load(state)
+    logger.info(
+        "going on after iteration %d of %d, from %s",
+        learner.iterations_done,
+        learner.config.iterations,
+        file.path,
     )
+    return islice(drawn, learner.pairs_used - 1, None)
+
+
+def _iterate(
+    learner: ScaleLearner,
+    drawn: Iterator[BatchPair],
+    on_iteration: Callable[[Iteration], None],
+    state_file: StateFile | None,
+    stop: Callable[[], bool],
+) -> None:
+    told = saved = len(learner.history)
+
+    def save() -> None:
+        nonlocal saved
+        if state_file is not None and saved < learner.iterations_done:
+            saved = learner.iterations_done
+            state_file.save(learner.state(), learner.identity)
+
+    while True:
+        if learner.iterations_done == learner.config.iterations:
+            learner.flush()
+        for iteration in learner.history[told:]:
+            on_iteration(iteration)
+        told = len(learner.history)
+        if learner.stopped:
+            save()
+            raise GradInitStopped(f"GradInit stopped after iteration {told}")
+        if told == learner.config.iterations:
+            save()
+            return
+        if state_file is not None and learner.iterations_done >= saved + state_file.interval:
+            save()
+        pair = next(drawn, None)
+        if pair is None:
+            raise GradInitError(
+                f"the batches for GradInit ended after {learner.iterations_done} of "
+                f"{learner.config.iterations} iterations"
+            )
+        learner.step(pair, stop())

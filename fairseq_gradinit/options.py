@@ -5,15 +5,22 @@ checkpoint of any task, and a fairseq without this plugin drops them when it loa
 """
 # No postponed annotations here: fairseq reads the types of dataclass fields as objects.
 
-import ast
 import math
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any, Optional, cast
 
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 
-from fairseq_gradinit.config import TARGET_NAMES, GradInitConfig, NormGains, TargetName
+from fairseq_gradinit.config import (
+    PRECISION_NAMES,
+    SECOND_ORDER_NAMES,
+    GradInitConfig,
+    NormGains,
+    Precision,
+    SecondOrder,
+)
 from fairseq_gradinit.errors import GradInitError
+from fairseq_gradinit.optimizers import CHOICES, TrialStep, parse_betas, trial_step
 
 
 @dataclass(frozen=True)
@@ -70,19 +77,11 @@ PRESETS = {
     ),
 }
 
-# First step of fairseq's optimizers: those that divide g by a running size of g step along
-# sign(g); the momentum buffers of SGD start at the gradient itself.
-TARGET_OF_OPTIMIZER: dict[str, TargetName] = {
-    "adam": "adam",
-    "cpu_adam": "adam",
-    "adamax": "adam",
-    "adagrad": "adam",
-    "sgd": "sgd",
-}
-
 PresetChoice = ChoiceEnum(list(PRESETS))
-TargetChoice = ChoiceEnum(["auto", *TARGET_NAMES])
+TargetChoice = ChoiceEnum(list(CHOICES))
 NormGainsChoice = ChoiceEnum(["fixed", "learned"])
+SecondOrderChoice = ChoiceEnum(list(SECOND_ORDER_NAMES))
+PrecisionChoice = ChoiceEnum(list(PRECISION_NAMES))
 
 
 def _defaults(attribute: str, open_default: str = "") -> str:
@@ -114,8 +113,9 @@ class GradInitOptions(FairseqDataclass):
     gradinit_optimizer: TargetChoice = field(  # type: ignore[valid-type]
         default="auto",
         metadata={
-            "help": "optimizer whose first step the scales are learned for; auto reads the run's "
-            "--optimizer (default: auto)"
+            "help": "optimizer whose first step the scales are learned for; auto: the run's "
+            "--optimizer, with adam as sign(g); adam-eps: the run's Adam with its epsilon, "
+            "g / (|g| + eps); the others take the place of the run's (default: auto)"
         },
     )
     gradinit_iterations: Optional[int] = field(
@@ -133,7 +133,10 @@ class GradInitOptions(FairseqDataclass):
     gradinit_eta: Optional[float] = field(
         default=None,
         metadata={
-            "help": "length of the trial step, in units of the training learning rate "
+            "help": "length of the trial step along sign(g), g or g/||g||, in units of the "
+            "training learning rate, and taken as it is; the default follows the optimizer's first "
+            "step where that is longer or shorter than a learning rate, as with nag, whose is "
+            "1 + momentum "
             + _defaults("eta", f"{PRESETS['default'].eta_per_lr:g} times the run's peak --lr")
         },
     )
@@ -175,6 +178,44 @@ class GradInitOptions(FairseqDataclass):
             )
         },
     )
+    gradinit_second_order: SecondOrderChoice = field(  # type: ignore[valid-type]
+        default="auto",
+        metadata={
+            "help": "how products with the Hessian are taken: exact: by double backward through "
+            "torch's math attention; finite-difference: from two gradients, with any kernel and "
+            "the memory of training; auto: finite-difference if two lengths of the difference "
+            "agree, and exact if not (default: auto)"
+        },
+    )
+    gradinit_through_step: bool = field(
+        default=False,
+        metadata={
+            "help": "differentiate the direction of the trial step too, at the cost of a product "
+            "with the Hessian in every iteration; sign(g) has no derivative, so it is for "
+            "adam-eps, sgd and sgd-normalized"
+        },
+    )
+    gradinit_precision: PrecisionChoice = field(  # type: ignore[valid-type]
+        default="fp32",
+        metadata={
+            "help": "precision of the forward pass; bf16: under autocast, while weights and "
+            "scales stay in fp32, whatever precision training uses (default: fp32)"
+        },
+    )
+    gradinit_max_skipped: int = field(
+        default=10,
+        metadata={
+            "help": "how many batches may be skipped because their loss or gradient is not "
+            "finite (default: 10)"
+        },
+    )
+    gradinit_save_interval: int = field(
+        default=10,
+        metadata={
+            "help": "save the state of the learning every so many iterations, so that an "
+            "interrupted run can go on; 0 switches it off (default: 10)"
+        },
+    )
     gradinit_scales: Optional[str] = field(
         default=None,
         metadata={
@@ -208,6 +249,7 @@ class Plan:
         max_tokens: tokens in a GradInit batch before the cut, or None.
         max_sentences: sentences in it, or None.
         micro_batches: micro-batches in one gradient.
+        save_interval: iterations between two savings of the learning's state; 0 for none.
     """
 
     preset: str
@@ -216,6 +258,7 @@ class Plan:
     max_tokens: int | None
     max_sentences: int | None
     micro_batches: int
+    save_interval: int
 
 
 def make_plan(cfg: Any) -> Plan | None:
@@ -234,44 +277,74 @@ def make_plan(cfg: Any) -> Plan | None:
                 f"{_flag(given[0])} was given without --gradinit: add --gradinit, or leave it out"
             )
         return None
-    learning = options.gradinit_scales is None
     _refuse_unsupported(cfg)
+    if options.gradinit_save_interval < 0:
+        raise GradInitError(
+            "--gradinit-save-interval must be at least 0, which switches it off, not "
+            f"{options.gradinit_save_interval}"
+        )
     preset = PRESETS[str(options.gradinit_preset)]
-
-    def pick(name: str) -> Any:
-        value = getattr(options, f"gradinit_{name}")
-        return getattr(preset, name) if value is None else value
-
-    eta = pick("eta")
-    max_tokens = pick("max_tokens")
     growth = preset.batch_per_training_batch
     sentences = cfg.dataset.batch_size
-    if max_tokens is None and cfg.dataset.max_tokens is not None:
-        max_tokens = math.ceil(growth * cfg.dataset.max_tokens)
-    if max_tokens is not None and max_tokens < 3:
-        raise GradInitError(
-            f"--gradinit-max-tokens {max_tokens} is too few to cut a batch in thirds"
-        )
     return Plan(
         preset=str(options.gradinit_preset),
-        config=GradInitConfig(
-            eta=preset.eta_per_lr * peak_lr(cfg) if eta is None else eta,
-            # Scales from a file are applied whatever the optimizer is.
-            target=_target(str(options.gradinit_optimizer), cfg) if learning else "adam",
-            gamma=pick("gamma"),
-            iterations=pick("iterations"),
-            lr=pick("lr"),
-            betas=_parse_betas(pick("betas")),
-            min_scale=pick("min_scale"),
-            min_bias_scale=pick("min_bias_scale"),
-            max_scale=pick("max_scale"),
-            norm_gains="learned" if pick("norm_gains") == "learned" else "fixed",
-        ),
+        config=_engine_config(options, preset, cfg),
         scales_file=options.gradinit_scales,
-        max_tokens=max_tokens,
+        max_tokens=_max_tokens(options, preset, cfg),
         max_sentences=None if sentences is None else math.ceil(growth * sentences),
         micro_batches=cfg.optimization.update_freq[0],
+        save_interval=options.gradinit_save_interval,
     )
+
+
+def _engine_config(options: GradInitOptions, preset: Preset, cfg: Any) -> GradInitConfig:
+    step = TrialStep("adam")
+    # Scales from a file are applied whatever the optimizer is.
+    if options.gradinit_scales is None:
+        step = trial_step(str(options.gradinit_optimizer), cfg.optimizer)
+        if options.gradinit_through_step and step.target == "adam" and step.eps == 0.0:
+            raise GradInitError(
+                "--gradinit-through-step has no effect on sign(g), whose derivative is 0: leave "
+                "it out, or choose --gradinit-optimizer adam-eps, sgd or sgd-normalized"
+            )
+    eta = _pick(options, preset, "eta")
+    # Clipping leaves sign(g) and g/||g|| as they are.
+    clip_norm = cfg.optimization.clip_norm if step.target == "sgd" else 0.0
+    norm_gains = _pick(options, preset, "norm_gains")
+    return GradInitConfig(
+        eta=preset.eta_per_lr * step.length * peak_lr(cfg) if eta is None else eta,
+        target=step.target,
+        eps=step.eps,
+        clip_norm=clip_norm if clip_norm > 0 else math.inf,
+        through_step=options.gradinit_through_step,
+        gamma=_pick(options, preset, "gamma"),
+        iterations=_pick(options, preset, "iterations"),
+        lr=_pick(options, preset, "lr"),
+        betas=parse_betas("--gradinit-betas", _pick(options, preset, "betas")),
+        min_scale=_pick(options, preset, "min_scale"),
+        min_bias_scale=_pick(options, preset, "min_bias_scale"),
+        max_scale=_pick(options, preset, "max_scale"),
+        # hydra gives members of an enumeration, fairseq's command line their names.
+        norm_gains=cast(NormGains, str(norm_gains)),
+        second_order=cast(SecondOrder, str(options.gradinit_second_order)),
+        precision=cast(Precision, str(options.gradinit_precision)),
+        max_skipped=options.gradinit_max_skipped,
+        seed=cfg.common.seed,
+    )
+
+
+def _max_tokens(options: GradInitOptions, preset: Preset, cfg: Any) -> int | None:
+    found: int | None = _pick(options, preset, "max_tokens")
+    if found is None and cfg.dataset.max_tokens is not None:
+        found = math.ceil(preset.batch_per_training_batch * cfg.dataset.max_tokens)
+    if found is not None and found < 3:
+        raise GradInitError(f"--gradinit-max-tokens {found} is too few to cut a batch in thirds")
+    return found
+
+
+def _pick(options: GradInitOptions, preset: Preset, name: str) -> Any:
+    value = getattr(options, f"gradinit_{name}")
+    return getattr(preset, name) if value is None else value
 
 
 def peak_lr(cfg: Any) -> float:
@@ -283,30 +356,6 @@ def peak_lr(cfg: Any) -> float:
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
-
-
-def _parse_betas(value: Any) -> tuple[float, float]:
-    if isinstance(value, tuple):
-        return value[0], value[1]
-    try:
-        first, second = ast.literal_eval(value)
-        return float(first), float(second)
-    except (ValueError, TypeError, SyntaxError) as error:
-        raise GradInitError(
-            f"--gradinit-betas {value!r} is not two numbers with a comma, like '0.9,0.98'"
-        ) from error
-
-
-def _target(choice: str, cfg: Any) -> TargetName:
-    if choice != "auto":
-        return choice  # type: ignore[return-value]
-    optimizer = getattr(cfg.optimizer, "_name", None)
-    if optimizer not in TARGET_OF_OPTIMIZER:
-        raise GradInitError(
-            f"GradInit does not know the first step of --optimizer {optimizer}: name the closest "
-            f"of its own with --gradinit-optimizer {{{','.join(TARGET_NAMES)}}}"
-        )
-    return TARGET_OF_OPTIMIZER[optimizer]
 
 
 def _refuse_unsupported(cfg: Any) -> None:

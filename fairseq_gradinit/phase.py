@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-from fairseq.logging import progress_bar
+from typing import Any, NoReturn
 
 from fairseq_gradinit import report
-from fairseq_gradinit.blocks import Block, collect_blocks, frozen_names
+from fairseq_gradinit.blocks import Block, collect_blocks, fingerprint, frozen_names
 from fairseq_gradinit.data import PairedBatches
-from fairseq_gradinit.engine import Iteration, learn_scales
-from fairseq_gradinit.errors import GradInitError
+from fairseq_gradinit.engine import learn_scales
+from fairseq_gradinit.errors import GradInitError, GradInitStopped
+from fairseq_gradinit.iteration_log import IterationLog
 from fairseq_gradinit.options import Plan
-from fairseq_gradinit.processes import ProcessGroup
+from fairseq_gradinit.processes import Processes, ProcessGroup
 from fairseq_gradinit.quiet import quiet
 from fairseq_gradinit.scales import FILE_NAME, Scales
-from fairseq_gradinit.task_loss import TaskLoss
+from fairseq_gradinit.signals import StopSignals
+from fairseq_gradinit.state import StateFile
+from fairseq_gradinit.task_loss import TaskLoss, forward_autocast
 
 logger = logging.getLogger("fairseq_gradinit")
 
-LINES_OF_LOG = 20
+STATE_FILE_NAME = "gradinit_state.json"
 
 
 def run_phase(trainer: Any, plan: Plan) -> None:
@@ -97,7 +100,7 @@ def _learn(trainer: Any, plan: Plan, blocks: list[Block]) -> Scales:
             f"task {type(trainer.task).__name__} trains against a moving average of its own "
             "model, which GradInit does not follow: leave out --gradinit"
         )
-    before = report.fingerprint(blocks)
+    before = fingerprint(blocks)
     pairs = PairedBatches(trainer, plan.max_tokens, plan.max_sentences, plan.micro_batches)
     logger.info(
         "GradInit: learning the scales of %d of %d parameter tensors in %d iterations "
@@ -106,18 +109,65 @@ def _learn(trainer: Any, plan: Plan, blocks: list[Block]) -> Scales:
         len(blocks),
         plan.config.iterations,
     )
-    log = _Log(trainer.cfg, plan, tracked=trainer.is_data_parallel_master)
     processes = None
     if trainer.data_parallel_world_size > 1:
         processes = ProcessGroup(trainer.data_parallel_process_group)
-    with quiet(model, criterion):
-        scale_of, history = learn_scales(
-            blocks, TaskLoss(trainer), log.count(pairs), plan.config, log.write, processes
-        )
+    log = IterationLog(trainer.cfg, plan.config, tracked=trainer.is_data_parallel_master)
+    with quiet(model, criterion), StopSignals() as signals, forward_autocast(model, plan.config):
+        try:
+            learned = learn_scales(
+                blocks,
+                TaskLoss(trainer),
+                pairs,
+                plan.config,
+                on_iteration=log.write,
+                processes=processes,
+                halve=pairs.halve,
+                state_file=_state_file(trainer, plan, pairs, processes),
+                stop=signals,
+            )
+        except GradInitStopped as stopped:
+            _leave(stopped, signals, plan)
     signature = report.signature(
-        plan, trainer.cfg, model=before, data=pairs.digest(), device=str(trainer.device)
+        plan,
+        trainer.cfg,
+        model=before,
+        data=pairs.digest(),
+        device=str(trainer.device),
+        second_order=learned.second_order,
     )
-    return Scales.of(blocks, scale_of, signature, history)
+    return Scales.of(blocks, learned.scale_of, signature, learned.history)
+
+
+def _state_file(
+    trainer: Any, plan: Plan, pairs: PairedBatches, processes: Processes | None
+) -> StateFile | None:
+    if plan.save_interval == 0:
+        return None
+    identity = {
+        "processes": trainer.data_parallel_world_size,
+        "micro-batches": plan.micro_batches,
+        "batches": pairs.plan_digest(),
+    }
+    return StateFile(
+        Path(trainer.cfg.checkpoint.save_dir) / STATE_FILE_NAME,
+        "|".join(f"{name}:{value}" for name, value in identity.items()),
+        plan.save_interval,
+        processes,
+    )
+
+
+def _leave(stopped: GradInitStopped, signals: StopSignals, plan: Plan) -> NoReturn:
+    """End the program the way the signal would have, after saying what is saved."""
+    number = signals.received or signal.SIGTERM
+    by = signal.Signals(number).name
+    if signals.received is None:
+        by += " to another process"
+    after = "the same command goes on from there"
+    if plan.save_interval == 0:
+        after = "nothing is saved, as --gradinit-save-interval 0 asks"
+    logger.info("%s, by %s: %s", stopped, by, after)
+    sys.exit(128 + number)
 
 
 @contextmanager
@@ -137,68 +187,3 @@ def _full_precision(trainer: Any) -> Iterator[None]:
         if half:
             for module in modules:
                 module.half()
-
-
-class _Log:
-    """The iterations on fairseq's progress bar and, if `tracked`, its experiment trackers."""
-
-    def __init__(self, cfg: Any, plan: Plan, tracked: bool) -> None:
-        self._cfg = cfg
-        self._tracked = tracked
-        self._plan = plan
-        self._interval = max(1, plan.config.iterations // LINES_OF_LOG)
-        self._bar: Any = None
-        self._wandb: Any = None
-
-    def count(self, pairs: PairedBatches) -> Iterator[Any]:
-        """Yield from `pairs` as many pairs as there are iterations, under a progress bar."""
-        common = self._cfg.common
-        iterations = self._plan.config.iterations
-        self._bar = progress_bar.progress_bar(
-            _Sized(pairs, iterations),
-            log_format=common.log_format,
-            log_interval=self._interval,
-            prefix="gradinit",
-            aim_repo=common.aim_repo if self._tracked else None,
-            aim_run_hash=common.aim_run_hash if self._tracked else None,
-            aim_param_checkpoint_dir=self._cfg.checkpoint.save_dir,
-            tensorboard_logdir=common.tensorboard_logdir if self._tracked else None,
-            default_log_format="simple" if common.no_progress_bar else "tqdm",
-            azureml_logging=common.azureml_logging and self._tracked,
-        )
-        if common.wandb_project and self._tracked:
-            self._wandb = progress_bar.progress_bar(
-                [],
-                log_format="none",
-                wandb_project=common.wandb_project,
-                wandb_run_name=os.environ.get(
-                    "WANDB_NAME", os.path.basename(self._cfg.checkpoint.save_dir)
-                ),
-            )
-        yield from self._bar
-
-    def write(self, iteration: Iteration) -> None:
-        if iteration.index % self._interval and iteration.index != self._plan.config.iterations:
-            return
-        stats = report.iteration_stats(iteration, self._plan.config.gamma)
-        self._bar.log(stats, tag="gradinit", step=iteration.index)
-        if self._wandb is not None:
-            # W&B drops what comes with a step below the last one: counting lines, not
-            # iterations, leaves the steps of training free.
-            stats["iteration"] = iteration.index
-            self._wandb.log(stats, tag="gradinit", step=iteration.index // self._interval)
-
-
-class _Sized:
-    """The first `length` items of an endless iterable, with the length a progress bar shows."""
-
-    def __init__(self, items: PairedBatches, length: int) -> None:
-        self._items = items
-        self._length = length
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __iter__(self) -> Iterator[Any]:
-        for _, item in zip(range(self._length), self._items, strict=False):
-            yield item

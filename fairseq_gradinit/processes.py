@@ -7,41 +7,106 @@ keep identical scales.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 import torch.distributed
 from torch import Tensor
 
+from fairseq_gradinit.errors import GradInitError
+
+# As in torch's DistributedDataParallel: large enough to use the network, small beside a model.
+BUCKET_BYTES = 25 * 2**20
+
 
 class Processes(Protocol):
-    """The processes that share the work; all of them must make the same calls in the same order."""
+    """The processes that share the work; all of them must make the same calls in the same order.
 
-    def sum_(self, tensor: Tensor) -> None:
-        """Replace `tensor` by its sum over the processes, bit for bit the same on each."""
+    Attributes:
+        count: how many there are.
+        rank: which of them this is, from 0.
+
+    The methods raise GradInitError when another process has ended.
+    """
+
+    count: int
+    rank: int
+
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its sum over the processes, bit for bit the same on each."""
 
     def max_(self, tensor: Tensor) -> None:
         """Replace each element of `tensor` by its maximum over the processes."""
+
+    def broadcast_(self, tensor: Tensor) -> None:
+        """Replace `tensor` by that of rank 0."""
 
 
 class OneProcess:
     """No other process: see `Processes`."""
 
-    def sum_(self, tensor: Tensor) -> None:
+    count = 1
+    rank = 0
+
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
         pass
 
     def max_(self, tensor: Tensor) -> None:
         pass
 
+    def broadcast_(self, tensor: Tensor) -> None:
+        pass
 
-@dataclass(frozen=True)
+
 class ProcessGroup:
     """A group of torch.distributed, None being the default one: see `Processes`."""
 
-    group: torch.distributed.ProcessGroup | None = None
+    def __init__(self, group: torch.distributed.ProcessGroup | None = None) -> None:
+        self._group = group
+        self.count = torch.distributed.get_world_size(group)
+        self.rank = torch.distributed.get_rank(group)
 
-    def sum_(self, tensor: Tensor) -> None:
-        torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.SUM, self.group)
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        for bucket in _buckets(tensors):
+            if len(bucket) == 1:
+                self._all_reduce(bucket[0], torch.distributed.ReduceOp.SUM)
+                continue
+            flat = torch.cat([tensor.flatten() for tensor in bucket])
+            self._all_reduce(flat, torch.distributed.ReduceOp.SUM)
+            parts = torch.split(flat, [tensor.numel() for tensor in bucket])
+            torch._foreach_copy_(
+                bucket, [part.view_as(t) for part, t in zip(parts, bucket, strict=True)]
+            )
 
     def max_(self, tensor: Tensor) -> None:
-        torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX, self.group)
+        self._all_reduce(tensor, torch.distributed.ReduceOp.MAX)
+
+    def broadcast_(self, tensor: Tensor) -> None:
+        self._call(torch.distributed.broadcast, tensor, group=self._group, group_src=0)
+
+    def _all_reduce(self, tensor: Tensor, operation: Any) -> None:
+        self._call(torch.distributed.all_reduce, tensor, operation, self._group)
+
+    def _call(self, collective: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        try:
+            collective(*args, **kwargs)
+        except RuntimeError as error:
+            raise GradInitError(
+                f"process {self.rank} of {self.count} lost the others, one of which has probably "
+                f"ended: look for the first error among their logs ({str(error).splitlines()[0]})"
+            ) from error
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Cut `tensors` in runs of one type and at most BUCKET_BYTES, or of a single tensor."""
+    bucket: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        bytes_ = tensor.numel() * tensor.element_size()
+        if bucket and (size + bytes_ > BUCKET_BYTES or tensor.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += bytes_
+    if bucket:
+        yield bucket

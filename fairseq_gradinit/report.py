@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
 from fairseq_gradinit import __version__
-from fairseq_gradinit.blocks import Block
-from fairseq_gradinit.engine import Iteration
+from fairseq_gradinit.history import Iteration
 from fairseq_gradinit.options import Plan
 from fairseq_gradinit.scales import BlockScale, Scales, kinds_of_blocks
 
@@ -51,29 +48,27 @@ def _cell(block: BlockScale) -> str:
     return f"{block.scale:.2f}" if block.state == "learned" else "-"
 
 
-def fingerprint(blocks: Sequence[Block]) -> str:
-    """Eight hexadecimal digits that change with any name, shape or value of the blocks."""
-    digest = hashlib.blake2b(digest_size=4)
-    for block in blocks:
-        digest.update(f"{block.name}{tuple(block.parameter.shape)}".encode())
-        digest.update(block.parameter.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def signature(plan: Plan, cfg: Any, model: str, data: str, device: str) -> str:
+def signature(
+    plan: Plan, cfg: Any, model: str, data: str, device: str, second_order: str | None = None
+) -> str:
     """One line that names everything that determines the scales.
 
     Args:
         model: fingerprint of the initial weights.
         data: fingerprint of the batches used.
         device: where it ran.
+        second_order: how products with the Hessian were taken; None for what `plan` says.
     """
     config = plan.config
-    fields = {
+    fields: dict[str, Any] = {
         "gradinit": __version__,
         "preset": plan.preset,
         "optimizer": config.target,
+        **({"eps": f"{config.eps:g}"} if config.eps else {}),
+        **({"clip-norm": f"{config.clip_norm:g}"} if math.isfinite(config.clip_norm) else {}),
         "eta": f"{config.eta:g}",
+        "through-step": "on" if config.through_step else "off",
+        "second-order": second_order or config.second_order,
         "gamma": f"{config.gamma:g}" if config.constrained else "off",
         "iterations": config.iterations,
         "lr": f"{config.lr:g}",
@@ -90,7 +85,7 @@ def signature(plan: Plan, cfg: Any, model: str, data: str, device: str) -> str:
         "criterion": getattr(cfg.criterion, "_name", "-"),
         "model": model,
         "data": data,
-        "precision": "fp32",
+        "precision": config.precision,
         "device": device,
         "torch": torch.__version__,
         "fairseq": fairseq_version(),

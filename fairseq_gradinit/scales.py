@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import json
-import math
-import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from fairseq_gradinit.blocks import Block, BlockState, base_weights, set_weights
-from fairseq_gradinit.engine import Iteration
 from fairseq_gradinit.errors import GradInitError
-
-T = TypeVar("T")
+from fairseq_gradinit.files import number, typed, write_atomically
+from fairseq_gradinit.history import Iteration, parse_iteration
 
 FORMAT = "fairseq-gradinit-scales"
 VERSION = 1
@@ -142,31 +138,6 @@ def kinds_of_blocks(scales: Scales) -> dict[str, list[BlockScale]]:
     return kinds
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace the content of `path` by `text`, through a temporary file beside it.
-
-    Raises:
-        GradInitError: a file cannot be written there.
-    """
-    temporary = None
-    try:
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
-        ) as file:
-            temporary = file.name
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
-        raise GradInitError(
-            f"cannot write {path}: {error.strerror or error}; choose a folder that can be written"
-        ) from error
-
-
 def _parse(document: Any, path: Path) -> Scales:
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise GradInitError(f"{path} is not a GradInit scales file (no format {FORMAT!r} in it)")
@@ -177,8 +148,8 @@ def _parse(document: Any, path: Path) -> Scales:
         )
     try:
         blocks = tuple(_parse_block(row) for row in document["blocks"])
-        history = tuple(_parse_iteration(row) for row in document["history"])
-        signature = _typed(document["signature"], str)
+        history = tuple(parse_iteration(row) for row in document["history"])
+        signature = typed(document["signature"], str)
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise GradInitError(
             f"the scales file {path} is damaged: {type(error).__name__}: {error}"
@@ -189,39 +160,10 @@ def _parse(document: Any, path: Path) -> Scales:
 
 
 def _parse_block(row: dict[str, Any]) -> BlockScale:
-    scale = _number(row["scale"])
+    scale = number(row["scale"])
     if scale < 0.0:
         raise ValueError(f"scale {scale} of {row['name']} is negative")
-    shape = tuple(_typed(size, int) for size in row["shape"])
+    shape = tuple(typed(size, int) for size in row["shape"])
     if row["state"] not in ("learned", "zero", "norm gain"):
         raise ValueError(f"unknown state {row['state']!r}")
-    return BlockScale(_typed(row["name"], str), shape, scale, row["state"])
-
-
-def _parse_iteration(row: dict[str, Any]) -> Iteration:
-    if row["kind"] not in ("objective", "constraint"):
-        raise ValueError(f"unknown kind of iteration {row['kind']!r}")
-    trial = row["trial_loss"]
-    return Iteration(
-        index=_typed(row["index"], int),
-        kind=row["kind"],
-        loss=_number(row["loss"]),
-        trial_loss=None if trial is None else _number(trial),
-        grad_norm=_number(row["grad_norm"]),
-        min_scale=_number(row["min_scale"]),
-        max_scale=_number(row["max_scale"]),
-    )
-
-
-def _typed(value: Any, kind: type[T]) -> T:
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise TypeError(f"{value!r} is not of type {kind.__name__}")
-    return value
-
-
-def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{value!r} is not a number")
-    if not math.isfinite(value):
-        raise ValueError(f"{value} is not a finite number")
-    return float(value)
+    return BlockScale(typed(row["name"], str), shape, scale, row["state"])

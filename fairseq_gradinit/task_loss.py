@@ -7,11 +7,15 @@ stands in for the run's own.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from numbers import Real
 from typing import Any
 
 import torch
 
+from fairseq_gradinit.config import GradInitConfig
+from fairseq_gradinit.data import MicroBatch
 from fairseq_gradinit.errors import GradInitError
 
 
@@ -33,7 +37,7 @@ class LossRecorder:
 
 
 class TaskLoss:
-    """Maps a sample to (summed loss, sample size), as the trainer would see them.
+    """Maps a micro-batch to (summed loss, sample size), as the trainer would see them.
 
     Losses are those of the criterion: for cross entropy in nats, summed over target tokens. Call
     it inside `quiet`, which keeps the model in evaluation mode whatever the task does.
@@ -47,10 +51,10 @@ class TaskLoss:
         self._model = trainer.get_model()
         self._criterion = trainer.get_criterion()
 
-    def __call__(self, sample: Any) -> tuple[torch.Tensor, torch.Tensor | float]:
+    def __call__(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor | float]:
         recorder = LossRecorder()
         _, sample_size, _ = self._task.train_step(
-            sample=sample,
+            sample=batch.sample,
             model=self._model,
             criterion=self._criterion,
             optimizer=recorder,
@@ -75,3 +79,27 @@ class TaskLoss:
             f"criterion {type(self._criterion).__name__} returned {sample_size!r} as its sample "
             "size; GradInit needs the number of items that its loss sums over"
         )
+
+
+@contextmanager
+def forward_autocast(model: torch.nn.Module, config: GradInitConfig) -> Iterator[None]:
+    """Run the model's forward pass in the precision of `config` within fairseq's train_step.
+
+    On GPUs train_step switches autocast off around the criterion, unless the optimizer is that of
+    --amp, so the engine's own does not reach the model.
+    """
+    if config.precision == "fp32":
+        yield
+        return
+    forward = model.forward
+    device = next(model.parameters()).device.type
+
+    def in_bf16(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(device, dtype=torch.bfloat16, cache_enabled=False):
+            return forward(*args, **kwargs)
+
+    vars(model)["forward"] = in_bf16
+    try:
+        yield
+    finally:
+        del vars(model)["forward"]

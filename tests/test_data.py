@@ -56,7 +56,7 @@ def paired(trainer, max_tokens=60, max_sentences=None, micro_batches=1):
 
 
 def ids(samples):
-    return [set(sample["id"].tolist()) for sample in samples]
+    return [set(batch.sample["id"].tolist()) for batch in samples]
 
 
 def test_the_batches_of_a_pair_share_half_of_their_sentences(make_trainer):
@@ -80,7 +80,7 @@ def test_processes_share_what_one_process_would_draw(make_trainer):
 def test_token_counts_are_those_of_the_cut_batch(make_trainer):
     lengths = [3, 4, 5, 6, 7, 8] * 15
     for pair in itertools.islice(paired(make_trainer(lengths)), 10):
-        for sample in (*pair.first, *pair.second):
+        for sample in (batch.sample for batch in (*pair.first, *pair.second)):
             expected = [lengths[i] for i in sample["id"].tolist()]
             assert sample["ntokens"] == sum(expected)
             assert sample["nsentences"] == len(expected)
@@ -119,7 +119,9 @@ def test_all_the_data_are_used_and_again_in_another_order(make_trainer):
 def test_the_seed_decides_and_the_digest_tells(make_trainer):
     def draw(seed):
         pairs = paired(make_trainer([3, 5, 7] * 30, seed))
-        found = [digest([p.first, p.second]) for p in itertools.islice(pairs, 5)]
+        found = [
+            digest([b.sample for b in (*p.first, *p.second)]) for p in itertools.islice(pairs, 5)
+        ]
         return found, pairs.digest()
 
     assert draw(1) == draw(1)

@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 import pickle
 import sys
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from fairseq_gradinit.config import GradInitConfig
 from fairseq_gradinit.errors import GradInitError
@@ -63,7 +61,13 @@ def test_the_default_preset():
         min_bias_scale=0.2,
         max_scale=5.0,
         norm_gains="fixed",
+        second_order="auto",
+        through_step=False,
+        precision="fp32",
+        max_skipped=10,
+        seed=1,
     )
+    assert plan.save_interval == 10
     assert (plan.max_tokens, plan.max_sentences, plan.micro_batches) == (600, None, 1)
     assert plan.scales_file is None
 
@@ -81,6 +85,7 @@ def test_the_preset_of_the_paper():
         min_bias_scale=0.0,
         max_scale=100.0,
         norm_gains="learned",
+        seed=1,
     )
     assert plan.max_tokens == 6000
 
@@ -96,15 +101,26 @@ def test_every_option_overrides_its_preset():
         "min_bias_scale": 0.0,
         "max_scale": 6.0,
         "norm_gains": "fixed",
+        "second_order": "finite-difference",
+        "precision": "bf16",
+        "max_skipped": 0,
     }
     options = []
     for name, value in values.items():
         text = ",".join(map(str, value)) if name == "betas" else str(value)
         options += ["--gradinit-" + name.replace("_", "-"), text]
+    options += ["--gradinit-through-step", "--gradinit-save-interval", "0", "--seed", "17"]
+    options += ["--gradinit-optimizer", "sgd"]
     plan = plan_of("--gradinit-preset", "paper", "--gradinit-max-tokens", "99", *options)
-    assert plan.config == GradInitConfig(**values)
-    assert plan.max_tokens == 99
+    assert plan.config == GradInitConfig(**values, target="sgd", through_step=True, seed=17)
+    assert (plan.max_tokens, plan.save_interval) == (99, 0)
     assert not plan_of("--gradinit-preset", "paper", "--gradinit-gamma", "inf").config.constrained
+
+
+def test_a_derivative_through_a_sign_is_refused():
+    with pytest.raises(GradInitError, match="--gradinit-through-step has no effect on sign"):
+        plan_of("--gradinit-through-step")
+    plan_of("--gradinit-through-step", "--gradinit-optimizer", "adam-eps")
 
 
 @pytest.mark.parametrize(
@@ -123,15 +139,61 @@ def test_the_trial_step_is_that_of_the_optimizer(options, target):
     assert config.norm_order == (1 if target == "adam" else 2)
 
 
-@pytest.mark.parametrize("optimizer", ["adadelta", "adafactor", "lamb", "nag"])
-def test_an_optimizer_whose_first_step_is_unknown_is_refused(optimizer):
-    from fairseq.optim import OPTIMIZER_REGISTRY
+@pytest.mark.parametrize(
+    ("options", "eta"),
+    [
+        (["--optimizer", "nag", "--momentum", "0.8"], 3 * 0.002 * 1.8),
+        (["--optimizer", "nag", "--momentum", "0.8", "--gradinit-eta", "0.5"], 0.5),
+        (["--optimizer", "nag", "--gradinit-preset", "paper"], 1e-3),
+        (["--optimizer", "nag", "--gradinit-optimizer", "sgd"], 3 * 0.002),
+        (["--optimizer", "sgd", "--momentum", "0.8"], 3 * 0.002),
+        (["--optimizer", "adamax", "--no-bias-correction"], 3 * 0.002 * 0.1),
+        (
+            ["--optimizer", "adamax", "--no-bias-correction", "--gradinit-optimizer", "adam-eps"],
+            3 * 0.002 * 0.1,
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_only_the_automatic_eta_follows_the_length_of_the_first_step(options, eta):
+    assert plan_of(*options).config.eta == pytest.approx(eta)
 
-    if optimizer not in OPTIMIZER_REGISTRY:
-        pytest.skip(f"this fairseq has no {optimizer}")
-    message = refusal("--optimizer", optimizer)
-    assert f"does not know the first step of --optimizer {optimizer}" in message
-    assert "--gradinit-optimizer {adam,sgd,sgd-normalized}" in message
+
+@pytest.mark.parametrize(
+    ("options", "clip_norm"),
+    [
+        (["--optimizer", "sgd"], math.inf),
+        (["--optimizer", "sgd", "--clip-norm", "0"], math.inf),
+        (["--optimizer", "sgd", "--clip-norm", "-1"], math.inf),
+        (["--optimizer", "sgd", "--clip-norm", "0.1"], 0.1),
+        (["--optimizer", "nag", "--clip-norm", "0.1"], 0.1),
+        (["--clip-norm", "0.1", "--gradinit-optimizer", "sgd"], 0.1),
+        (["--clip-norm", "0.1"], math.inf),
+        (["--clip-norm", "0.1", "--gradinit-optimizer", "adam-eps"], math.inf),
+        (["--clip-norm", "0.1", "--gradinit-optimizer", "sgd-normalized"], math.inf),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_the_trial_step_of_sgd_is_clipped_as_in_training(options, clip_norm):
+    assert plan_of(*options).config.clip_norm == clip_norm
+
+
+def test_adam_has_an_epsilon_when_it_is_asked_for():
+    adam = ["--adam-eps", "1e-3", "--adam-betas", "(0.9, 0.99)", "--use-old-adam"]
+    assert plan_of(*adam).config.eps == 0.0
+    config = plan_of(*adam, "--gradinit-optimizer", "adam-eps").config
+    assert (config.target, config.eps) == ("adam", pytest.approx(1e-2))
+
+
+def test_scales_from_a_file_go_with_any_optimizer():
+    for optimizer in ("adadelta", "composite"):
+        plan = plan_of("--optimizer", optimizer, "--gradinit-scales", "s.json")
+        assert plan.scales_file == "s.json"
+
+
+def test_bf16_in_gradinit_goes_with_fp16_in_training():
+    plan = plan_of("--fp16", "--gradinit-precision", "bf16")
+    assert plan.config.precision == "bf16"
 
 
 def test_batches_follow_those_of_training():
@@ -161,6 +223,9 @@ def test_eta_follows_the_peak_of_the_schedule():
         (["--gradinit-max-tokens", "2"], "too few to cut a batch in thirds"),
         (["--gradinit-betas", "0.9"], "'0.9' is not two numbers with a comma"),
         (["--gradinit-betas", "0.9,1"], "betas must be two numbers in"),
+        (["--gradinit-max-skipped", "-1"], "max-skipped must be at least 0, not -1"),
+        (["--gradinit-save-interval", "-1"], "--gradinit-save-interval must be at least 0"),
+        (["--adam-eps", "-1", "--gradinit-optimizer", "adam-eps"], "Adam's eps must be"),
         (["--ddp-backend", "fully_sharded"], "does not work with --ddp-backend fully_sharded"),
         (["--ddp-backend", "slowmo"], "does not work with --ddp-backend slowmo"),
         (["--use-bmuf"], "does not work with --use-bmuf"),
@@ -182,6 +247,11 @@ def test_what_cannot_work_is_refused(options, message):
         ["--gradinit-optimizer", "sgd"],
         ["--gradinit-scales", "s.json"],
         ["--gradinit-gamma", "inf"],
+        ["--gradinit-second-order", "exact"],
+        ["--gradinit-through-step"],
+        ["--gradinit-precision", "bf16"],
+        ["--gradinit-max-skipped", "0"],
+        ["--gradinit-save-interval", "0"],
     ],
     ids=" ".join,
 )
@@ -195,18 +265,6 @@ def test_without_options_there_is_no_plan():
 
     assert make_plan(configuration(gradinit=False)) is None
     assert make_plan(Namespace(path="some other program's")) is None
-
-
-@given(st.text(max_size=12) | st.floats().map(str) | st.tuples(st.floats(), st.floats()).map(str))
-def test_betas_are_two_numbers_or_a_sentence(text):
-    from fairseq_gradinit.options import _parse_betas
-
-    try:
-        first, second = _parse_betas(text)
-    except GradInitError:
-        return
-    assert isinstance(first, float)
-    assert isinstance(second, float)
 
 
 @pytest.mark.parametrize("task", ["translation", "language_modeling", "multilingual_translation"])
@@ -229,3 +287,90 @@ def test_every_task_has_the_options():
     assert {"translation", "language_modeling", "masked_lm"} <= TASK_DATACLASS_REGISTRY.keys()
     for name, dataclass in TASK_DATACLASS_REGISTRY.items():
         assert set(OPTION_NAMES) <= dataclass.__dataclass_fields__.keys(), name
+
+
+def test_help_names_every_option_and_its_default():
+    from fairseq.dataclass.utils import gen_parser_from_dataclass
+
+    from fairseq_gradinit.options import GradInitOptions
+
+    parser = ArgumentParser(prog="p")
+    gen_parser_from_dataclass(parser, GradInitOptions())
+    text = " ".join(parser.format_help().split())
+    for name in GradInitOptions.__dataclass_fields__:
+        if name != "_name":
+            assert "--" + name.replace("_", "-") in text
+    for choices in (
+        "{auto,adam,adam-eps,sgd,sgd-normalized}",
+        "{auto,exact,finite-difference}",
+        "{fp32,bf16}",
+    ):
+        assert choices in text
+    assert "0 switches it off (default: 10)" in text
+
+
+def test_hydra_takes_the_options_by_their_types():
+    from omegaconf import OmegaConf
+    from omegaconf.errors import ValidationError
+
+    from fairseq_gradinit.options import GradInitOptions, read_options
+
+    config = OmegaConf.structured(GradInitOptions())
+    given = {
+        "gradinit_optimizer": "adam-eps",
+        "gradinit_second_order": "finite-difference",
+        "gradinit_precision": "bf16",
+        "gradinit_through_step": "true",
+        "gradinit_max_skipped": "3",
+        "gradinit_save_interval": "0",
+    }
+    for name, value in given.items():
+        config[name] = value
+    options = read_options(config)
+    assert str(options.gradinit_optimizer) == "adam-eps"
+    assert str(options.gradinit_second_order) == "finite-difference"
+    assert str(options.gradinit_precision) == "bf16"
+    assert options.gradinit_through_step is True
+    assert (options.gradinit_max_skipped, options.gradinit_save_interval) == (3, 0)
+    for name in ("gradinit_second_order", "gradinit_precision", "gradinit_max_skipped"):
+        with pytest.raises(ValidationError):
+            config[name] = "no such thing"
+
+
+def signature_fields(*options: str, **more: str) -> dict[str, str]:
+    from fairseq_gradinit.options import make_plan
+    from fairseq_gradinit.report import signature
+
+    cfg = configuration(*options)
+    line = signature(make_plan(cfg), cfg, model="m", data="d", device="cpu", **more)
+    assert "\n" not in line
+    return dict(field.split(":", 1) for field in line.split("|"))
+
+
+def test_the_signature_names_the_options_that_determine_the_scales():
+    plain = signature_fields()
+    assert (
+        plain.items()
+        >= {
+            "optimizer": "adam",
+            "through-step": "off",
+            "second-order": "auto",
+            "precision": "fp32",
+        }.items()
+    )
+    assert not {"eps", "clip-norm"} & plain.keys()
+    assert signature_fields(second_order="exact")["second-order"] == "exact"
+    eps = ["--gradinit-optimizer", "adam-eps", "--adam-betas", "(0.9, 0.99)", "--use-old-adam"]
+    assert signature_fields(*eps, "--adam-eps", "1e-3")["eps"] == "0.01"
+    sgd = ["--optimizer", "sgd", "--clip-norm", "0.25", "--gradinit-precision", "bf16"]
+    more = ["--gradinit-second-order", "finite-difference", "--gradinit-through-step"]
+    assert (
+        signature_fields(*sgd, *more).items()
+        >= {
+            "optimizer": "sgd",
+            "clip-norm": "0.25",
+            "through-step": "on",
+            "second-order": "finite-difference",
+            "precision": "bf16",
+        }.items()
+    )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+
+import torch
 from conftest import ROOT
 
 from fairseq_gradinit.options import OPTION_NAMES, PRESETS, GradInitOptions
@@ -43,4 +46,18 @@ def test_defaults_are_those_of_the_presets():
             assert cells == (shown(getattr(default, name)), shown(getattr(paper, name))), flag
         else:
             value = getattr(GradInitOptions, flag.lstrip("-").replace("-", "_"))
-            assert cells[0] == {False: "off", None: ""}.get(value, value), flag
+            assert cells[0] == {"False": "off", "None": ""}.get(str(value), str(value)), flag
+
+
+def test_the_example_of_the_engine_runs_and_lowers_the_trial_loss():
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    names: dict = {}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        exec(code, names)
+    trial = [iteration.trial_loss for iteration in names["learned"].history]
+    assert sum(trial[-10:]) < 0.9 * sum(trial[:10])
+    for name, parameter in names["net"].named_parameters():
+        # torch draws them from [-1/4, 1/4].
+        assert parameter.abs().max() <= names["learned"].scale_of[name] / 4 + 1e-6
+        assert names["learned"].scale_of[name] != 1.0, name

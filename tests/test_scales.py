@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fairseq_gradinit.blocks import base_weights, collect_blocks, set_weights
-from fairseq_gradinit.engine import Iteration
 from fairseq_gradinit.errors import GradInitError
-from fairseq_gradinit.scales import BlockScale, Scales, kinds_of_blocks, write_atomically
+from fairseq_gradinit.files import write_atomically
+from fairseq_gradinit.history import Iteration
+from fairseq_gradinit.scales import BlockScale, Scales, kinds_of_blocks
 
 HISTORY = (
     Iteration(1, "objective", 5.25, 4.125, 1e3, 0.9, 1.1),

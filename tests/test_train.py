@@ -296,7 +296,8 @@ def test_the_loss_of_several_language_pairs_is_their_sum(corpus, tmp_path):
     from fairseq_gradinit.data import PairedBatches
 
     pair = next(iter(PairedBatches(trainer, 600, None, 1)))
-    (sample,) = pair.first
+    (batch,) = pair.first
+    sample = batch.sample
     assert set(sample) == {"de-en", "en-de"}
     total = count = 0.0
     for direction, part in sample.items():

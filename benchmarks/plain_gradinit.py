@@ -1,0 +1,88 @@
+"""GradInit as a direct reading of the paper's algorithm 1: the baseline of the cost benchmark.
+
+It differs from `fairseq_gradinit.engine` in how it computes, not in what: the gradient of S is
+always taken with a graph of its own, as if the constraint were violated each time, and that graph
+lives to the end of the iteration. The authors' code does the same. Without fused attention, which
+has no second derivative; one process, one micro-batch, no checks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fairseq_gradinit.blocks import Block, base_weights, set_weights
+from fairseq_gradinit.config import GradInitConfig
+from fairseq_gradinit.engine import BatchPair
+from fairseq_gradinit.gradients import LossFunction
+from fairseq_gradinit.history import IterationKind
+
+
+class PlainGradInit:
+    """Learns the scales for the target `adam`, one iteration at a time.
+
+    Attributes:
+        scales: of the learned blocks, shape (learned blocks,).
+        kinds: of the iterations done so far.
+    """
+
+    def __init__(self, blocks: list[Block], loss: LossFunction, config: GradInitConfig) -> None:
+        self._blocks = blocks
+        self._loss = loss
+        self._config = config
+        self._base = base_weights(blocks)
+        self._parameters = [block.parameter for block in blocks]
+        learned = [block for block in blocks if block.learned]
+        self.scales = torch.ones(
+            len(learned), dtype=torch.float64, device=learned[0].parameter.device
+        )
+        self._lower = torch.tensor(
+            [config.min_bias_scale if b.is_bias else config.min_scale for b in learned],
+            dtype=torch.float64,
+            device=self.scales.device,
+        )
+        self._adam: dict[IterationKind, torch.optim.Adam] = {
+            kind: torch.optim.Adam([self.scales], lr=config.lr, betas=config.betas)
+            for kind in ("objective", "constraint")
+        }
+        self.kinds: list[IterationKind] = []
+
+    def step(self, pair: BatchPair) -> None:
+        """Do one iteration."""
+        with sdpa_kernel(SDPBackend.MATH):
+            gradients = torch.autograd.grad(
+                self._mean_loss(pair.first[0]), self._parameters, create_graph=True
+            )
+            norm = torch.stack([g.abs().sum() for g in gradients]).sum()
+            if norm.item() > self._config.gamma:
+                norm.backward()
+                self._descend("constraint", divisor=1.0)
+            else:
+                self._trial_step(gradients)
+                self._mean_loss(pair.second[0]).backward()
+                self._descend("objective", divisor=self._config.eta)
+
+    def _mean_loss(self, batch: object) -> Tensor:
+        loss, count = self._loss(batch)
+        return loss / count
+
+    @torch.no_grad()
+    def _trial_step(self, gradients: tuple[Tensor, ...]) -> None:
+        for parameter, gradient in zip(self._parameters, gradients, strict=True):
+            parameter -= self._config.eta * gradient.sign()
+
+    def _descend(self, kind: IterationKind, divisor: float) -> None:
+        """Move the scales along the gradients that the parameters hold, and set the weights."""
+        dots = [
+            (block.parameter.grad * base).sum().double() / divisor
+            for block, base in zip(self._blocks, self._base, strict=True)
+            if block.learned
+        ]
+        self.scales.grad = torch.stack(dots)
+        self._adam[kind].step()
+        self.scales.clamp_(self._lower, torch.full_like(self._lower, self._config.max_scale))
+        for parameter in self._parameters:
+            parameter.grad = None
+        set_weights(self._blocks, self._base, self.scales)
+        self.kinds.append(kind)

@@ -1,0 +1,202 @@
+"""The state of the learning of scales as a file, so that an interrupted run can go on.
+
+Plain JSON like the scales, whose floats come back to the last bit. A digest tells a torn or edited
+file, and an identity tells one that another run has left.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fairseq_gradinit.files import number, typed, write_atomically
+from fairseq_gradinit.history import KINDS, Iteration, IterationKind, parse_iteration, parse_kind
+from fairseq_gradinit.processes import OneProcess, Processes
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "fairseq-gradinit-state"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What Adam remembers of the gradients of one kind of iteration.
+
+    Attributes:
+        step: iterations of this kind.
+        mean, square: running averages of the gradient and its square, one for each learned block.
+    """
+
+    step: int
+    mean: tuple[float, ...]
+    square: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class LearnerState:
+    """Everything that the iterations to come depend on, but for the weights and the data.
+
+    Attributes:
+        scales: of the learned blocks.
+        moments: by kind of iteration; a kind that has not occurred is not there.
+        history: the iterations so far.
+        skipped: batches skipped so far; with the iterations, the position in the data.
+        exact_products: what `auto` chose for second-order products; None while it has not.
+        first_loss: loss of the first batch of all, at the initial weights; None if not finite.
+        last_kind: of the last iteration, also if its batch was skipped.
+    """
+
+    scales: tuple[float, ...]
+    moments: Mapping[IterationKind, Moments] = field(default_factory=dict)
+    history: tuple[Iteration, ...] = ()
+    skipped: int = 0
+    exact_products: bool | None = None
+    first_loss: float | None = None
+    last_kind: IterationKind | None = None
+
+
+class StateFile:
+    """Keeps the latest state in one file, which rank 0 reads and writes for all processes.
+
+    Args:
+        path: the file.
+        identity: what the run must have in common with one whose state it continues, beside the
+            settings and the initial weights, which the learner adds: the data, for example.
+        interval: iterations from one writing to the next.
+        processes: those that go on together.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        identity: str = "",
+        interval: int = 10,
+        processes: Processes | None = None,
+    ) -> None:
+        self.path = path
+        self.interval = interval
+        self._identity = identity
+        self._processes = processes or OneProcess()
+
+    def save(self, state: LearnerState, learner: str) -> None:
+        """Write the file, whole or not at all.
+
+        Args:
+            learner: the learner's own part of the identity.
+
+        Raises:
+            GradInitError: the file cannot be written.
+        """
+        if self._processes.rank == 0:
+            body = {"identity": self._whole(learner), "state": asdict(state)}
+            document = {"format": FORMAT, "version": VERSION, "digest": _digest(body), **body}
+            write_atomically(self.path, json.dumps(document, allow_nan=False) + "\n")
+
+    def load(self, learner: str, device: torch.device) -> LearnerState | None:
+        """The state to go on from; None, with a warning, when the file is of no use.
+
+        Args:
+            learner: see `save`.
+            device: where tensors live that the processes exchange.
+        """
+        text = ""
+        if self._processes.rank == 0 and self.path.exists():
+            text = self._read(learner)
+        text = self._share(text, device)
+        return _parse(json.loads(text)["state"]) if text else None
+
+    def _whole(self, learner: str) -> str:
+        return "|".join(part for part in (learner, self._identity) if part)
+
+    def _read(self, learner: str) -> str:
+        """The text of the file, or nothing when it is of no use."""
+        try:
+            text = self.path.read_text(encoding="utf-8")
+            identity = _check(text)
+        except (OSError, ArithmeticError, KeyError, RecursionError, TypeError, ValueError) as error:
+            logger.warning(
+                "%s is damaged, so GradInit begins anew: %s: %s",
+                self.path,
+                type(error).__name__,
+                error,
+            )
+            return ""
+        if identity != self._whole(learner):
+            logger.warning(
+                "%s was left by another run, so GradInit begins anew: it has %s, this run %s",
+                self.path,
+                *_differences(identity, self._whole(learner)),
+            )
+            return ""
+        return text
+
+    def _share(self, text: str, device: torch.device) -> str:
+        """Give the text of rank 0 to all processes."""
+        content = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
+        length = torch.tensor([len(content)], device=device)
+        self._processes.broadcast_(length)
+        if self._processes.rank != 0:
+            content = torch.zeros(int(length), dtype=torch.uint8, device=device)
+        self._processes.broadcast_(content)
+        return bytes(content.tolist()).decode()
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(body, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _check(text: str) -> str:
+    """The identity in a state file; raises one of many errors when anything is wrong with it."""
+    document = json.loads(text)
+    if document["format"] != FORMAT or document["version"] != VERSION:
+        raise ValueError(f"it is not version {VERSION} of {FORMAT}")
+    body = {"identity": document["identity"], "state": document["state"]}
+    if document["digest"] != _digest(body):
+        raise ValueError("its content does not match its digest")
+    _parse(document["state"])
+    return typed(document["identity"], str)
+
+
+def _differences(theirs: str, ours: str) -> tuple[str, str]:
+    """The parts of two identities that differ."""
+    parts = [identity.split("|") for identity in (theirs, ours)]
+    return (
+        ", ".join(part for part in parts[0] if part not in parts[1]) or "more than that",
+        ", ".join(part for part in parts[1] if part not in parts[0]) or "less than that",
+    )
+
+
+def _parse(row: Any) -> LearnerState:
+    scales = _numbers(row["scales"])
+    moments: dict[IterationKind, Moments] = {}
+    for kind in KINDS:
+        if kind in row["moments"]:
+            entry = row["moments"][kind]
+            mean, square = _numbers(entry["mean"]), _numbers(entry["square"])
+            moments[kind] = Moments(typed(entry["step"], int), mean, square)
+    exact = row["exact_products"]
+    if exact not in (None, True, False):
+        raise ValueError(f"exact_products is {exact!r}")
+    if any(len(scales) != len(m.mean) or len(scales) != len(m.square) for m in moments.values()):
+        raise ValueError("its vectors are not of one length")
+    return LearnerState(
+        scales=scales,
+        moments=moments,
+        history=tuple(parse_iteration(iteration) for iteration in row["history"]),
+        skipped=typed(row["skipped"], int),
+        exact_products=exact,
+        last_kind=None if row["last_kind"] is None else parse_kind(row["last_kind"]),
+        first_loss=None if row["first_loss"] is None else number(row["first_loss"]),
+    )
+
+
+def _numbers(values: Any) -> tuple[float, ...]:
+    return tuple(number(value) for value in values)

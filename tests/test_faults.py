@@ -1,0 +1,204 @@
+"""Batches that cannot be used: not finite, or too large for the memory."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+
+import pytest
+import torch
+from tiny import loss_of, make_model, make_pair
+
+from fairseq_gradinit.blocks import collect_blocks
+from fairseq_gradinit.config import GradInitConfig
+from fairseq_gradinit.engine import BatchPair, Learned, learn_scales
+from fairseq_gradinit.errors import GradInitError
+from fairseq_gradinit.quiet import quiet
+
+PAIRS = [make_pair(seed) for seed in range(12)]
+CONFIGS = {
+    "objective": {},
+    "constraint": {"gamma": 1e-3},
+    "through the step": {"target": "sgd", "through_step": True},
+}
+# Losses that iterations take of a pair of two micro-batches each, with exact products.
+CALLS = {"objective": 4, "constraint": 4, "through the step": 6}
+
+
+def learn(model, loss, pairs, **settings) -> Learned:
+    config = GradInitConfig(**{"eta": 0.05, "iterations": 4, "second_order": "exact", **settings})
+    with quiet(model):
+        return learn_scales(collect_blocks({"": model}, "fixed"), loss, pairs, config)
+
+
+def spoiled_at(model, bad_calls, spoil):
+    """The loss, spoiled in some of its calls, counted from 0."""
+    calls = iter(range(10**6))
+
+    def loss(tokens):
+        value, count = loss_of(model)(tokens)
+        return (spoil(value, model) if next(calls) in bad_calls else value), count
+
+    return loss
+
+
+SPOILERS = {
+    "nan": lambda value, model: value * math.nan,
+    "infinity": lambda value, model: value * math.inf,
+    # 0, with derivative infinity times 0.
+    "gradient": lambda value, model: value + (0.0 * model.out.bias).sum().sqrt(),
+}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("spoil", SPOILERS.values(), ids=SPOILERS)
+def test_a_batch_that_is_not_finite_is_as_if_it_had_not_been(kind, spoil, caplog):
+    """Wherever in the iteration it happens, in the first one too."""
+    calls = CALLS[kind]
+    for iteration in (0, 2):
+        kept = PAIRS[:iteration] + PAIRS[iteration + 1 :]
+        model = make_model()
+        expected = learn(model, loss_of(model), kept, **CONFIGS[kind])
+        for call in range(calls):
+            # A bad first batch spares its iteration the rest of its calls.
+            model = make_model()
+            loss = spoiled_at(model, {iteration * calls + call}, spoil)
+            caplog.clear()
+            found = learn(model, loss, PAIRS, **CONFIGS[kind])
+            assert found.scale_of == expected.scale_of
+            assert found.history == expected.history
+            assert found.skipped == 1
+            assert len([r for r in caplog.records if "the batch is skipped" in r.message]) == 1
+
+
+def test_too_many_bad_batches_are_an_error_that_names_what_grew(caplog):
+    model = make_model()
+    initial = [p.detach().clone() for p in model.parameters()]
+    # The fourth iteration and all after it.
+    loss = spoiled_at(model, range(12, 1000), SPOILERS["nan"])
+    with pytest.raises(
+        GradInitError,
+        match=r"the loss is nan in GradInit iteration 4, and 3 batches are more than may be "
+        r"skipped; the scale of \S+ grew most, to 1\.\d+: lower eta",
+    ):
+        learn(model, loss, PAIRS, iterations=9, max_skipped=2)
+    assert all(map(torch.equal, initial, model.parameters()))
+
+
+def test_a_model_without_one_finite_loss_is_told_so():
+    model = make_model()
+    loss = spoiled_at(model, range(1000), SPOILERS["infinity"])
+    with pytest.raises(GradInitError, match="not one batch could be used: check that the model"):
+        learn(model, loss, PAIRS, max_skipped=5)
+
+
+def test_no_batch_may_be_skipped_if_so_asked():
+    model = make_model()
+    loss = spoiled_at(model, {5}, SPOILERS["nan"])
+    with pytest.raises(GradInitError, match="and 1 batches are more than may be skipped"):
+        learn(model, loss, PAIRS, max_skipped=0)
+
+
+class LittleMemory:
+    """A loss that fits batches of so many rows, and fails in the middle of the backward pass."""
+
+    def __init__(self, model, rows: int) -> None:
+        self.model = model
+        self.rows = rows
+        self.sizes: list[int] = []
+
+    def __call__(self, tokens):
+        self.sizes.append(len(tokens))
+        value, count = loss_of(self.model)(tokens)
+        if len(tokens) > self.rows:
+            self.model.embed.weight.register_hook(self.fail)
+        return value, count
+
+    def fail(self, gradient):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 TiB.\nmore")
+
+
+def halve(tokens: torch.Tensor) -> list[torch.Tensor]:
+    return list(tokens.chunk(2)) if len(tokens) > 1 else []
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_batch_too_large_is_halved_until_it_fits(kind, caplog):
+    caplog.set_level(logging.WARNING)
+    config = GradInitConfig(eta=0.05, iterations=3, second_order="exact", **CONFIGS[kind])
+    rng = torch.Generator().manual_seed(0)
+    rows = [torch.randint(11, (6, 5), generator=rng) for _ in range(3)]
+    pairs = [BatchPair([a, a[:1]], [a[2:]]) for a in rows]
+    found = []
+    for limit in (6, 2):
+        model = make_model()
+        loss = LittleMemory(model, limit)
+        # The hook of a failed pass stays on the tensor: only the first failure counts.
+        model.embed.weight._backward_hooks = None
+        with quiet(model):
+            blocks = collect_blocks({"": model}, "fixed")
+            found.append(learn_scales(blocks, Forgetful(loss), pairs, config, halve=halve).scale_of)
+        if limit == 2:
+            assert max(loss.sizes[-4:]) <= 2
+    assert found[1] == pytest.approx(found[0], rel=1e-9)
+    assert "GradInit goes on with each micro-batch in 2 parts" in caplog.text
+    assert "GradInit goes on with each micro-batch in 4 parts" in caplog.text
+
+
+class Forgetful:
+    """Takes the hooks of an earlier call off before the next."""
+
+    def __init__(self, loss: LittleMemory) -> None:
+        self.loss = loss
+
+    def __call__(self, tokens):
+        hooks = self.loss.model.embed.weight._backward_hooks
+        if hooks is not None:
+            hooks.clear()
+        return self.loss(tokens)
+
+
+def test_a_batch_that_cannot_be_cut_is_an_error():
+    model = make_model()
+    loss = LittleMemory(model, 0)
+    with (
+        quiet(model),
+        pytest.raises(GradInitError, match=r"cannot be cut any further.*Tried to allocate 1 TiB"),
+    ):
+        learn_scales(
+            collect_blocks({"": model}, "fixed"),
+            loss,
+            PAIRS,
+            GradInitConfig(eta=0.05),
+            halve=halve,
+        )
+    with quiet(model), pytest.raises(GradInitError, match="cannot be cut any further"):
+        learn_scales(collect_blocks({"": model}, "fixed"), loss, PAIRS, GradInitConfig(eta=0.05))
+
+
+def test_the_host_waits_for_the_device_once_in_an_iteration(monkeypatch):
+    """Every way from a tensor to a number of Python passes one of these."""
+    reads = []
+    for name in ("tolist", "item", "__float__", "__int__", "__bool__", "__index__"):
+        original = getattr(torch.Tensor, name)
+
+        def counted(self, original=original):
+            reads.append(original.__name__)
+            return original(self)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    for settings in CONFIGS.values():
+        model = make_model()
+        at = []
+        config = GradInitConfig(eta=0.05, iterations=6, second_order="exact", **settings)
+        with quiet(model):
+            learn_scales(
+                collect_blocks({"": model}, "fixed"),
+                loss_of(model),
+                PAIRS,
+                config,
+                on_iteration=lambda iteration, at=at: at.append(len(reads)),
+            )
+        # The last two records come together: the last iteration has no next one to be read with.
+        assert [b - a for a, b in itertools.pairwise(at)] == [1, 1, 1, 2, 0]

@@ -1,0 +1,146 @@
+"""In fairseq: autocast, activation checkpointing, other optimizers, too little memory."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import GRADINIT, train_here, usual_options
+from test_train import STANDSTILL, scales_in
+
+# With ReLU, whose slope jumps, the derivative of the gradient norm depends on the way it is taken.
+CONSTRAINED = ["--gradinit-gamma", "100", "--activation-fn", "gelu"]
+
+
+def difference(one: dict[str, float], other: dict[str, float]) -> float:
+    assert one.keys() == other.keys()
+    # Attention does not depend on the bias of its keys: its gradient is rounding alone.
+    names = [name for name in one if not name.endswith("k_proj.bias")]
+    return max(abs(one[name] - other[name]) for name in names)
+
+
+@pytest.fixture(scope="module")
+def fp32(corpus, tmp_path_factory) -> dict[str, dict[str, float]]:
+    """Scales learned by the objective alone, and with exact second-order products."""
+    found = {}
+    for name, options in {
+        "objective": [],
+        "constraint": [*CONSTRAINED, "--gradinit-second-order", "exact"],
+    }.items():
+        folder = tmp_path_factory.mktemp(name)
+        run = train_here(corpus.translation, folder, *GRADINIT, *STANDSTILL, *options)
+        assert run.code == 0, run.output
+        found[name] = scales_in(folder)
+    return found
+
+
+def test_bf16_moves_the_scales_a_little_and_leaves_nothing_behind(corpus, fp32, tmp_path):
+    options = ["--gradinit-precision", "bf16", *STANDSTILL]
+    run = train_here(corpus.translation, tmp_path, *GRADINIT, *options)
+    assert run.code == 0, run.output
+    # Three iterations of at most 1e-2 each.
+    assert 0.0 < difference(scales_in(tmp_path), fp32["objective"]) < 1e-2
+    assert "|precision:bf16|" in run.output
+    model = run.trainer.get_model()
+    assert "forward" not in vars(model)
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_bf16_reaches_a_model_whose_task_switches_autocast_off(corpus, tmp_path, monkeypatch):
+    """As fairseq's train_step does on GPUs."""
+    from fairseq.tasks.fairseq_task import FairseqTask
+
+    from fairseq_gradinit import task_loss
+
+    dtypes = set()
+    plain = FairseqTask.train_step
+
+    def train_step(self, sample, model, criterion, *arguments, **named):
+        with torch.autocast("cpu", enabled=False):
+            return plain(self, sample, model, criterion, *arguments, **named)
+
+    def watched(model, config):
+        model.decoder.layers[0].fc1.register_forward_hook(
+            lambda module, inputs, output: dtypes.add((bool(seen), output.dtype))
+        )
+        seen.append(1)
+        return forward_autocast(model, config)
+
+    seen: list[int] = []
+    forward_autocast = task_loss.forward_autocast
+    monkeypatch.setattr(FairseqTask, "train_step", train_step)
+    monkeypatch.setattr("fairseq_gradinit.phase.forward_autocast", watched)
+    options = ["--gradinit-precision", "bf16", "--max-update", "1", "--no-save"]
+    run = train_here(corpus.translation, tmp_path, *GRADINIT, *options)
+    assert run.code == 0, run.output
+    assert (True, torch.bfloat16) in dtypes
+
+
+@pytest.mark.parametrize("way", ["finite-difference", "auto"])
+def test_finite_differences_lead_to_nearly_the_same_scales(way, corpus, fp32, tmp_path):
+    options = [*CONSTRAINED, "--gradinit-second-order", way, *STANDSTILL]
+    run = train_here(corpus.translation, tmp_path, *GRADINIT, *options)
+    assert run.code == 0, run.output
+    assert difference(scales_in(tmp_path), fp32["constraint"]) < 3e-3
+    assert "|second-order:finite-difference|" in run.output
+    assert len(run.lines("second-order products: finite differences")) == (way == "auto")
+
+
+def test_activation_checkpointing_works_by_finite_differences(corpus, fp32, tmp_path):
+    options = ["--checkpoint-activations", *CONSTRAINED, *STANDSTILL]
+    run = train_here(corpus.translation, tmp_path / "auto", *GRADINIT, *options)
+    assert run.code == 0, run.output
+    assert difference(scales_in(tmp_path / "auto"), fp32["constraint"]) < 3e-3
+    exact = train_here(
+        corpus.translation,
+        *(tmp_path / "exact", *GRADINIT, *options, "--gradinit-second-order", "exact"),
+    )
+    assert "cannot be differentiated twice" in exact.error()
+    assert "set second-order to finite-difference" in exact.error()
+
+
+@pytest.mark.parametrize(
+    ("options", "signature"),
+    [
+        (
+            ["--optimizer", "adam", "--gradinit-optimizer", "adam-eps"],
+            "|optimizer:adam|eps:3.16228e-07|",
+        ),
+        (["--optimizer", "nag", "--momentum", "0.9"], "|optimizer:sgd|eta:0.0057|"),
+        (
+            ["--optimizer", "sgd", "--clip-norm", "0.5", "--gradinit-through-step"],
+            "|optimizer:sgd|clip-norm:0.5|eta:0.003|through-step:on|",
+        ),
+    ],
+)
+def test_the_step_of_the_run_is_the_one_tried(options, signature, corpus, tmp_path):
+    base = [*usual_options("--optimizer", "--adam-betas"), "--lr", "1e-3", "--max-update", "2"]
+    run = train_here(corpus.translation, tmp_path, *GRADINIT, *options, base=base)
+    assert run.code == 0, run.output
+    assert signature in run.output
+    assert len(run.updates) == 2
+    history = json.loads((tmp_path / "gradinit_scales.json").read_text())["history"]
+    assert len({i["trial_loss"] for i in history}) == 3
+
+
+def test_a_batch_that_does_not_fit_in_memory_is_cut(corpus, tmp_path, monkeypatch):
+    from fairseq_gradinit.task_loss import TaskLoss
+
+    plain = TaskLoss.__call__
+    sizes = []
+
+    def little_memory(self, batch):
+        sizes.append(len(batch.indices))
+        if len(batch.indices) > 20:
+            raise torch.OutOfMemoryError("out of memory")
+        return plain(self, batch)
+
+    whole = train_here(corpus.translation, tmp_path / "whole", *GRADINIT, *STANDSTILL)
+    monkeypatch.setattr(TaskLoss, "__call__", little_memory)
+    cut = train_here(corpus.translation, tmp_path / "cut", *GRADINIT, *STANDSTILL)
+    assert (whole.code, cut.code) == (0, 0), cut.output
+    assert max(sizes) > 20
+    assert max(sizes[-8:]) <= 20
+    assert cut.lines("GradInit goes on with each micro-batch in ")
+    assert difference(scales_in(tmp_path / "whole"), scales_in(tmp_path / "cut")) < 1e-3

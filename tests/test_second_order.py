@@ -1,0 +1,272 @@
+"""Second-order products: two ways to take them, against each other and against the truth."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import pytest
+import torch
+from tiny import (
+    central_differences,
+    gradients,
+    loss_of,
+    make_learner,
+    make_model,
+    make_pair,
+    mean_loss,
+    move_away_from_one,
+)
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from fairseq_gradinit.blocks import collect_blocks
+from fairseq_gradinit.config import GradInitConfig
+from fairseq_gradinit.engine import BatchPair, ScaleLearner
+from fairseq_gradinit.errors import GradInitError
+from fairseq_gradinit.first_step import first_step
+from fairseq_gradinit.quiet import quiet
+
+# What the two ways may differ by in float64, relative to the largest component.
+TOLERANCE = 1e-5
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+@pytest.mark.parametrize("target", ["adam", "sgd"])
+def test_finite_differences_agree_with_double_backward_and_the_truth(target):
+    found = {}
+    for way in ("exact", "finite-difference"):
+        model, pair = make_model(), make_pair()
+        with quiet(model):
+            learner = make_learner(model, target=target, gamma=1e-3, second_order="exact")
+            move_away_from_one(learner, pair)
+            learner.flush()
+            state = learner.state()
+            model = make_model()
+            learner = make_learner(model, target=target, gamma=1e-3, second_order=way)
+            with quiet(model):
+                learner.load(state)
+                before = [p.detach().clone() for p in model.parameters()]
+                if way == "finite-difference":
+                    # load() brings the choice of the state with it.
+                    learner._exact = False
+                found[way] = learner.gradient(pair).by_scales
+                assert all(map(torch.equal, before, model.parameters()))
+
+                def norm(model=model, pair=pair):
+                    flat = torch.cat([g.flatten() for g in gradients(model, pair.first)])
+                    return torch.linalg.vector_norm(flat, 1 if target == "adam" else 2)
+
+                truth = central_differences(learner, model, norm)
+    assert relative_error(found["finite-difference"], found["exact"]) < TOLERANCE
+    assert relative_error(found["exact"], truth) < TOLERANCE
+    assert relative_error(found["finite-difference"], truth) < TOLERANCE
+
+
+STEPS = {
+    "sgd": {"target": "sgd"},
+    "sgd, clipped": {"target": "sgd", "clip_norm": 0.1},
+    "sgd, not clipped": {"target": "sgd", "clip_norm": 1e3},
+    "sgd-normalized": {"target": "sgd-normalized"},
+    # An epsilon of the size of the gradients, where the step is far from its sign.
+    "adam with epsilon": {"target": "adam", "eps": 0.05},
+}
+
+
+@pytest.mark.parametrize("way", ["exact", "finite-difference", "auto"])
+@pytest.mark.parametrize("settings", STEPS.values(), ids=STEPS)
+def test_the_derivative_through_the_step_is_that_of_the_whole_function(settings, way):
+    model, pair = make_model(), make_pair()
+    with quiet(model):
+        learner = make_learner(model, through_step=True, second_order=way, **settings)
+        move_away_from_one(learner, pair)
+        config = learner.config
+
+        def loss_after_step():
+            saved = [p.detach().clone() for p in model.parameters()]
+            step = first_step(gradients(model, pair.first), config)
+            with torch.no_grad():
+                for p, d in zip(model.parameters(), step, strict=True):
+                    p.sub_(config.eta * d)
+            value = mean_loss(model, pair.second)
+            with torch.no_grad():
+                for p, s in zip(model.parameters(), saved, strict=True):
+                    p.copy_(s)
+            return value
+
+        found = learner.gradient(pair)
+        truth = central_differences(learner, model, loss_after_step) / config.eta
+    assert found.kind == "objective"
+    assert relative_error(found.by_scales, truth) < TOLERANCE
+
+
+def test_the_derivative_through_the_step_is_not_the_one_without():
+    model, pair = make_model(), make_pair()
+    with quiet(model):
+        found = [
+            make_learner(model, target="sgd", eta=0.5, through_step=through)
+            .gradient(pair)
+            .by_scales
+            for through in (False, True)
+        ]
+    assert relative_error(found[0], found[1]) > 0.01
+
+
+def test_the_derivative_through_a_sign_costs_nothing():
+    calls = []
+
+    def loss(tokens):
+        calls.append(tokens)
+        return loss_of(model)(tokens)
+
+    model, pair = make_model(), make_pair()
+    with quiet(model):
+        config = GradInitConfig(eta=0.05, through_step=True)
+        ScaleLearner(collect_blocks({"": model}, "fixed"), loss, config).gradient(pair)
+    assert len(calls) == len(pair.first) + len(pair.second)
+
+
+def test_many_micro_batches_give_the_product_of_one():
+    tokens = torch.randint(11, (6, 5), generator=torch.Generator().manual_seed(1))
+    whole = BatchPair([tokens[:4]], [tokens[2:]])
+    parts = BatchPair([tokens[:3], tokens[3:4]], [tokens[2:3], tokens[3:]])
+    for settings in ({"gamma": 1e-3}, {"target": "sgd", "through_step": True}):
+        for way in ("exact", "finite-difference"):
+            model = make_model()
+            with quiet(model):
+                learner = make_learner(model, second_order=way, **settings)
+                found = [learner.gradient(pair).by_scales for pair in (whole, parts)]
+            assert relative_error(found[0], found[1]) < TOLERANCE
+
+
+def auto(model, pair, loss=None) -> tuple[ScaleLearner, torch.Tensor]:
+    config = GradInitConfig(eta=0.05, gamma=1e-3, norm_gains="learned")
+    blocks = collect_blocks({"": model}, "learned")
+    learner = ScaleLearner(blocks, loss or loss_of(model), config)
+    with quiet(model):
+        return learner, learner.gradient(pair).by_scales
+
+
+def test_auto_takes_finite_differences_where_they_are_valid(caplog):
+    caplog.set_level(logging.INFO)
+    learner, _ = auto(make_model(), make_pair())
+    assert learner.learned().second_order == "finite-difference"
+    assert "second-order products: finite differences" in caplog.text
+
+
+def test_auto_takes_exact_products_where_differences_are_noise(caplog):
+    """A gradient that jumps over and over again within any difference's length."""
+    model, pair = make_model(), make_pair()
+
+    def loss(tokens):
+        total, count = loss_of(model)(tokens)
+        sawtooth = (model.out.bias * 1e12).frac().detach() + 1.0
+        return total + (sawtooth * model.out.bias).sum() * 100.0, count
+
+    caplog.set_level(logging.INFO)
+    learner, found = auto(model, pair, loss)
+    assert learner.learned().second_order == "exact"
+    assert "second-order products: exact" in caplog.text
+    with quiet(model):
+        config = GradInitConfig(eta=0.05, gamma=1e-3, norm_gains="learned", second_order="exact")
+        exact = ScaleLearner(learner.blocks, loss, config).gradient(pair).by_scales
+    assert torch.equal(found, exact)
+
+
+class Checkpointed(nn.Module):
+    """Recomputes its inner model in the backward pass, in torch's two ways."""
+
+    def __init__(self, inner: nn.Module, reentrant: bool) -> None:
+        super().__init__()
+        self.inner = inner
+        self.reentrant = reentrant
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(self.inner, x, use_reentrant=self.reentrant)
+
+
+def checkpointed(reentrant: bool):
+    torch.manual_seed(0)
+    inner = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    model = Checkpointed(inner, reentrant)
+    rows = torch.randn(6, 4, dtype=torch.float64)
+
+    def loss(part):
+        logits = model(rows[part].requires_grad_())
+        return nn.functional.cross_entropy(logits, part % 3, reduction="sum"), len(part)
+
+    pair = BatchPair([torch.arange(4)], [torch.arange(2, 6)])
+    return model, loss, pair
+
+
+def constraint_gradient(reentrant: bool, way: str) -> torch.Tensor:
+    model, loss, pair = checkpointed(reentrant)
+    config = GradInitConfig(eta=0.05, gamma=1e-6, second_order=way)
+    with quiet(model):
+        return (
+            ScaleLearner(collect_blocks({"": model}, "fixed"), loss, config)
+            .gradient(pair)
+            .by_scales
+        )
+
+
+def test_finite_differences_work_with_activation_checkpointing():
+    truth = constraint_gradient(reentrant=False, way="exact")
+    for reentrant in (False, True):
+        found = constraint_gradient(reentrant, "finite-difference")
+        assert relative_error(found, truth) < TOLERANCE
+    assert relative_error(constraint_gradient(True, "auto"), truth) < TOLERANCE
+
+
+def test_what_has_no_second_derivative_is_an_error_that_says_what_to_do():
+    with pytest.raises(GradInitError, match=r"cannot be differentiated twice.*finite-difference"):
+        constraint_gradient(reentrant=True, way="exact")
+
+
+def wide_model_and_loss():
+    """Wide enough for the rounding of single weights to bfloat16 to average out."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(64, 4, 128, dropout=0.0, activation="gelu", batch_first=True)
+    model = nn.Sequential(nn.Embedding(300, 64), layer, nn.Linear(64, 300))
+    tokens = torch.randint(300, (24, 13))
+
+    def loss(rows):
+        logits = model(tokens[rows, :-1])
+        target = tokens[rows, 1:].flatten()
+        total = nn.functional.cross_entropy(logits.flatten(0, 1), target, reduction="sum")
+        return total, target.numel()
+
+    return model, loss, BatchPair([torch.arange(16)], [torch.arange(8, 24)])
+
+
+@pytest.mark.parametrize("way", ["exact", "finite-difference"])
+def test_products_in_bfloat16_are_near_those_in_fp32(way):
+    found = {}
+    for precision in ("fp32", "bf16"):
+        model, loss, pair = wide_model_and_loss()
+        config = GradInitConfig(eta=1e-3, gamma=1e-3, second_order=way, precision=precision)
+        with quiet(model):
+            learner = ScaleLearner(collect_blocks({"": model}, "fixed"), loss, config)
+            found[precision] = learner.gradient(pair).by_scales
+    error = relative_error(found["bf16"], found["fp32"])
+    assert 0.0 < error < 0.05
+
+
+def test_an_autocast_around_the_engine_leaves_fp32_alone():
+    found = []
+    for outer in (False, True):
+        model, pair = make_model().float(), make_pair()
+        with quiet(model), torch.autocast("cpu", torch.bfloat16, enabled=outer):
+            found.append(make_learner(model, gamma=1e-3).gradient(pair).by_scales)
+    assert torch.equal(*found)
+
+
+def test_the_norm_of_the_tiny_model_is_finite_and_not_small():
+    """Guards the tests above: they would hold for a model without gradient, too."""
+    model, pair = make_model(), make_pair()
+    flat = torch.cat([g.flatten() for g in gradients(model, pair.first)])
+    assert math.isfinite(float(flat.norm()))
+    assert float(flat.norm()) > 0.1

@@ -1,0 +1,264 @@
+"""A run that was interrupted ends with the scales of an unbroken one, to the last bit."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import re
+import signal
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import loss_of, make_model, make_pair
+
+from fairseq_gradinit.blocks import collect_blocks
+from fairseq_gradinit.config import GradInitConfig
+from fairseq_gradinit.engine import Learned, learn_scales
+from fairseq_gradinit.errors import GradInitError, GradInitStopped
+from fairseq_gradinit.quiet import quiet
+from fairseq_gradinit.signals import StopSignals
+from fairseq_gradinit.state import StateFile
+
+ITERATIONS = 8
+PAIRS = [make_pair(seed) for seed in range(ITERATIONS + 2)]
+CONFIG = GradInitConfig(eta=0.05, iterations=ITERATIONS, gamma=36.0, norm_gains="learned", seed=4)
+
+
+class Killed(Exception):
+    pass
+
+
+def learn(
+    path,
+    config=CONFIG,
+    pairs=PAIRS,
+    kill_after=None,
+    loss_factor=1.0,
+    stop=lambda: False,
+    identity="",
+    model=None,
+    **options,
+) -> Learned:
+    """Learn scales with a state file; `kill_after` so many iterations."""
+    model = model or make_model()
+
+    def loss(tokens):
+        value, count = loss_of(model)(tokens)
+        # Noise that the state of the random number generators decides.
+        noise = random.random() + np.random.rand() + float(torch.rand(()))
+        return value * loss_factor * (1.0 + 0.01 * noise), count
+
+    def on_iteration(iteration):
+        if iteration.index == kill_after:
+            raise Killed
+
+    with quiet(model):
+        return learn_scales(
+            collect_blocks({"": model}, "learned"),
+            loss,
+            pairs,
+            config,
+            on_iteration=on_iteration,
+            state_file=None if path is None else StateFile(path, identity, **options),
+            stop=stop,
+        )
+
+
+@pytest.fixture(scope="module")
+def unbroken() -> Learned:
+    learned = learn(None)
+    assert {iteration.kind for iteration in learned.history} == {"objective", "constraint"}
+    return learned
+
+
+@pytest.mark.parametrize("interval", [1, 3])
+@pytest.mark.parametrize("after", range(1, ITERATIONS + 1))
+def test_a_run_killed_anywhere_ends_with_the_same_scales(after, interval, tmp_path, unbroken):
+    path = tmp_path / "state.json"
+    with pytest.raises(Killed):
+        learn(path, kill_after=after, interval=interval)
+    resumed = learn(path, interval=interval)
+    assert resumed == unbroken
+
+
+def test_a_run_killed_again_and_again_comes_to_its_end(tmp_path, unbroken, caplog):
+    caplog.set_level(logging.INFO)
+    path = tmp_path / "state.json"
+    for after in range(2, ITERATIONS + 1):
+        with pytest.raises(Killed):
+            learn(path, kill_after=after, interval=1)
+    assert learn(path) == unbroken
+    begun = [r.message for r in caplog.records if "going on after iteration" in r.message]
+    assert len(begun) == ITERATIONS - 1
+
+
+def test_skipped_batches_are_part_of_the_position(tmp_path):
+    spoiled = [*PAIRS[:2], replace(PAIRS[2], first=[torch.zeros(1, 1).long()]), *PAIRS[3:]]
+    # A row of one token has nothing to predict: 0 / 0.
+    config = replace(CONFIG, iterations=ITERATIONS - 1)
+
+    def run(path, **options):
+        model = make_model()
+
+        def loss(tokens):
+            value, count = loss_of(model)(tokens)
+            return (value, count) if count else (model.out.bias.sum() * torch.nan, 1.0)
+
+        with quiet(model):
+            return learn_scales(
+                collect_blocks({"": model}, "learned"),
+                loss,
+                spoiled,
+                config,
+                state_file=path and StateFile(path, interval=1),
+                **options,
+            )
+
+    expected = run(None)
+    assert expected.skipped == 1
+    asked = iter([False] * 4 + [True] * 9)
+    with pytest.raises(GradInitStopped):
+        run(tmp_path / "state.json", stop=lambda: next(asked))
+    assert run(tmp_path / "state.json") == expected
+
+
+def test_a_finished_run_is_not_done_again(tmp_path, unbroken):
+    path = tmp_path / "state.json"
+    learn(path)
+    seen = []
+    model = make_model()
+    # One loss, to see that the state is of these data and this model.
+    again = learn(path, model=model, stop=lambda: seen.append(1) or False)
+    assert again == unbroken
+    assert seen == []
+    scaled = dict(model.named_parameters())
+    for name, parameter in make_model().named_parameters():
+        assert torch.equal(scaled[name], parameter * unbroken.scale_of[name])
+
+
+def saved(tmp_path):
+    path = tmp_path / "state.json"
+    with pytest.raises(Killed):
+        learn(path, kill_after=5, interval=1)
+    return path
+
+
+def edited(path, edit):
+    document = json.loads(path.read_text())
+    edit(document)
+    path.write_text(json.dumps(document))
+
+
+DAMAGES = {
+    "cut short": lambda path: path.write_text(path.read_text()[:-40]),
+    "empty": lambda path: path.write_text(""),
+    "not text": lambda path: path.write_bytes(b"\xff\xfe\x00" * 99),
+    "no object": lambda path: path.write_text("[1, 2]"),
+    "a number": lambda path: path.write_text("7"),
+    "deep": lambda path: path.write_text("[" * 100_000),
+    "another format": lambda path: edited(path, lambda d: d.update(format="scales")),
+    "a later version": lambda path: edited(path, lambda d: d.update(version=2)),
+    "a changed scale": lambda path: edited(path, lambda d: d["state"]["scales"].reverse()),
+    "a field less": lambda path: edited(path, lambda d: d["state"].pop("moments")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_file_is_named_and_the_run_begins_anew(damage, tmp_path, unbroken, caplog):
+    path = saved(tmp_path)
+    damage(path)
+    assert learn(path) == unbroken
+    assert f"{path} is damaged, so GradInit begins anew" in caplog.text
+
+
+@pytest.fixture(scope="module")
+def saved_bytes(tmp_path_factory) -> bytes:
+    return saved(tmp_path_factory.mktemp("state")).read_bytes()
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_a_file_with_any_byte_changed_is_never_believed(
+    data, saved_bytes, tmp_path_factory, unbroken
+):
+    path = tmp_path_factory.mktemp("state") / "state.json"
+    content = bytearray(saved_bytes)
+    position = data.draw(st.integers(0, len(content) - 2), label="position")
+    byte = data.draw(st.integers(0, 255).filter(lambda b: b != content[position]), label="byte")
+    content[position] = byte
+    path.write_bytes(content)
+    assert learn(path) == unbroken
+
+
+FOREIGN = {
+    "other settings": ({"config": replace(CONFIG, eta=0.06)}, r"eta=0\.06"),
+    "another identity": ({"identity": "processes:2"}, "processes:2"),
+    "other data": ({"pairs": PAIRS[::-1]}, "other data or another loss"),
+    "another loss": ({"loss_factor": 1.1}, "other data or another loss"),
+}
+
+
+@pytest.mark.parametrize(("change", "reason"), FOREIGN.values(), ids=FOREIGN)
+def test_the_file_of_another_run_is_named_and_the_run_begins_anew(change, reason, tmp_path, caplog):
+    path = saved(tmp_path)
+    found = learn(path, **change)
+    (warning,) = [record.message for record in caplog.records if "anew" in record.message]
+    assert str(path) in warning
+    assert re.search(reason, warning)
+    fresh = {key: value for key, value in change.items() if key != "identity"}
+    expected = learn(None, **fresh)
+    assert found.scale_of == pytest.approx(expected.scale_of, rel=1e-3)
+
+
+def test_the_file_of_another_model_is_named(tmp_path, caplog):
+    path = saved(tmp_path)
+    model = make_model()
+    with torch.no_grad():
+        model.out.bias[0] += 1e-3
+    learn(path, model=model)
+    assert "left by another run" in caplog.text
+    assert "weights:" in caplog.text
+
+
+def test_a_wish_to_stop_is_granted_after_a_whole_iteration(tmp_path, unbroken):
+    path = tmp_path / "state.json"
+    asked = iter([False, False, True, True])
+    initial = make_model()
+    model = make_model()
+    with pytest.raises(GradInitStopped, match="stopped after iteration 3"):
+        learn(path, stop=lambda: next(asked), interval=100, model=model)
+    assert len(json.loads(path.read_text())["state"]["history"]) == 3
+    assert all(map(torch.equal, model.parameters(), initial.parameters()))
+    assert learn(path) == unbroken
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_is_remembered_and_the_second_acts(number):
+    met = []
+    before = signal.signal(number, lambda *_: met.append("usual"))
+    try:
+        with StopSignals() as signals:
+            assert not signals()
+            os.kill(os.getpid(), number)
+            assert signals()
+            assert signals.received == number
+            assert met == []
+            os.kill(os.getpid(), number)
+            assert met == ["usual"]
+        with StopSignals():
+            pass
+        os.kill(os.getpid(), number)
+        assert met == ["usual", "usual"]
+    finally:
+        signal.signal(number, before)
+
+
+def test_a_state_that_cannot_be_written_is_an_error(tmp_path):
+    with pytest.raises(GradInitError, match="cannot write"):
+        learn(tmp_path / "no" / "folder" / "state.json", interval=1)

@@ -1,0 +1,99 @@
+"""A miniature model, its data, and independent truth about them, for tests of the engine."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fairseq_gradinit.blocks import collect_blocks
+from fairseq_gradinit.config import GradInitConfig
+from fairseq_gradinit.engine import BatchPair, ScaleLearner
+from fairseq_gradinit.history import Iteration
+
+
+class Attention(nn.Module):
+    """Embedding, post-LN attention and a tied output projection, in miniature."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.norm = nn.LayerNorm(8)
+        self.dropout = nn.Dropout(0.5)
+        self.out = nn.Linear(8, 11)
+        self.out.weight = self.embed.weight
+        nn.init.uniform_(self.norm.weight, 0.5, 1.5)
+        nn.init.normal_(self.norm.bias, std=0.1)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens)
+        x = self.norm(x + self.dropout(self.attention(x, x, x, need_weights=False)[0]))
+        return self.out(x)
+
+
+def make_model() -> nn.Module:
+    torch.manual_seed(3)
+    return Attention().double()
+
+
+def make_pair(seed: int = 5) -> BatchPair:
+    rng = torch.Generator().manual_seed(seed)
+    parts = [torch.randint(11, (2, 5), generator=rng) for _ in range(3)]
+    # Two micro-batches each, of different sizes.
+    return BatchPair([parts[0], parts[1][:1]], [parts[1], parts[2][:1]])
+
+
+def loss_of(model: nn.Module):
+    def loss(tokens: torch.Tensor) -> tuple[torch.Tensor, float]:
+        logits = model(tokens[:, :-1])
+        total = nn.functional.cross_entropy(
+            logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum"
+        )
+        return total, float(tokens[:, 1:].numel())
+
+    return loss
+
+
+def mean_loss(model: nn.Module, batches) -> torch.Tensor:
+    totals, counts = zip(*(loss_of(model)(batch) for batch in batches), strict=True)
+    return torch.stack(totals).sum() / sum(counts)
+
+
+def gradients(model: nn.Module, batches) -> list[torch.Tensor]:
+    parameters = list(model.parameters())
+    found = torch.autograd.grad(mean_loss(model, batches), parameters, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+
+
+def central_differences(learner: ScaleLearner, model: nn.Module, function) -> torch.Tensor:
+    """d function / d scale of every learned block, at the present weights m_i W_i."""
+    initial = [p.detach().clone() for p in model.parameters()]
+    learned = [i for i, block in enumerate(learner.blocks) if block.learned]
+    base = [initial[i] / m for i, m in zip(learned, learner.scales.tolist(), strict=True)]
+    found, h = [], 1e-5
+    for i, w in zip(learned, base, strict=True):
+        values = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                learner.blocks[i].parameter.copy_(initial[i] + sign * h * w)
+            values.append(float(function().detach()))
+        with torch.no_grad():
+            learner.blocks[i].parameter.copy_(initial[i])
+        found.append((values[0] - values[1]) / (2 * h))
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def make_learner(model: nn.Module, **settings) -> ScaleLearner:
+    config = GradInitConfig(**{"eta": 0.05, "norm_gains": "learned", **settings})
+    return ScaleLearner(collect_blocks({"": model}, config.norm_gains), loss_of(model), config)
+
+
+def step(learner: ScaleLearner, pair: BatchPair) -> Iteration:
+    learner.step(pair)
+    learner.flush()
+    return learner.history[-1]
+
+
+def move_away_from_one(learner: ScaleLearner, pair: BatchPair) -> None:
+    for _ in range(3):
+        learner.step(pair)
