@@ -2,8 +2,8 @@
 
     python benchmarks/cost.py                   on one CPU core, about 4 minutes
     python benchmarks/cost.py --device cuda     on a GPU, at the sizes of IWSLT and twice as wide
-    python benchmarks/cost.py --table           Markdown of all kept results, also of scaling.py
-                                                and processes_efficiency.py
+    python benchmarks/cost.py --table           Markdown of all kept results, also of scaling.py,
+                                                processes_efficiency.py and accuracy.py
 
 One training step is forward, backward and Adam on one batch. The baseline is the plain form of the
 algorithm, see `plain_gradinit.py`.
@@ -42,7 +42,9 @@ from fairseq_gradinit.config import GradInitConfig
 from fairseq_gradinit.history import Iteration, IterationKind
 
 RESULTS = REPOSITORY / "benchmarks" / "results"
-RESULT_FILES = ("cost-cpu", "scaling-cpu", "processes-cpu", "cost-cuda", "scaling-cuda")
+RESULT_FILES = (
+    *("cost-cpu", "scaling-cpu", "processes-cpu", "cost-cuda", "scaling-cuda", "accuracy-cpu"),
+)
 
 STEP, OBJECTIVE = "training step", "objective iteration"
 DIFFERENCES, EXACT = "constraint, finite differences", "constraint, double backward"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import accuracy
 import cost
 import processes_efficiency
 import pytest
@@ -148,6 +149,24 @@ def test_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [t["kind"] for t in times] == ["objective", "constraint, finite differences"]
     assert all(t[name] > 0.0 for t in times for name in ("alone", "unconnected", "together"))
     assert "| objective |" in capsys.readouterr().out
+
+
+def test_accuracy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    accuracy.main(["--quick", "--results", str(tmp_path)])
+    results = read(tmp_path / "accuracy-cpu.json")["results"]
+    derivatives = {
+        (d["activation"], d["second_order"], d["precision"]): d for d in results["derivatives"]
+    }
+    assert len(derivatives) == 2 * len(accuracy.WAYS)
+    # What is smooth has one derivative, whichever way it is taken.
+    for way in ("exact", "finite-difference"):
+        assert derivatives["gelu", way, "fp32"]["error"] < 0.01
+        assert derivatives["gelu", way, "fp32"]["signs"] == 1.0
+    typical = {
+        (r["activation"], r["constrained"], r["what"]): r["typical"] for r in results["runs"]
+    }
+    assert typical["gelu", True, "finite differences"] < typical["gelu", True, "other batches"] / 10
+    assert "| relu | off | bf16 |" in capsys.readouterr().out
 
 
 def test_a_record_tells_its_circumstances(tmp_path: Path) -> None:
