@@ -360,14 +360,23 @@ def _flag(name: str) -> str:
 
 def _refuse_unsupported(cfg: Any) -> None:
     parallel = cfg.distributed_training
+    apart = "its processes train apart, so there is no global gradient: use --ddp-backend"
+    whole = "no process holds the whole model, whose gradient GradInit needs: leave one out"
     unsupported = {
-        "--ddp-backend fully_sharded": parallel.ddp_backend == "fully_sharded",
-        "--ddp-backend slowmo": parallel.ddp_backend == "slowmo",
-        "--pipeline-model-parallel": parallel.pipeline_model_parallel,
-        "--model-parallel-size above 1": cfg.common.model_parallel_size > 1,
-        "--use-bmuf": cfg.optimization.use_bmuf,
-        "--tpu or --bf16 (fairseq takes --bf16 to the TPU path)": cfg.common.tpu or cfg.common.bf16,
+        "--ddp-backend fully_sharded": (
+            parallel.ddp_backend == "fully_sharded",
+            "each process holds a part of each tensor, and a scale belongs to the whole: use "
+            "--ddp-backend pytorch_ddp, with --checkpoint-activations if memory is short",
+        ),
+        "--ddp-backend slowmo": (parallel.ddp_backend == "slowmo", f"{apart} pytorch_ddp"),
+        "--use-bmuf": (cfg.optimization.use_bmuf, f"{apart} pytorch_ddp without it"),
+        "--pipeline-model-parallel": (parallel.pipeline_model_parallel, whole),
+        "--model-parallel-size above 1": (cfg.common.model_parallel_size > 1, whole),
+        "--tpu or --bf16": (
+            cfg.common.tpu or cfg.common.bf16,
+            "fairseq takes both to TPUs: use --fp16 or --amp, or leave it out",
+        ),
     }
-    for name, given in unsupported.items():
+    for name, (given, advice) in unsupported.items():
         if given:
-            raise GradInitError(f"GradInit does not work with {name}: leave one of the two out")
+            raise GradInitError(f"GradInit does not work with {name}; {advice}")

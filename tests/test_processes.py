@@ -87,7 +87,8 @@ def train_on_two_ranks(data: Path, save_dir: Path, *arguments: object) -> list[O
             *("--distributed-world-size", "2", "--distributed-rank", number),
             *("--distributed-init-method", f"file://{save_dir}/rendezvous"),
             *("--distributed-no-spawn", "--distributed-backend", "gloo"),
-            *("--ddp-backend", "legacy_ddp", *arguments),
+            # Another name of legacy_ddp; pytorch_ddp, also called c10d, needs devices.
+            *("--ddp-backend", "no_c10d", *arguments),
         )
 
     with ThreadPoolExecutor(2) as pool:
