@@ -1,6 +1,6 @@
 """How far precision and the way of second-order products move what GradInit descends, and learns.
 
-    python benchmarks/accuracy.py       on one CPU core, about 4 minutes
+    python benchmarks/accuracy.py       on one CPU core, about 2 minutes
 
 First the derivative of the gradient norm by the scales, taken in four ways, against what the norm
 does when each scale in turn moves by 1 % up and down: the step that an iteration makes. Then whole

@@ -1,6 +1,6 @@
 """What GradInit costs: time and peak memory of its iterations in training steps.
 
-    python benchmarks/cost.py                   on one CPU core, about 4 minutes
+    python benchmarks/cost.py                   on one CPU core, about 3 minutes
     python benchmarks/cost.py --device cuda     on a GPU, at the sizes of IWSLT and twice as wide
     python benchmarks/cost.py --table           Markdown of all kept results, also of scaling.py,
                                                 processes_efficiency.py and accuracy.py

@@ -1,6 +1,6 @@
 """How well GradInit runs on two processes: the same work per process, on one core each.
 
-    python benchmarks/processes_efficiency.py       about 2 minutes on two cores
+    python benchmarks/processes_efficiency.py       about 1 minute on two cores
 
 Efficiency is the time of an iteration of one process that has one core, over that of an iteration
 of two processes that have a core each, share every batch, and sum their gradients over gloo. In
