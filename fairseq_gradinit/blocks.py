@@ -8,7 +8,7 @@ in the trial step: training will move them too.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from fairseq_gradinit.config import NormGains
 from fairseq_gradinit.errors import GradInitError
 
-BlockState = Literal["learned", "zero", "norm gain"]
+BlockState = Literal["learned", "zero", "norm gain", "fixed"]
+BLOCK_STATES: tuple[BlockState, ...] = ("learned", "zero", "norm gain", "fixed")
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,14 @@ class Block:
         parameter: the tensor itself; GradInit changes it in place.
         state: `learned` when it gets a scale; `zero` when all its elements are zero, so that no
             scale could change it; `norm gain` when it belongs to a normalisation layer and the
-            configuration leaves those at scale 1.
+            configuration leaves those at scale 1; `fixed` when its scale was given.
+        fixed_scale: the scale of a block that is not learned.
     """
 
     name: str
     parameter: nn.Parameter
     state: BlockState
+    fixed_scale: float = 1.0
 
     @property
     def learned(self) -> bool:
@@ -46,12 +49,17 @@ class Block:
         return "bias" in self.name.rpartition(".")[2]
 
 
-def collect_blocks(modules: Mapping[str, nn.Module], norm_gains: NormGains) -> list[Block]:
+def collect_blocks(
+    modules: Mapping[str, nn.Module],
+    norm_gains: NormGains,
+    fixed: Callable[[str], float | None] = lambda name: None,
+) -> list[Block]:
     """List the blocks of `modules`, in the order of `named_parameters`.
 
     Args:
         modules: prefix of the names to module, for example `{"": model, "criterion": criterion}`.
         norm_gains: `fixed` leaves parameters of normalisation layers out of the learning.
+        fixed: the scale of the tensor of this name if it is given and not learned, else None.
 
     Raises:
         GradInitError: no block is left to learn a scale for, or a tensor is not finite.
@@ -72,7 +80,11 @@ def collect_blocks(modules: Mapping[str, nn.Module], norm_gains: NormGains) -> l
             state = "zero"
         elif norm_gains == "fixed" and _is_normalisation(owner):
             state = "norm gain"
-        blocks.append(Block(name, parameter, state))
+        scale = fixed(name) if state == "learned" else None
+        if scale is None:
+            blocks.append(Block(name, parameter, state))
+        else:
+            blocks.append(Block(name, parameter, "fixed", scale))
     if not any(block.learned for block in blocks):
         raise GradInitError(
             "the model has no parameter tensor that GradInit could scale: every one is frozen, "
@@ -109,7 +121,7 @@ def base_weights(blocks: list[Block]) -> list[Tensor]:
 
 @torch.no_grad()
 def set_weights(blocks: list[Block], base: list[Tensor], scales: Tensor) -> None:
-    """Set every learned block to m_i W_i and every other block to W_i, in place.
+    """Set every learned block to m_i W_i and every other to its fixed scale times W_i, in place.
 
     Args:
         scales: shape (number of learned blocks,), in the order of the learned blocks. The same
@@ -119,12 +131,17 @@ def set_weights(blocks: list[Block], base: list[Tensor], scales: Tensor) -> None
     learned: list[Tensor] = [block.parameter for block in blocks if block.learned]
     factors: list[Tensor] = [s.to(p.dtype) for p, s in zip(learned, scales.unbind(), strict=True)]
     torch._foreach_mul_(learned, factors)
+    fixed = [block for block in blocks if block.state == "fixed"]
+    if fixed:
+        torch._foreach_mul_([b.parameter for b in fixed], [b.fixed_scale for b in fixed])
 
 
 def fingerprint(blocks: Sequence[Block]) -> str:
-    """Eight hexadecimal digits that change with any name, shape or value of the blocks."""
+    """Eight hexadecimal digits that change with any name, shape, value or fixed scale."""
     digest = hashlib.blake2b(digest_size=4)
     for block in blocks:
         digest.update(f"{block.name}{tuple(block.parameter.shape)}".encode())
+        if block.state == "fixed":
+            digest.update(f"{block.fixed_scale}".encode())
         digest.update(block.parameter.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

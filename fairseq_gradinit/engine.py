@@ -74,7 +74,7 @@ class Learned:
     """What a GradInit run came to.
 
     Attributes:
-        scale_of: the scale of every block by name; blocks that are not learned have scale 1.
+        scale_of: the scale of every block by name, of those that are not learned too.
         history: the record of the iterations.
         skipped: batches skipped because a loss or gradient was not finite.
         second_order: how second-order products were taken; `auto` when it never had to choose.
@@ -161,6 +161,7 @@ class ScaleLearner:
         sums = torch.stack([self._base[i].double().sum() for i in self._learned])
         outcome = self._compared(sums, stop=False).tolist()
         self._require_same("initial weights", outcome[0])
+        set_weights(blocks, self._base, self.scales)
 
     @property
     def identity(self) -> str:
@@ -313,7 +314,8 @@ class ScaleLearner:
         """Put the initial weights W_i back into the model."""
         for parameter in self._parameters:
             parameter.grad = None
-        set_weights(self.blocks, self._base, torch.ones_like(self.scales))
+        with torch.no_grad():
+            torch._foreach_copy_(self._parameters, self._base)
 
     def learned(self) -> Learned:
         """What has been learned so far."""
@@ -325,7 +327,7 @@ class ScaleLearner:
             None: "auto",
         }
         return Learned(
-            scale_of={b.name: next(scales) if b.learned else 1.0 for b in self.blocks},
+            scale_of={b.name: next(scales) if b.learned else b.fixed_scale for b in self.blocks},
             history=tuple(self.history),
             skipped=self.skipped,
             second_order=ways[self._exact],

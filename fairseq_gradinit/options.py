@@ -167,6 +167,15 @@ class GradInitOptions(FairseqDataclass):
             f"scale too (learned) {_defaults('norm_gains')}"
         },
     )
+    gradinit_encoder_branches: float = field(
+        default=1.0,
+        metadata={
+            "help": "factor on the weights of the encoder's residual branches (v_proj, out_proj, "
+            "fc1, fc2), which then are not learned; small ones, such as 0.1, keep the encoder's "
+            "outputs apart from each other through the first updates at high learning rates; 1 "
+            "learns them like the others (default: 1)"
+        },
+    )
     gradinit_max_tokens: Optional[int] = field(
         default=None,
         metadata={
@@ -250,6 +259,7 @@ class Plan:
         max_sentences: sentences in it, or None.
         micro_batches: micro-batches in one gradient.
         save_interval: iterations between two savings of the learning's state; 0 for none.
+        encoder_branches: fixed scale of the encoder's residual branches; 1 learns them.
     """
 
     preset: str
@@ -259,6 +269,7 @@ class Plan:
     max_sentences: int | None
     micro_batches: int
     save_interval: int
+    encoder_branches: float
 
 
 def make_plan(cfg: Any) -> Plan | None:
@@ -283,6 +294,11 @@ def make_plan(cfg: Any) -> Plan | None:
             "--gradinit-save-interval must be at least 0, which switches it off, not "
             f"{options.gradinit_save_interval}"
         )
+    if not 0.0 < options.gradinit_encoder_branches < math.inf:
+        raise GradInitError(
+            "--gradinit-encoder-branches must be a number greater than 0, not "
+            f"{options.gradinit_encoder_branches}"
+        )
     preset = PRESETS[str(options.gradinit_preset)]
     growth = preset.batch_per_training_batch
     sentences = cfg.dataset.batch_size
@@ -294,6 +310,7 @@ def make_plan(cfg: Any) -> Plan | None:
         max_sentences=None if sentences is None else math.ceil(growth * sentences),
         micro_batches=cfg.optimization.update_freq[0],
         save_interval=options.gradinit_save_interval,
+        encoder_branches=options.gradinit_encoder_branches,
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from fairseq_gradinit import report
 from fairseq_gradinit.blocks import Block, collect_blocks, fingerprint, frozen_names
 from fairseq_gradinit.data import PairedBatches
+from fairseq_gradinit.encoder_branches import fixed_scales
 from fairseq_gradinit.engine import learn_scales
 from fairseq_gradinit.errors import GradInitError, GradInitStopped
 from fairseq_gradinit.iteration_log import IterationLog
@@ -90,7 +91,10 @@ def _blocks(trainer: Any, plan: Plan) -> list[Block]:
     frozen = frozen_names(modules)
     if frozen:
         logger.info("frozen, so kept at scale 1: %s", ", ".join(frozen))
-    return collect_blocks(modules, plan.config.norm_gains)
+    if plan.scales_file is not None:
+        return collect_blocks(modules, plan.config.norm_gains)
+    fixed = fixed_scales(modules, plan.encoder_branches)
+    return collect_blocks(modules, plan.config.norm_gains, fixed)
 
 
 def _learn(trainer: Any, plan: Plan, blocks: list[Block]) -> Scales:

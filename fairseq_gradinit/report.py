@@ -39,7 +39,7 @@ def scale_table(scales: Scales) -> list[str]:
     for kind, blocks in groups.items():
         cells = [_cell(block) for block in blocks]
         if all(block.state != "learned" for block in blocks):
-            cells = [f"1 ({', '.join(sorted({block.state for block in blocks}))})"]
+            cells = [f"{blocks[0].scale:g} ({', '.join(sorted({b.state for b in blocks}))})"]
         lines.append(f"{kind:{width}}  {' '.join(cells)}")
     return lines
 
@@ -76,6 +76,9 @@ def signature(
         "scales": f"{config.min_scale:g}..{config.max_scale:g}",
         "bias-scales": f"{config.min_bias_scale:g}..{config.max_scale:g}",
         "norm-gains": config.norm_gains,
+        **(
+            {"encoder-branches": f"{plan.encoder_branches:g}"} if plan.encoder_branches != 1 else {}
+        ),
         "tokens": f"{plan.max_tokens or '-'}",
         "sentences": f"{plan.max_sentences or '-'}",
         "micro-batches": plan.micro_batches,

@@ -11,7 +11,13 @@ from typing import Any
 
 import torch
 
-from fairseq_gradinit.blocks import Block, BlockState, base_weights, set_weights
+from fairseq_gradinit.blocks import (
+    BLOCK_STATES,
+    Block,
+    BlockState,
+    base_weights,
+    set_weights,
+)
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.files import number, typed, write_atomically
 from fairseq_gradinit.history import Iteration, parse_iteration
@@ -164,6 +170,6 @@ def _parse_block(row: dict[str, Any]) -> BlockScale:
     if scale < 0.0:
         raise ValueError(f"scale {scale} of {row['name']} is negative")
     shape = tuple(typed(size, int) for size in row["shape"])
-    if row["state"] not in ("learned", "zero", "norm gain"):
+    if row["state"] not in BLOCK_STATES:
         raise ValueError(f"unknown state {row['state']!r}")
     return BlockScale(typed(row["name"], str), shape, scale, row["state"])

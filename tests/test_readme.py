@@ -46,7 +46,7 @@ def test_defaults_are_those_of_the_presets():
             assert cells == (shown(getattr(default, name)), shown(getattr(paper, name))), flag
         else:
             value = getattr(GradInitOptions, flag.lstrip("-").replace("-", "_"))
-            assert cells[0] == {"False": "off", "None": ""}.get(str(value), str(value)), flag
+            assert cells[0] == {"False": "off", "None": ""}.get(str(value), shown(value)), flag
 
 
 def test_the_example_of_the_engine_runs_and_lowers_the_trial_loss():
