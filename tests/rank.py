@@ -139,7 +139,12 @@ def main() -> None:
         found = scenario(processes, folder)
     except GradInitError as error:
         found = str(error)
+    else:
+        if processes.count > 1:
+            torch.distributed.destroy_process_group()
     (folder / f"{processes.rank}.json").write_text(json.dumps(found))
+    # After an error, gloo's threads may abort an interpreter that ends in order.
+    os._exit(0)
 
 
 if __name__ == "__main__":
