@@ -10,13 +10,11 @@ batches give.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import torch
-from cost import GAMMA_SHARE, RESULTS, first_iteration
+from cost import GAMMA_SHARE, first_iteration, usual_parser
 from record import Table, markdown, read, write
 from torch import Tensor
 from workload import ALWAYS_VIOLATED, Size, Translator, Workload, learner_of, loss_of, settings
@@ -180,12 +178,7 @@ def run_table(found: Sequence[Run], iterations: int) -> Table:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it works")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder to write to")
-    options = parser.parse_args(arguments)
+    options = usual_parser(__doc__).parse_args(arguments)
     torch.set_num_threads(1)
     size, iterations = Size(3, 128, 256, 4, vocabulary=2000, sentences=16, length=24), 60
     if options.quick:

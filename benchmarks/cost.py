@@ -279,10 +279,8 @@ def kept_tables(folder: Path) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_usual_options(parser)
+    parser = usual_parser(__doc__)
+    add_device_options(parser)
     parser.add_argument("--table", action="store_true", help="print what is kept, measure nothing")
     options = parser.parse_args(arguments)
     if options.table:
@@ -301,11 +299,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(markdown(read(path)), end="")
 
 
-def add_usual_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+def usual_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser with the options of every benchmark of the cost."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it works")
-    parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder to write to")
+    return parser
+
+
+def add_device_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ share nothing: what that loses, the machine loses and not GradInit. The three ta
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import tempfile
@@ -20,7 +19,7 @@ from pathlib import Path
 from statistics import median
 
 import torch.distributed
-from cost import RESULTS
+from cost import usual_parser
 from record import Table, markdown, reaching, read, write
 from torch import multiprocessing
 from workload import ALWAYS_VIOLATED, Schedule, Size, Workload, learner_of, seconds_for, settings
@@ -122,12 +121,7 @@ def table_of(all_times: Sequence[Times], size: Size) -> Table:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it works")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder to write to")
-    options = parser.parse_args(arguments)
+    options = usual_parser(__doc__).parse_args(arguments)
     torch.set_num_threads(1)
     size = Size(6, 256, 1024, 4, vocabulary=4000, sentences=16, length=32)
     schedule = Schedule(warmup=1, repetitions=9)

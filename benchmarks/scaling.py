@@ -9,7 +9,6 @@ picture next to the results.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,7 +16,15 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 import torch
-from cost import DIFFERENCES, EXACT, OBJECTIVE, STEP, add_usual_options, contenders_for
+from cost import (
+    DIFFERENCES,
+    EXACT,
+    OBJECTIVE,
+    STEP,
+    add_device_options,
+    contenders_for,
+    usual_parser,
+)
 from record import Table, markdown, read, write
 from workload import Schedule, Size, Workload, interleaved_seconds, peak_memory
 
@@ -188,10 +195,8 @@ def _draw(panel: pyplot.Axes, line: Line, values: np.ndarray) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_usual_options(parser)
+    parser = usual_parser(__doc__)
+    add_device_options(parser)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     schedule = Schedule(1, 2) if options.quick else Schedule(1, 7)
