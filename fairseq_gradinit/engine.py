@@ -155,7 +155,7 @@ class ScaleLearner:
         self._products = HessianProducts(
             self._parameters, self._gradients, self._processes, config.precision
         )
-        self._exact = {"exact": True, "finite-difference": False}.get(config.second_order)
+        self._second_order = config.second_order
         self._last_kind: IterationKind | None = None
         self._pending: _Pending | None = None
         sums = torch.stack([self._base[i].double().sum() for i in self._learned])
@@ -270,7 +270,7 @@ class ScaleLearner:
             moments=moments,
             history=tuple(self.history),
             skipped=self.skipped,
-            exact_products=self._exact,
+            second_order=self._second_order,
             first_loss=self.first_loss,
             last_kind=self._last_kind,
         )
@@ -306,7 +306,7 @@ class ScaleLearner:
         self.first_loss = state.first_loss
         self._last_kind = state.last_kind
         if self.config.second_order == "auto":
-            self._exact = state.exact_products
+            self._second_order = state.second_order
         self._pending = None
         set_weights(self.blocks, self._base, self.scales)
 
@@ -321,16 +321,11 @@ class ScaleLearner:
         """What has been learned so far."""
         self.flush()
         scales = iter(self.scales.tolist())
-        ways: dict[bool | None, SecondOrder] = {
-            True: "exact",
-            False: "finite-difference",
-            None: "auto",
-        }
         return Learned(
             scale_of={b.name: next(scales) if b.learned else b.fixed_scale for b in self.blocks},
             history=tuple(self.history),
             skipped=self.skipped,
-            second_order=ways[self._exact],
+            second_order=self._second_order,
         )
 
     def _expects_product(self) -> bool:
@@ -338,7 +333,7 @@ class ScaleLearner:
 
         Never in the first iteration, where the product is held against an ordinary gradient.
         """
-        return self._exact is True and self._last_kind == "constraint"
+        return self._second_order == "exact" and self._last_kind == "constraint"
 
     def _objective(self, pair: BatchPair, first: MeanGradient) -> tuple[Tensor, Tensor]:
         """d L(S~; theta_m - eta A[g_m]) / dm_i over eta, and L(S~) there."""
@@ -373,13 +368,13 @@ class ScaleLearner:
         self, batches: Sequence[Any], first: MeanGradient, vector: list[Tensor]
     ) -> Tensor:
         """<H v, W_i> for every learned block, shape (learned,); uses `vector` up."""
-        if self._exact is None:
+        if self._second_order == "auto":
             dots = self._difference_dots(batches, first, [v.clone() for v in vector])
             longer = self._difference_dots(batches, first, [v.clone() for v in vector], 2.0)
-            self._exact = not agree(dots, longer)
-            if not self._exact:
+            self._second_order = "finite-difference" if agree(dots, longer) else "exact"
+            if self._second_order == "finite-difference":
                 return dots
-        elif not self._exact:
+        elif self._second_order == "finite-difference":
             return self._difference_dots(batches, first, vector)
         first.by_parameter.clear()
         return self._dot_base(self._products.exact(batches, first, vector))

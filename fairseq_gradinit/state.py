@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from fairseq_gradinit.config import SECOND_ORDER_NAMES, SecondOrder
 from fairseq_gradinit.files import number, typed, write_atomically
 from fairseq_gradinit.history import KINDS, Iteration, IterationKind, parse_iteration, parse_kind
 from fairseq_gradinit.processes import OneProcess, Processes
@@ -49,7 +50,7 @@ class LearnerState:
         moments: by kind of iteration; a kind that has not occurred is not there.
         history: the iterations so far.
         skipped: batches skipped so far; with the iterations, the position in the data.
-        exact_products: what `auto` chose for second-order products; None while it has not.
+        second_order: how second-order products are taken; `auto` while that is to be chosen.
         first_loss: loss of the first batch of all, at the initial weights; None if not finite.
         last_kind: of the last iteration, also if its batch was skipped.
     """
@@ -58,7 +59,7 @@ class LearnerState:
     moments: Mapping[IterationKind, Moments] = field(default_factory=dict)
     history: tuple[Iteration, ...] = ()
     skipped: int = 0
-    exact_products: bool | None = None
+    second_order: SecondOrder = "auto"
     first_loss: float | None = None
     last_kind: IterationKind | None = None
 
@@ -182,9 +183,8 @@ def _parse(row: Any) -> LearnerState:
             entry = row["moments"][kind]
             mean, square = _numbers(entry["mean"]), _numbers(entry["square"])
             moments[kind] = Moments(typed(entry["step"], int), mean, square)
-    exact = row["exact_products"]
-    if exact not in (None, True, False):
-        raise ValueError(f"exact_products is {exact!r}")
+    if row["second_order"] not in SECOND_ORDER_NAMES:
+        raise ValueError(f"second_order is {row['second_order']!r}")
     if any(len(scales) != len(m.mean) or len(scales) != len(m.square) for m in moments.values()):
         raise ValueError("its vectors are not of one length")
     return LearnerState(
@@ -192,7 +192,7 @@ def _parse(row: Any) -> LearnerState:
         moments=moments,
         history=tuple(parse_iteration(iteration) for iteration in row["history"]),
         skipped=typed(row["skipped"], int),
-        exact_products=exact,
+        second_order=row["second_order"],
         last_kind=None if row["last_kind"] is None else parse_kind(row["last_kind"]),
         first_loss=None if row["first_loss"] is None else number(row["first_loss"]),
     )

@@ -9,11 +9,11 @@ import torch
 from tiny import (
     central_differences,
     gradients,
+    loss_after,
     loss_of,
     make_learner,
     make_model,
     make_pair,
-    mean_loss,
     move_away_from_one,
     step,
 )
@@ -51,15 +51,7 @@ def test_objective_gradient_equals_central_differences(model, pair, target):
         }[target]
 
         def loss_after_fixed_step():
-            saved = [p.detach().clone() for p in model.parameters()]
-            with torch.no_grad():
-                for p, d in zip(model.parameters(), direction, strict=True):
-                    p.sub_(eta * d)
-            value = mean_loss(model, pair.second)
-            with torch.no_grad():
-                for p, s in zip(model.parameters(), saved, strict=True):
-                    p.copy_(s)
-            return value
+            return loss_after(model, direction, eta, pair.second)
 
         found = learner.gradient(pair)
         expected = central_differences(learner, model, loss_after_fixed_step) / eta

@@ -65,6 +65,19 @@ def gradients(model: nn.Module, batches) -> list[torch.Tensor]:
     return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
 
 
+def loss_after(model: nn.Module, direction, eta: float, batches) -> torch.Tensor:
+    """The mean loss once the weights have moved by eta against `direction`; they come back."""
+    saved = [p.detach().clone() for p in model.parameters()]
+    with torch.no_grad():
+        for p, d in zip(model.parameters(), direction, strict=True):
+            p.sub_(eta * d)
+    value = mean_loss(model, batches)
+    with torch.no_grad():
+        for p, s in zip(model.parameters(), saved, strict=True):
+            p.copy_(s)
+    return value
+
+
 def central_differences(learner: ScaleLearner, model: nn.Module, function) -> torch.Tensor:
     """d function / d scale of every learned block, at the present weights m_i W_i."""
     initial = [p.detach().clone() for p in model.parameters()]
