@@ -19,7 +19,7 @@ import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -588,7 +588,10 @@ def _resume(
         learner.config.iterations,
         file.path,
     )
-    return islice(drawn, learner.pairs_used - 1, None)
+    # Drawn even if nothing is left to learn: the source's own account of the data must be whole.
+    for _ in range(learner.pairs_used - 1):
+        next(drawn, None)
+    return drawn
 
 
 def _iterate(
