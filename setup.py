@@ -76,11 +76,13 @@ setup(
     extras_require={
         "fairseq": [] if another_fairseq() else FAIRSEQ,
         "bench": ["matplotlib>=3.8", "scikit-learn>=1.4"],
+        "data": ["pooch>=1.8", "sentencepiece>=0.2", "tqdm>=4.60"],
         "plot": ["matplotlib>=3.8"],
         "quickstart": ["matplotlib>=3.8", "sacrebleu>=2.4", "sentencepiece>=0.2", "tqdm>=4.60"],
         "test": [
-            *("hypothesis>=6", "matplotlib>=3.8", "mypy>=1.13", "pytest>=8", "ruff>=0.8"),
-            *("sacrebleu>=2.4", "scikit-learn>=1.4", "sentencepiece>=0.2", "tqdm>=4.60"),
+            *("hypothesis>=6", "matplotlib>=3.8", "mypy>=1.13", "pooch>=1.8", "pytest>=8"),
+            *("ruff>=0.8", "sacrebleu>=2.4", "scikit-learn>=1.4", "sentencepiece>=0.2"),
+            "tqdm>=4.60",
         ],
     },
     cmdclass={"editable_wheel": EditableUserDir},

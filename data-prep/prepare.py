@@ -19,6 +19,8 @@ class _ListCorpora(argparse.Action):
             print(f"{corpus.name}: {corpus.summary}")
             for wheel in corpus.wheels:
                 print(f"    {wheel.project} {wheel.version}, {wheel.licence}")
+            if corpus.published is not None:
+                print(f"    {corpus.published.licence}")
         parser.exit()
 
 
@@ -34,13 +36,19 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="made if need be")
     parser.add_argument("--source-lang", metavar="CODE", help="translate from this language")
     parser.add_argument("--target-lang", metavar="CODE", help="translate into this language")
-    parser.add_argument("--seed", type=int, default=1, help="choice of the held-out pairs (1)")
+    parser.add_argument("--seed", type=int, help="choice of the held-out pairs (1)")
     parser.add_argument("--vocab-size", type=int, metavar="N", help="joint subword vocabulary")
     parser.add_argument(
         "--wheels", type=Path, metavar="DIR", help="take the wheels from here, fetch nothing"
     )
     parser.add_argument(
-        "--cache", type=Path, metavar="DIR", help="keep fetched wheels here (OUT/wheels)"
+        "--mirror", metavar="DIR-or-URL", help="take the published files from here instead"
+    )
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        help="keep what is fetched here (OUT/wheels or OUT/downloads)",
     )
     return parser
 
@@ -54,6 +62,32 @@ def _direction(corpus: Corpus, source: str | None, target: str | None) -> tuple[
     if target is None:
         target = other.get(source, source)
     return source, target
+
+
+def _check_options(corpus: Corpus, parsed: argparse.Namespace) -> None:
+    """Refuse options that this corpus has no use for."""
+    useless = ("mirror",) if corpus.published is None else ("wheels", "seed")
+    for name in useless:
+        if getattr(parsed, name) is not None:
+            kind = "comes out of wheels" if corpus.published is None else "is used as published"
+            raise DataPrepError(f"The corpus {corpus.name} {kind}: --{name} has no use for it.")
+
+
+def _options(corpus: Corpus, parsed: argparse.Namespace, command: str) -> Options:
+    """What was typed, and the corpus's own choices where nothing was."""
+    source, target = _direction(corpus, parsed.source_lang, parsed.target_lang)
+    kept_in = "wheels" if corpus.published is None else "downloads"
+    return Options(
+        out=parsed.out,
+        source=source,
+        target=target,
+        seed=1 if parsed.seed is None else parsed.seed,
+        vocab_size=corpus.vocab_size if parsed.vocab_size is None else parsed.vocab_size,
+        wheels=parsed.wheels,
+        mirror=parsed.mirror,
+        cache=parsed.cache or parsed.out / kept_in,
+        command=command,
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -70,18 +104,9 @@ def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     parsed = build_parser().parse_args(given)
     corpus = CORPORA[parsed.corpus]
-    source, target = _direction(corpus, parsed.source_lang, parsed.target_lang)
-    options = Options(
-        out=parsed.out,
-        source=source,
-        target=target,
-        seed=parsed.seed,
-        vocab_size=corpus.vocab_size if parsed.vocab_size is None else parsed.vocab_size,
-        wheels=parsed.wheels,
-        cache=parsed.cache or parsed.out / "wheels",
-        command=shlex.join(["prepare.py", *given]),
-    )
     try:
+        _check_options(corpus, parsed)
+        options = _options(corpus, parsed, command=shlex.join(["prepare.py", *given]))
         manifest = prepare(corpus, options)
     except (DataPrepError, OSError) as error:
         print(f"prepare.py: error: {error}", file=sys.stderr)

@@ -51,7 +51,16 @@ _NOT_WORD = re.compile(r"[\W_]+")
 def normalise(text: str) -> str:
     """One line of text in NFC, with plain quotation marks, dashes and single spaces."""
     text = unicodedata.normalize("NFC", text).translate(_TYPOGRAPHY)
+    return single_spaces(text)
+
+
+def single_spaces(text: str) -> str:
+    """The text as it stands, but for white space: single plain spaces, none at the ends."""
     return " ".join(text.split())
+
+
+# What may be done to a text that is otherwise kept as published, by the name in `corpora`.
+NORMALISATIONS: dict[str, Callable[[str], str]] = {"single spaces": single_spaces}
 
 
 def match_key(text: str) -> str:

