@@ -37,8 +37,17 @@ def write(path: Path, results: Any) -> None:
 
     Whoever reads `path` meanwhile sees the old file or the new one, never a part.
     """
+    record = {**circumstances(), "results": results}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def circumstances() -> dict[str, Any]:
+    """The command of this process, the date, the code, the versions and the machine."""
     revision = _revision()
-    record = {
+    return {
         "command": _command(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         **asdict(revision),
@@ -49,12 +58,7 @@ def write(path: Path, results: Any) -> None:
         "cores": _cores(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "results": results,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -125,11 +129,12 @@ def markdown(record: dict[str, Any]) -> str:
         f"{record['threads']} thread(s)"
     )
     return "\n".join(
-        _markdown_table(Table(**table), source) for table in record["results"]["tables"]
+        markdown_table(Table(**table), source) for table in record["results"]["tables"]
     )
 
 
-def _markdown_table(table: Table, source: str) -> str:
+def markdown_table(table: Table, source: str) -> str:
+    """A table below a line that says where it comes from."""
     lines = [table.header, ["---"] * len(table.header), *table.rows]
     rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"### {table.title}\n\n{source}:\n\n{rows}\n"

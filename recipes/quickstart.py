@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import re
 import shlex
 import shutil
@@ -25,7 +24,22 @@ from typing import Any
 
 from dataprep import DataPrepError
 from dataprep.steps import fingerprint, write_json
-from sacrebleu.metrics import BLEU, CHRF
+from fairseq_runs import (
+    ALL_SENTENCES,
+    PLUGIN,
+    SOURCE,
+    TARGET,
+    RunError,
+    Scores,
+    environment,
+    failure,
+    program,
+    read_training,
+    read_translations,
+    run_quietly,
+    score,
+    translation_command,
+)
 from tqdm import tqdm
 
 from fairseq_gradinit.plot import save_picture
@@ -34,15 +48,10 @@ from fairseq_gradinit.scales import FILE_NAME, Scales
 log = logging.getLogger("quickstart")
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCE, TARGET = "de", "en"
 UPDATES = 1500
 SEED = 1
 EXAMPLES = 10
 
-PLUGIN = ["--user-dir", "fairseq_gradinit"]
-# With fairseq's default of 8, ve-fairseq 0.12.3 drops the sentences that do not fill a multiple of
-# it: 4 of 700 test sentences would get no translation.
-ALL_SENTENCES = ["--required-batch-size-multiple", "1"]
 MODEL = ["--arch", "transformer_gradinit_tiny", "--dropout", "0.1"]
 TRAINING = [
     *("--task", "translation", "--source-lang", SOURCE, "--target-lang", TARGET),
@@ -122,15 +131,8 @@ class Settings:
         ]
 
     def translation_command(self, arm: Arm) -> list[str]:
-        return [
-            *program("generate"),
-            *(str(self.corpus / "data-bin"), *PLUGIN, "--task", "translation"),
-            *("--source-lang", SOURCE, "--target-lang", TARGET, "--gen-subset", "test"),
-            *("--path", str(self.checkpoints(arm) / "checkpoint_last.pt")),
-            *("--beam", "4", "--max-len-a", "1.5", "--max-len-b", "10"),
-            *("--max-tokens", "4000", *ALL_SENTENCES, "--remove-bpe", "sentencepiece"),
-            *("--results-path", str(self.folder(arm))),
-        ]
+        checkpoint = self.checkpoints(arm) / "checkpoint_last.pt"
+        return translation_command(self.corpus / "data-bin", checkpoint, self.folder(arm))
 
 
 @dataclass(frozen=True)
@@ -139,8 +141,7 @@ class Result:
 
     Attributes:
         valid_loss: base-2 validation loss after the last update.
-        bleu, chrf: scores of the test set.
-        signatures: sacrebleu's lines for both, which say how they were computed.
+        scores: of the test set.
         train_seconds, translate_seconds: wall time.
         curve: (update, base-2 training loss).
         rows: of the test set: source, reference, translation.
@@ -148,17 +149,11 @@ class Result:
 
     arm: Arm
     valid_loss: float
-    bleu: float
-    chrf: float
-    signatures: tuple[str, str]
+    scores: Scores
     train_seconds: float
     translate_seconds: float
     curve: list[tuple[int, float]]
     rows: list[tuple[str, str, str]]
-
-
-class QuickstartError(Exception):
-    """A command failed; the message says which, and where its log lies."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -178,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         corpus_seconds = time.monotonic() - start
         arms = settings.arms if options.compare else settings.arms[:1]
         results = [run_arm(arm, settings) for arm in arms]
-    except (QuickstartError, DataPrepError) as error:
+    except (RunError, DataPrepError) as error:
         log.error("quickstart: %s", error)
         return 1
     except KeyboardInterrupt:
@@ -196,8 +191,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def once(marker: Path, ingredients: dict[str, Any], work: Callable[[], dict]) -> dict[str, Any]:
-    """The report of `work`, from `marker` if it was done before with the same ingredients."""
+def once(
+    marker: Path, ingredients: dict[str, Any], work: Callable[[], dict | None]
+) -> dict[str, Any]:
+    """What `work` reports, from `marker` if it was done before with the same ingredients."""
     key = fingerprint(ingredients)
     try:
         done = json.loads(marker.read_text())
@@ -207,7 +204,7 @@ def once(marker: Path, ingredients: dict[str, Any], work: Callable[[], dict]) ->
     except (OSError, ValueError, KeyError, TypeError):
         pass
     start = time.monotonic()
-    report = {"key": key, **work(), "seconds": time.monotonic() - start}
+    report = {"key": key, **(work() or {}), "seconds": time.monotonic() - start}
     write_json(marker, report)
     return report
 
@@ -219,7 +216,7 @@ def prepare_corpus(settings: Settings, wheels: Path | None) -> None:
     command += ["--wheels", str(wheels)] if wheels else []
     log.info("\n== corpus: raw text to binarised data\n%s", shlex.join(command))
     if subprocess.run(command, check=False).returncode != 0:
-        raise QuickstartError("the preparation of the corpus failed, for the reason above")
+        raise RunError("the preparation of the corpus failed, for the reason above")
 
 
 def run_arm(arm: Arm, settings: Settings) -> Result:
@@ -235,15 +232,11 @@ def run_arm(arm: Arm, settings: Settings) -> Result:
         lambda: run_quietly(command, folder / "translate.log"),
     )
     rows = read_translations(folder / "generate-test.txt", settings.corpus / "text")
-    references, hypotheses = [row[1] for row in rows], [row[2] for row in rows]
-    metrics = BLEU(), CHRF()
-    scores = [metric.corpus_score(hypotheses, [references]) for metric in metrics]
+    scores = score([row[1] for row in rows], [row[2] for row in rows])
     return Result(
         arm=arm,
         valid_loss=trained["valid_loss"],
-        bleu=scores[0].score,
-        chrf=scores[1].score,
-        signatures=(str(metrics[0].get_signature()), str(metrics[1].get_signature())),
+        scores=scores,
         train_seconds=trained["seconds"],
         translate_seconds=translated["seconds"],
         curve=[(update, loss) for update, loss in trained["curve"]],
@@ -268,32 +261,12 @@ def train(arm: Arm, settings: Settings) -> dict[str, Any]:
     def work() -> dict[str, Any]:
         with tqdm(total=settings.updates, desc=arm.title, unit="update", mininterval=5) as bar:
             follow_training(command, folder / "train.log", bar)
-        return read_training(folder / "train.log")
+        losses = read_training(folder / "train.log")
+        if not losses.valid:
+            raise RunError(f"no validation loss in {folder / 'train.log'}")
+        return {"curve": losses.training, "valid_loss": losses.valid[-1][1]}
 
     return once(folder / "train.json", ingredients, work)
-
-
-def program(name: str) -> list[str]:
-    """The fairseq command line tool of this name, in the environment of this program."""
-    return [str(Path(sys.executable).parent / f"fairseq-{name}")]
-
-
-def environment() -> dict[str, str]:
-    """glibc returns freed memory at every step unless told otherwise: 10 to 30 % of the time."""
-    keep = str(1 << 30)
-    tuning = {f"MALLOC_{name}_": keep for name in ("MMAP_THRESHOLD", "TRIM_THRESHOLD", "TOP_PAD")}
-    return {**os.environ, **tuning, "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
-
-
-def run_quietly(command: Sequence[str], log_file: Path) -> dict[str, Any]:
-    """Run a command with its output in a file; an empty report."""
-    with log_file.open("w") as output:
-        done = subprocess.run(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment(), check=False
-        )
-    if done.returncode != 0:
-        raise QuickstartError(failure(command, log_file))
-    return {}
 
 
 def follow_training(command: Sequence[str], log_file: Path, bar: tqdm) -> None:
@@ -316,7 +289,7 @@ def follow_training(command: Sequence[str], log_file: Path, bar: tqdm) -> None:
             process.terminate()
             raise
     if process.returncode != 0:
-        raise QuickstartError(failure(command, log_file))
+        raise RunError(failure(command, log_file))
 
 
 def show_progress(line: str, bar: tqdm) -> None:
@@ -332,43 +305,6 @@ def show_progress(line: str, bar: tqdm) -> None:
         bar.set_postfix_str(f"loss {values['loss']}")
 
 
-def failure(command: Sequence[str], log_file: Path) -> str:
-    lines = log_file.read_text(errors="replace").strip().splitlines() or ["it printed nothing"]
-    return f"{Path(command[0]).name} failed: {lines[-1][:300]} (its whole output: {log_file})"
-
-
-def read_training(log_file: Path) -> dict[str, Any]:
-    """The training curve and the last validation loss in a log of fairseq-train."""
-    curve: dict[int, float] = {}
-    valid_loss = None
-    for line in log_file.read_text().splitlines():
-        found = re.search(r"\| INFO \| (train_inner|valid) \| (\{.*\})", line)
-        if found is None:
-            continue
-        values = json.loads(found[2])
-        if found[1] == "valid":
-            valid_loss = float(values["valid_loss"])
-        else:
-            curve[int(values["num_updates"])] = float(values["loss"])
-    if valid_loss is None:
-        raise QuickstartError(f"no validation loss in {log_file}")
-    return {"curve": sorted(curve.items()), "valid_loss": valid_loss}
-
-
-def read_translations(generated: Path, text: Path) -> list[tuple[str, str, str]]:
-    """Source, reference and translation of each test sentence, in the order of the test set."""
-    source = (text / f"test.{SOURCE}").read_text().removesuffix("\n").split("\n")
-    reference = (text / f"test.{TARGET}").read_text().removesuffix("\n").split("\n")
-    hypotheses: dict[int, str] = {}
-    for line in generated.read_text().split("\n"):
-        if line.startswith("H-"):
-            number, _, hypothesis = line.removeprefix("H-").split("\t")
-            hypotheses[int(number)] = hypothesis
-    if sorted(hypotheses) != list(range(len(reference))):
-        raise QuickstartError(f"{generated} does not hold each of the {len(reference)} sentences")
-    return [(s, r, hypotheses[i]) for i, (s, r) in enumerate(zip(source, reference, strict=True))]
-
-
 def show_examples(result: Result) -> None:
     """Sentences at even distances through the test set, so that none is picked."""
     log.info("\n== %d translations of: %s", EXAMPLES, result.arm.title)
@@ -382,8 +318,8 @@ def show_results(results: list[Result], settings: Settings) -> None:
     """The arms side by side."""
     table = {
         "": [result.arm.title for result in results],
-        "BLEU": [f"{result.bleu:.2f}" for result in results],
-        "chrF2": [f"{result.chrf:.2f}" for result in results],
+        "BLEU": [f"{result.scores.bleu:.2f}" for result in results],
+        "chrF2": [f"{result.scores.chrf:.2f}" for result in results],
         "validation loss (base 2)": [f"{result.valid_loss:.3f}" for result in results],
     }
     for part in (8, 4, 2):
@@ -397,7 +333,7 @@ def show_results(results: list[Result], settings: Settings) -> None:
     log.info("== results on the test set (%d sentences)", len(results[0].rows))
     for name, cells in table.items():
         log.info("%-24s  %s", name, "  ".join(f"{cell:>22}" for cell in cells))
-    log.info("\nBLEU   %s\nchrF2  %s", *results[0].signatures)
+    log.info("\nBLEU   %s\nchrF2  %s", *results[0].scores.signatures)
 
 
 def show_files(settings: Settings, picture: Path, next_target: str) -> None:

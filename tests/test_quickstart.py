@@ -62,7 +62,7 @@ def test_results_are_those_of_the_logs(settings, results):
         assert result.rows[3][0] == (settings.corpus / "text/test.de").read_text().split("\n")[3]
         log = (settings.folder(result.arm) / "train.log").read_text()
         assert f'"valid_loss": "{result.valid_loss}"' in log
-        assert "nrefs:1|case:mixed" in result.signatures[0]
+        assert "nrefs:1|case:mixed" in result.scores.signatures[0]
     assert results[0].curve != results[1].curve
 
 
@@ -98,7 +98,7 @@ def test_summary_shows_the_arms_side_by_side(settings, results, caplog):
     quickstart.show_files(settings, Path("picture.png"), "make test")
     lines = caplog.text.splitlines()
     (bleu,) = [line for line in lines if " BLEU  " in line and "nrefs" not in line]
-    assert bleu.split()[-2:] == [f"{result.bleu:.2f}" for result in results]
+    assert bleu.split()[-2:] == [f"{result.scores.bleu:.2f}" for result in results]
     assert sum("translation  " in line for line in lines) == quickstart.EXAMPLES
     for update in (2, 4, 8):
         (row,) = [line for line in lines if f"training loss at {update} " in line]
@@ -108,7 +108,7 @@ def test_summary_shows_the_arms_side_by_side(settings, results, caplog):
 
 def test_failure_names_the_log(tmp_path):
     log = tmp_path / "x.log"
-    with pytest.raises(quickstart.QuickstartError, match=r"false failed: .* \(.*x\.log\)"):
+    with pytest.raises(quickstart.RunError, match=r"false failed: .* \(.*x\.log\)"):
         quickstart.run_quietly(["false"], log)
 
 
@@ -116,7 +116,7 @@ def test_missing_translations_are_an_error(settings, results, tmp_path):
     generated = tmp_path / "generate-test.txt"
     full = (settings.folder(settings.arms[0]) / "generate-test.txt").read_text()
     generated.write_text(full.replace("H-7\t", "X-7\t"))
-    with pytest.raises(quickstart.QuickstartError, match="each of the 21 sentences"):
+    with pytest.raises(quickstart.RunError, match="each of the 21 sentences"):
         quickstart.read_translations(generated, settings.corpus / "text")
 
 

@@ -1,0 +1,554 @@
+"""Training runs as data: what determines one, how it is run, and the file that keeps them.
+
+A run is a `Case` on a `Corpus`; fairseq's own programs train and translate it as subprocesses, one
+thread each. What comes out is a `Run`, one line of JSON in a file that only grows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
+from importlib.metadata import version
+from itertools import chain
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+from record import REPOSITORY, circumstances
+
+# The recipes are no package: they are programs beside each other, as the benchmarks are.
+sys.path.append(str(REPOSITORY / "recipes"))
+
+from fairseq_runs import (
+    ALL_SENTENCES,
+    PLUGIN,
+    SOURCE,
+    TARGET,
+    RunError,
+    Scores,
+    program,
+    read_training,
+    read_translations,
+    run_quietly,
+    score,
+    translation_command,
+)
+
+log = logging.getLogger("training")
+
+LABEL_SMOOTHING = 0.1
+VALIDATIONS = 10
+LOG_LINES = 75
+
+# As in recipes/quickstart.py, but for what a Case says. No workers for the data: each run is to
+# stay on one core.
+COMMON = [
+    *("--task", "translation", "--source-lang", SOURCE, "--target-lang", TARGET),
+    *("--arch", "transformer_gradinit_tiny", "--dropout", "0.1"),
+    *("--criterion", "label_smoothed_cross_entropy", "--label-smoothing", f"{LABEL_SMOOTHING:g}"),
+    *("--weight-decay", "0.0001", "--lr-scheduler", "polynomial_decay"),
+    *(*ALL_SENTENCES, "--num-workers", "0", "--log-format", "json"),
+    *("--validate-interval", "100000", "--save-interval", "100000"),
+]
+
+# Of fairseq, when a gradient is not finite, and of GradInit, when too many losses are not.
+DIVERGED = re.compile(
+    r"^FloatingPointError.*|GradInit: .* more than may be skipped.*", re.MULTILINE
+)
+
+Status = Literal["finished", "diverged", "failed"]
+
+
+class TrainingError(Exception):
+    """What the user has to mend; the message is a sentence."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to start training.
+
+    Attributes:
+        title, colour: for tables and pictures.
+        options: for fairseq-train.
+    """
+
+    name: str
+    title: str = field(compare=False)
+    colour: str = field(compare=False)
+    options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options for fairseq-train that go together, and what they are called in tables."""
+
+    name: str = field(compare=False)
+    options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Case:
+    """All that determines one run, but for the data of its corpus.
+
+    Two cases are the same when they train the same, whatever their titles and colours are.
+
+    Attributes:
+        lr: the peak of the schedule, which falls to 0 in a line at the last update.
+        warmup: updates in which the rate rises to the peak.
+        scored: whether the test set is translated and scored.
+    """
+
+    corpus: str
+    arm: Arm
+    model: Options
+    optimizer: Options
+    lr: float
+    warmup: int
+    updates: int
+    max_tokens: int
+    scored: bool = False
+    seed: int = 1
+
+    @property
+    def label(self) -> str:
+        """What `--only` searches, and what progress is reported with."""
+        schedule = f"lr {self.lr:g} warmup {self.warmup}"
+        return f"{self.corpus} {self.arm.name} {schedule} {self.optimizer.name} seed {self.seed}"
+
+    @property
+    def folder_name(self) -> str:
+        digest = hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()
+        return f"{self.label.replace(' ', '-')}-{digest[:8]}"
+
+
+def parse_case(row: Mapping[str, Any]) -> Case:
+    """Read back what `dataclasses.asdict` and JSON made of a Case."""
+
+    def parts(name: str) -> dict[str, Any]:
+        return {**row[name], "options": tuple(row[name]["options"])}
+
+    options = {name: Options(**parts(name)) for name in ("model", "optimizer")}
+    return Case(**{**row, "arm": Arm(**parts("arm")), **options})
+
+
+@dataclass(frozen=True)
+class Run:
+    """What came of a case. Losses are base 2 and label-smoothed; None where not finite.
+
+    Attributes:
+        corpus_digest: a hash of the files of the corpus.
+        plateau: of the corpus, see `unigram_plateau`.
+        circumstances: date, code, versions and machine when it started, see `record`.
+        commands: of fairseq; the corpus's name and that of the run stand for their folders.
+        reason: why it did not finish.
+        seconds: wall time of everything.
+        gradinit_seconds: of GradInit, as the run reported them.
+        seconds_per_update: the median over the intervals between two lines of the log.
+        valid, training: pairs of update and loss; a training loss is the mean since the one before.
+        valid_loss: after the last update.
+        bleu, chrf, signatures: of the test set.
+    """
+
+    case: Case
+    corpus_digest: str
+    plateau: float
+    circumstances: dict[str, Any]
+    commands: list[str]
+    status: Status
+    reason: str | None
+    seconds: float
+    gradinit_seconds: float | None = None
+    seconds_per_update: float | None = None
+    valid: Sequence[tuple[int, float | None]] = ()
+    training: Sequence[tuple[int, float | None]] = ()
+    valid_loss: float | None = None
+    bleu: float | None = None
+    chrf: float | None = None
+    signatures: Sequence[str] | None = None
+
+    @property
+    def summary(self) -> str:
+        """A few words for the progress line."""
+        if self.status != "finished":
+            return self.status
+        bleu = "" if self.bleu is None else f", BLEU {self.bleu:.1f}"
+        return f"validation loss {self.valid_loss:.3f}{bleu}"
+
+
+class RunsFile:
+    """Runs in a file, one line of JSON each."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def read(self) -> list[Run]:
+        """All runs; a last line that was not written to its end is left out.
+
+        Raises:
+            TrainingError: another line is not of this program.
+        """
+        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+        # Behind the last newline stands what a killed writer left, or nothing.
+        return [self._parse(number, line) for number, line in enumerate(text.split("\n")[:-1], 1)]
+
+    def _parse(self, number: int, line: str) -> Run:
+        try:
+            row = json.loads(line)
+            return Run(**{**row, "case": parse_case(row["case"])})
+        except (ValueError, TypeError, KeyError) as error:
+            raise TrainingError(
+                f"line {number} of {self.path} is not a run as this program writes them "
+                f"({type(error).__name__}: {error}): mend or remove it"
+            ) from error
+
+    def repair(self) -> None:
+        """Cut off a last line that was not written to its end."""
+        whole = self.path.read_bytes() if self.path.exists() else b""
+        end = whole.rfind(b"\n") + 1
+        if end < len(whole):
+            log.warning("the last line of %s was not written to its end: removed", self.path)
+            os.truncate(self.path, end)
+
+    def append(self, run: Run) -> None:
+        line = json.dumps(asdict(run), allow_nan=False) + "\n"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # Unbuffered: in one piece, or torn where `repair` finds it.
+        with self.path.open("ab", buffering=0) as file:
+            file.write(line.encode())
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A folder that data-prep/prepare.py made.
+
+    Attributes:
+        digest: a hash of the files that training and scoring read.
+        plateau: see `unigram_plateau`.
+    """
+
+    folder: Path
+    digest: str
+    plateau: float
+
+    @classmethod
+    def read(cls, folder: Path) -> Corpus:
+        """Look at a folder.
+
+        Raises:
+            TrainingError: it is not such a folder.
+        """
+        try:
+            outputs = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["outputs"]
+            digest = hashlib.sha256(json.dumps(outputs, sort_keys=True).encode()).hexdigest()
+            dictionary = (folder / "data-bin" / f"dict.{TARGET}.txt").read_text(encoding="utf-8")
+            entries = [line.rpartition(" ")[0] for line in dictionary.splitlines()]
+            train, valid = (_sentences(folder, part) for part in ("train", "valid"))
+        except (OSError, ValueError, KeyError) as error:
+            what = f"{type(error).__name__}: {error}"
+            raise TrainingError(
+                f"{folder} is no corpus of data-prep/prepare.py ({what})"
+            ) from error
+        return cls(folder, digest, unigram_plateau(train, valid, entries))
+
+
+def _sentences(folder: Path, part: str) -> list[list[str]]:
+    text = (folder / "subwords" / f"{part}.{TARGET}").read_text(encoding="utf-8")
+    return [line.split() for line in text.removesuffix("\n").split("\n")]
+
+
+def unigram_plateau(
+    train: Iterable[Sequence[str]], valid: Iterable[Sequence[str]], dictionary: Collection[str]
+) -> float:
+    """The validation loss of the best model that sees neither source nor context.
+
+    Fairseq's loss of predicting q where y is right, with e = LABEL_SMOOTHING, V entries in the
+    vocabulary and e' = e / (V - 1), is
+
+        (1 - e - e') * -log2 q(y)  +  e' * sum over all v of -log2 q(v).
+
+    Its mean over the training tokens, with relative frequencies p, is lowest for
+    q(v) = (1 - e - e') p(v) + e'. This is the mean of the loss of that q over the validation
+    tokens. Each sentence ends with </s>, and what is not in the dictionary is <unk>.
+    """
+    vocabulary = {"<s>", "<pad>", "</s>", "<unk>", *dictionary}
+
+    def frequencies(sentences: Iterable[Sequence[str]]) -> dict[str, float]:
+        tokens = chain.from_iterable([*sentence, "</s>"] for sentence in sentences)
+        counts = Counter(token if token in vocabulary else "<unk>" for token in tokens)
+        return {token: count / counts.total() for token, count in counts.items()}
+
+    rest = LABEL_SMOOTHING / (len(vocabulary) - 1)
+    main = 1 - LABEL_SMOOTHING - rest
+    p = frequencies(train)
+    bits = {token: -math.log2(main * p.get(token, 0.0) + rest) for token in vocabulary}
+    right = sum(share * bits[token] for token, share in frequencies(valid).items())
+    return main * right + rest * sum(bits.values())
+
+
+def training_command(case: Case, data: Path, save_dir: Path) -> list[str]:
+    saving = ["--no-epoch-checkpoints"] if case.scored else ["--no-save"]
+    return [
+        *(*program("train"), str(data), *PLUGIN, *COMMON),
+        *("--lr", f"{case.lr:g}", "--warmup-updates", str(case.warmup)),
+        *("--total-num-update", str(case.updates), "--max-update", str(case.updates)),
+        *("--validate-interval-updates", str(max(1, case.updates // VALIDATIONS))),
+        *("--log-interval", str(max(1, case.updates // LOG_LINES))),
+        *("--max-tokens", str(case.max_tokens), "--seed", str(case.seed)),
+        *(*case.model.options, *case.optimizer.options, *case.arm.options),
+        *(*saving, "--save-dir", str(save_dir)),
+    ]
+
+
+class Stopped(Exception):
+    """The user ends the program."""
+
+
+class Failed(TrainingError):
+    """A run failed, and did not just diverge; the message names its log.
+
+    Attributes:
+        run: what there is to keep of it.
+    """
+
+    def __init__(self, message: str, run: Run):
+        super().__init__(message)
+        self.run = run
+
+
+class Children:
+    """The processes that are running, so that another thread can end them."""
+
+    def __init__(self) -> None:
+        self.stopped = False
+        self._lock = threading.Lock()
+        self._running: set[subprocess.Popen[bytes]] = set()
+
+    def start(
+        self, command: Sequence[str], env: Mapping[str, str], **streams: Any
+    ) -> subprocess.Popen[bytes]:
+        """Start a process with one thread, as subprocess.Popen does."""
+        with self._lock:
+            if self.stopped:
+                raise Stopped
+            self._running = {process for process in self._running if process.poll() is None}
+            # In a session of its own, so that Ctrl-C reaches it by `stop` alone.
+            process = subprocess.Popen(
+                command,
+                env={**env, "OMP_NUM_THREADS": "1"},
+                start_new_session=True,
+                **streams,
+            )
+            self._running.add(process)
+            return process
+
+    def stop(self) -> None:
+        """End all processes, and start no more."""
+        with self._lock:
+            self.stopped = True
+            for process in self._running:
+                process.terminate()
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Runs a case with fairseq's programs.
+
+    Attributes:
+        work: for logs, and for checkpoints as long as they are needed.
+    """
+
+    corpora: Mapping[str, Corpus]
+    work: Path
+    children: Children
+
+    def __call__(self, case: Case) -> Run:
+        """Train, and translate if the case is scored.
+
+        Raises:
+            Failed: one of the programs failed.
+            Stopped: the run was ended together with all others.
+        """
+        corpus = self.corpora[case.corpus]
+        folder = self.work / case.folder_name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        checkpoints, data = folder / "checkpoints", corpus.folder / "data-bin"
+        commands = [training_command(case, data, checkpoints)]
+        if case.scored:
+            commands.append(translation_command(data, checkpoints / "checkpoint_last.pt", folder))
+        names = {str(corpus.folder): case.corpus, str(folder): folder.name}
+        run = Run(
+            case,
+            corpus.digest,
+            corpus.plateau,
+            _circumstances(),
+            [_readable(shlex.join([Path(c[0]).name, *c[1:]]), names) for c in commands],
+            status="finished",
+            reason=None,
+            seconds=0.0,
+        )
+        start = time.monotonic()
+        try:
+            run = self._train(run, commands[0], folder / "train.log")
+            if case.scored and run.status == "finished":
+                scores = self._translate(commands[1], folder, corpus.folder / "text")
+                run = replace(run, **asdict(scores))
+        except RunError as error:
+            if self.children.stopped:
+                raise Stopped from error
+            run = replace(run, status="failed", reason=_readable(str(error), names))
+            raise Failed(f"{case.label}: {error}", run) from error
+        finally:
+            shutil.rmtree(checkpoints, ignore_errors=True)
+        return replace(run, seconds=time.monotonic() - start)
+
+    def _train(self, run: Run, command: Sequence[str], log_file: Path) -> Run:
+        """Train; a run that diverges is one too.
+
+        Raises:
+            RunError: the program failed for another reason.
+        """
+        reason = None
+        try:
+            run_quietly(command, log_file, self.children.start)
+        except RunError:
+            found = DIVERGED.search(log_file.read_text(errors="replace"))
+            if found is None:
+                raise
+            reason = found[0]
+        return with_log(run, log_file, reason)
+
+    def _translate(self, command: Sequence[str], folder: Path, text: Path) -> Scores:
+        run_quietly(command, folder / "translate.log", self.children.start)
+        rows = read_translations(folder / "generate-test.txt", text)
+        return score([row[1] for row in rows], [row[2] for row in rows])
+
+
+def _circumstances() -> dict[str, Any]:
+    """Those of a run: it has one thread, and does not depend on how this program was called."""
+    found = {**circumstances(), "threads": 1, "fairseq": f"ve-fairseq {version('ve-fairseq')}"}
+    del found["command"]
+    return found
+
+
+def _readable(text: str, names: Mapping[str, str]) -> str:
+    """A text without the folders of this machine."""
+    for folder, name in names.items():
+        text = text.replace(folder, name)
+    return text
+
+
+def with_log(run: Run, log_file: Path, reason: str | None) -> Run:
+    """The run with what its log says.
+
+    Args:
+        reason: why the command diverged, or None if it ended well.
+
+    Raises:
+        RunError: it ended well, but before its last update.
+    """
+    text = log_file.read_text(errors="replace")
+    losses = read_training(log_file)
+    last, valid_loss = losses.valid[-1] if losses.valid else (0, math.nan)
+    if reason is None:
+        if last != run.case.updates:
+            raise RunError(f"no validation loss after the last update in {log_file}")
+        if not math.isfinite(valid_loss):
+            reason = "the validation loss is not finite"
+    taken = re.search(r"scales saved in .* \(([\d.]+) s in all\)", text)
+    speeds = [float(ups) for ups in re.findall(r'\| train_inner \| .*?"ups": "([\d.]+)"', text)]
+    return replace(
+        run,
+        status="finished" if reason is None else "diverged",
+        reason=reason,
+        gradinit_seconds=float(taken[1]) if taken else None,
+        seconds_per_update=1 / median(speeds) if speeds and median(speeds) > 0 else None,
+        valid=_finite(losses.valid),
+        training=_finite(losses.training),
+        valid_loss=valid_loss if reason is None else None,
+    )
+
+
+def _finite(curve: Iterable[tuple[int, float]]) -> list[tuple[int, float | None]]:
+    """JSON has no number for the others."""
+    return [(update, loss if math.isfinite(loss) else None) for update, loss in curve]
+
+
+def run_all(
+    cases: Sequence[Case],
+    run_one: Callable[[Case], Run],
+    file: RunsFile,
+    workers: int,
+    stop: Callable[[], None],
+) -> None:
+    """Run the cases side by side, and keep each as soon as it has ended.
+
+    Args:
+        run_one: called in a thread of its own for each worker; may raise Failed.
+        stop: makes `run_one` return soon, wherever it is called.
+
+    Raises:
+        Failed: a run failed; those beside it have ended and are kept, no others were started.
+    """
+    queue = deque(cases)
+    lock = threading.Lock()
+    start, done = time.monotonic(), 0
+
+    def work() -> None:
+        try:
+            while (case := take()) is not None:
+                try:
+                    keep(run_one(case))
+                except Failed as failed:
+                    keep(failed.run)
+                    raise
+        except BaseException:
+            queue.clear()
+            raise
+
+    def take() -> Case | None:
+        try:
+            return queue.popleft()
+        except IndexError:
+            return None
+
+    def keep(run: Run) -> None:
+        nonlocal done
+        with lock:
+            file.append(run)
+            done += 1
+            log.info(progress(run, done, len(cases), time.monotonic() - start))
+
+    with ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(work) for _ in range(workers)]
+        try:
+            wait(futures)
+        except BaseException:
+            queue.clear()
+            stop()
+            raise
+    for future in futures:
+        future.result()
+
+
+def progress(run: Run, done: int, count: int, elapsed: float) -> str:
+    """A line about a run that has ended, and how long the others will take if they are like it."""
+    left = timedelta(seconds=round(elapsed / done * (count - done)))
+    so_far = timedelta(seconds=round(elapsed))
+    estimate = f", about {left} to go" if done < count else ""
+    return f"{run.case.label}: {run.summary}; {done} of {count} after {so_far}{estimate}"
