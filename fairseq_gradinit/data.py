@@ -36,7 +36,8 @@ class PairedBatches:
     """Endless pairs S, S~ that share half of their sentences (paper, section 3.3).
 
     Every batch of about `max_tokens` tokens is shuffled and cut in thirds A, B, C: S = A + B and
-    S~ = B + C, two thirds of the batch each.
+    S~ = B + C, two thirds of the batch each. A trial of several steps takes a batch for each: the S
+    of all of them, and the S~ of the last.
 
     Args:
         trainer: fairseq's trainer, with the training data loaded.
@@ -45,19 +46,26 @@ class PairedBatches:
         micro_batches: micro-batches in each of S and S~ (the run's --update-freq). Of these each
             data-parallel process gets so many, no two the same: R processes with u of them draw
             what one process with R u of them would.
+        trial_steps: see `GradInitConfig`.
 
     Raises:
         GradInitError: the data do not give enough batches of three sentences or more.
     """
 
     def __init__(
-        self, trainer: Any, max_tokens: int | None, max_sentences: int | None, micro_batches: int
+        self,
+        trainer: Any,
+        max_tokens: int | None,
+        max_sentences: int | None,
+        micro_batches: int,
+        trial_steps: int = 1,
     ) -> None:
         cfg = trainer.cfg
         self._dataset = trainer.task.dataset(cfg.dataset.train_subset)
         self._processes = trainer.data_parallel_world_size
         self._rank = trainer.data_parallel_rank
         self._drawn = micro_batches * self._processes
+        self._trial_steps = trial_steps
         self._seed = cfg.common.seed + SEED_OFFSET
         self._cuda = trainer.cuda
         self._digest = hashlib.blake2b(digest_size=4)
@@ -86,13 +94,19 @@ class PairedBatches:
         self._digest = hashlib.blake2b(digest_size=4)
         rng = np.random.default_rng(self._seed)
         queue: list[np.ndarray] = []
-        while True:
+
+        def draw() -> list[np.ndarray]:
             while len(queue) < self._drawn:
-                queue += [self._batches[i] for i in rng.permutation(len(self._batches))]
+                queue.extend(self._batches[i] for i in rng.permutation(len(self._batches)))
             # Sentences of a batch are sorted by length: unshuffled, S would be the short ones.
             drawn = [rng.permutation(queue.pop(0)) for _ in range(self._drawn)]
-            cut = [self._cut(order) for order in drawn[self._rank :: self._processes]]
-            yield BatchPair([first for first, _ in cut], [second for _, second in cut])
+            return drawn[self._rank :: self._processes]
+
+        while True:
+            orders = [draw() for _ in range(self._trial_steps)]
+            steps = [[self._drawn_batch(_first(order)) for order in step] for step in orders]
+            second = [self._drawn_batch(_second(order)) for order in orders[-1]]
+            yield BatchPair(steps[0], second, between=steps[1:])
 
     def digest(self) -> str:
         """Fingerprint of all the tensors handed out to this process so far."""
@@ -113,10 +127,6 @@ class PairedBatches:
         halves = batch.indices[:middle], batch.indices[middle:]
         return [MicroBatch(half, self._ready(self._collate(half))) for half in halves]
 
-    def _cut(self, order: np.ndarray) -> tuple[MicroBatch, MicroBatch]:
-        third = len(order) // 3
-        return self._drawn_batch(order[: 2 * third]), self._drawn_batch(order[third : 3 * third])
-
     def _drawn_batch(self, indices: np.ndarray) -> MicroBatch:
         sample = self._collate(indices)
         utils.apply_to_sample(self._fingerprint, sample)
@@ -133,6 +143,15 @@ class PairedBatches:
     def _fingerprint(self, tensor: torch.Tensor) -> torch.Tensor:
         self._digest.update(tensor.contiguous().numpy().tobytes())
         return tensor
+
+
+def _first(order: np.ndarray) -> np.ndarray:
+    return order[: len(order) // 3 * 2]
+
+
+def _second(order: np.ndarray) -> np.ndarray:
+    third = len(order) // 3
+    return order[third : 3 * third]
 
 
 def _index_batches(epoch_itr: Any, dataset: Any) -> list[np.ndarray]:

@@ -10,6 +10,8 @@ and Efficient Training" (NeurIPS 2021, arXiv:2102.08098):
 An iteration first takes the first-order gradient g_m. Only when its norm exceeds gamma does it pay
 for a second-order product, to descend the norm; otherwise it takes the trial step, and descends
 the loss after it.
+
+The trial may have several steps, which the paper's has not: see `GradInitConfig.trial_steps`.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from fairseq_gradinit.history import KINDS, Iteration, IterationKind
 from fairseq_gradinit.processes import OneProcess, Processes
 from fairseq_gradinit.second_order import HessianProducts, agree
 from fairseq_gradinit.state import LearnerState, Moments, StateFile
+from fairseq_gradinit.training_steps import MakeOptimizer, TrainingSteps
 
 logger = logging.getLogger(__name__)
 
@@ -45,10 +48,17 @@ class BatchPair:
 
     S and S~ should share half of their examples: independent batches make the scales chase
     noise, identical ones overfit the step (section 3.3). A process may have no micro-batches.
+
+    Attributes:
+        first: S, whose gradient makes the first step of the trial.
+        second: S~, on which the loss after the last step is taken.
+        between: the batches of the other steps of a trial of several. The loss on each of them
+            counts too, before it is stepped on.
     """
 
     first: Sequence[Any]
     second: Sequence[Any]
+    between: Sequence[Sequence[Any]] = ()
 
 
 @dataclass(frozen=True)
@@ -101,6 +111,7 @@ class ScaleLearner:
         config: the settings.
         processes: those that share each batch, every one of them with a learner of its own.
         halve: how to cut a batch that does not fit in the memory of a GPU.
+        optimizer: makes the steps of a trial of several; not needed for one.
 
     Attributes:
         scales: of the learned blocks, shape (learned blocks,), float64.
@@ -110,7 +121,8 @@ class ScaleLearner:
         first_loss: loss of the first batch of all, at the initial weights; None if not finite.
 
     Raises:
-        GradInitError: the processes hold different weights.
+        GradInitError: the processes hold different weights, or a trial of several steps has no
+            optimizer.
     """
 
     def __init__(
@@ -120,6 +132,7 @@ class ScaleLearner:
         config: GradInitConfig,
         processes: Processes | None = None,
         halve: Halve | None = None,
+        optimizer: MakeOptimizer | None = None,
     ) -> None:
         self.blocks = blocks
         self.config = config
@@ -156,6 +169,14 @@ class ScaleLearner:
             self._parameters, self._gradients, self._processes, config.precision
         )
         self._second_order = config.second_order
+        self._steps: TrainingSteps | None = None
+        if config.trial_steps > 1:
+            if optimizer is None:
+                raise GradInitError(
+                    f"a trial of {config.trial_steps} steps needs the optimizer that makes them"
+                )
+            parameters = [block.parameter for block in blocks]
+            self._steps = TrainingSteps(parameters, optimizer, config.eta, config.clip_norm)
         self._last_kind: IterationKind | None = None
         self._pending: _Pending | None = None
         sums = torch.stack([self._base[i].double().sum() for i in self._learned])
@@ -246,7 +267,10 @@ class ScaleLearner:
             by_scales = self._constraint(pair.first, first, norm)
             return ScaleGradient("constraint", by_scales, loss, None, norm_value)
         first.graph.clear()
-        by_scales, trial_loss = self._objective(pair, first)
+        if self._steps is None:
+            by_scales, trial_loss = self._objective(pair, first)
+        else:
+            by_scales, trial_loss = self._objective_of_several(pair, first, self._steps)
         return ScaleGradient("objective", by_scales, loss, trial_loss, norm_value)
 
     def flush(self) -> None:
@@ -350,6 +374,26 @@ class ScaleLearner:
             second.by_parameter.clear()
             by_scales -= eta * self._product_dot_base(pair.first, first, vector)
         return by_scales / eta, second.loss
+
+    def _objective_of_several(
+        self, pair: BatchPair, first: MeanGradient, make_step: TrainingSteps
+    ) -> tuple[Tensor, Tensor]:
+        """The same for the mean of the losses after each of several steps, and that mean."""
+        by_scales = torch.zeros_like(self.scales)
+        loss = torch.zeros_like(first.loss)
+        make_step.restart()
+        gradient = first.by_parameter
+        following = [*pair.between, pair.second]
+        for index, batches in enumerate(following):
+            if index > 0:
+                self._processes.sum_(gradient)
+            make_step(gradient)
+            found = self._gradients.of_mean(batches)
+            by_scales += self._dot_base(found.by_parameter)
+            loss += found.loss
+            gradient = found.by_parameter
+        set_weights(self.blocks, self._base, self.scales)
+        return by_scales / (len(following) * self.config.eta), loss / len(following)
 
     @torch.no_grad()
     def _move(self, first: MeanGradient, keep: bool) -> None:
@@ -516,6 +560,7 @@ def learn_scales(
     on_iteration: Callable[[Iteration], None] = lambda iteration: None,
     processes: Processes | None = None,
     halve: Halve | None = None,
+    optimizer: MakeOptimizer | None = None,
     state_file: StateFile | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Learned:
@@ -532,6 +577,7 @@ def learn_scales(
         on_iteration: called with each iteration's record, in order.
         processes: those that share each batch; each of them must call this function.
         halve: cuts a batch that does not fit in the memory of a GPU, see `Halve`.
+        optimizer: makes the steps of a trial of several, see `MakeOptimizer`.
         state_file: where to go on from, and to keep the state; None keeps none.
         stop: asked before each iteration whether to stop after it.
 
@@ -540,7 +586,7 @@ def learn_scales(
             or another process fails. The model then has its initial weights again.
         GradInitStopped: `stop` said so, in one process or another. The state is saved.
     """
-    learner = ScaleLearner(blocks, loss, config, processes, halve)
+    learner = ScaleLearner(blocks, loss, config, processes, halve, optimizer)
     try:
         drawn = _draw(pairs, config.seed)
         if state_file is not None:

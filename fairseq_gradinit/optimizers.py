@@ -2,22 +2,26 @@
 
 The two tables below are the one place that says which of GradInit's own steps stands for which
 optimizer and why, or why none does; `tests/test_optimizers.py` holds them against the optimizers
-themselves. Weight decay is left out of every trial step.
+themselves. Weight decay is left out of a trial of one step; a trial of several is made by the
+optimizer itself.
 """
 
 from __future__ import annotations
 
 import ast
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from fairseq import optim
 from fairseq.optim.fused_adam import get_fused_adam_class
+from torch import nn
 
 from fairseq_gradinit.config import TARGET_NAMES, TargetName
 from fairseq_gradinit.errors import GradInitError
+from fairseq_gradinit.training_steps import MakeOptimizer
 
 AUTO = "auto"
 ADAM_EPS = "adam-eps"
@@ -79,6 +83,28 @@ def trial_step(choice: str, optimizer: OptimizerConfig) -> TrialStep:
         )
     first = FIRST_STEPS[name]
     return TrialStep(first.target, first.length(optimizer))
+
+
+def training_optimizer(optimizer: OptimizerConfig) -> MakeOptimizer:
+    """Makes the torch optimizer inside of fairseq's own, for trials of several steps."""
+
+    def make(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+        built: torch.optim.Optimizer = optim.build_optimizer(optimizer, list(parameters)).optimizer
+        return built
+
+    return make
+
+
+def settings(optimizer: OptimizerConfig) -> str:
+    """The settings that the torch optimizer inside of fairseq's own was made with, but for lr."""
+    made = training_optimizer(optimizer)([nn.Parameter(torch.zeros(1))])
+    shown = {
+        name: value
+        for name, value in made.defaults.items()
+        if name != "lr" and isinstance(value, (int, float, tuple, list))
+    }
+    text = ",".join(f"{name}={value}" for name, value in shown.items() if value is not False)
+    return f"{type(made).__name__}({text})".replace(" ", "")
 
 
 def _with_eps(name: str, optimizer: OptimizerConfig) -> TrialStep:

@@ -20,7 +20,7 @@ from fairseq_gradinit.config import (
     SecondOrder,
 )
 from fairseq_gradinit.errors import GradInitError
-from fairseq_gradinit.optimizers import CHOICES, TrialStep, parse_betas, trial_step
+from fairseq_gradinit.optimizers import AUTO, CHOICES, TrialStep, parse_betas, trial_step
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,18 @@ class Preset:
     """Values for the options that the user leaves open.
 
     Attributes:
-        eta: length of the trial step, or None for `eta_per_lr` times the run's peak learning rate.
+        trial_steps: steps in the trial, where it can have several.
+        eta: length of a trial step, or None for the peak learning rate of the run, and
+            `eta_per_lr` times that if the trial has one step.
+        encoder_branches: fixed scale of the encoder's residual branches, in models that have some.
         batch_per_training_batch: size of a GradInit batch before its cut in thirds, in training
             batches, unless `max_tokens` says it in tokens. 1.5 makes S and S~ one batch each.
     """
 
+    trial_steps: int
     eta: float | None
     eta_per_lr: float
+    encoder_branches: float
     gamma: float
     iterations: int
     lr: float
@@ -49,8 +54,10 @@ class Preset:
 
 PRESETS = {
     "default": Preset(
+        trial_steps=1,
         eta=None,
         eta_per_lr=3.0,
+        encoder_branches=0.1,
         gamma=math.inf,
         iterations=120,
         lr=1e-2,
@@ -63,8 +70,10 @@ PRESETS = {
     ),
     # The constants of the authors' script for IWSLT'14 De-En.
     "paper": Preset(
+        trial_steps=1,
         eta=1e-3,
         eta_per_lr=1.0,
+        encoder_branches=1.0,
         gamma=1000.0,
         iterations=780,
         lr=2.5e-3,
@@ -130,14 +139,25 @@ class GradInitOptions(FairseqDataclass):
         default=None,
         metadata={"help": "decay rates of Adam on the scales, as '0.9,0.98' " + _defaults("betas")},
     )
+    gradinit_trial_steps: Optional[int] = field(
+        default=None,
+        metadata={
+            "help": "how many steps the trial has; 1: along sign(g), g or g/||g||, as in the "
+            "paper; more: steps of the run's own optimizer, one batch each, and the mean loss "
+            f"after them is what the scales are learned for {_defaults('trial_steps')}"
+        },
+    )
     gradinit_eta: Optional[float] = field(
         default=None,
         metadata={
-            "help": "length of the trial step along sign(g), g or g/||g||, in units of the "
-            "training learning rate, and taken as it is; the default follows the optimizer's first "
-            "step where that is longer or shorter than a learning rate, as with nag, whose is "
-            "1 + momentum "
-            + _defaults("eta", f"{PRESETS['default'].eta_per_lr:g} times the run's peak --lr")
+            "help": "length of a trial step, in units of the training learning rate, and taken as "
+            "it is; the default for a trial of one step follows the optimizer's first step where "
+            "that is longer or shorter than a learning rate, as with nag, whose is 1 + momentum "
+            + _defaults(
+                "eta",
+                "the run's peak --lr, and "
+                f"{PRESETS['default'].eta_per_lr:g} times that with one trial step",
+            )
         },
     )
     gradinit_gamma: Optional[float] = field(
@@ -167,13 +187,13 @@ class GradInitOptions(FairseqDataclass):
             f"scale too (learned) {_defaults('norm_gains')}"
         },
     )
-    gradinit_encoder_branches: float = field(
-        default=1.0,
+    gradinit_encoder_branches: Optional[float] = field(
+        default=None,
         metadata={
             "help": "factor on the weights of the encoder's residual branches (v_proj, out_proj, "
-            "fc1, fc2), which then are not learned; small ones, such as 0.1, keep the encoder's "
-            "outputs apart from each other through the first updates at high learning rates; 1 "
-            "learns them like the others (default: 1)"
+            "fc1, fc2), which then are not learned; small ones keep the encoder's outputs apart "
+            "from each other through the first updates; 1 learns them like the others; without "
+            "an encoder the default does nothing " + _defaults("encoder_branches")
         },
     )
     gradinit_max_tokens: Optional[int] = field(
@@ -260,6 +280,7 @@ class Plan:
         micro_batches: micro-batches in one gradient.
         save_interval: iterations between two savings of the learning's state; 0 for none.
         encoder_branches: fixed scale of the encoder's residual branches; 1 learns them.
+        require_encoder: whether a model without such branches is an error.
     """
 
     preset: str
@@ -270,6 +291,7 @@ class Plan:
     micro_batches: int
     save_interval: int
     encoder_branches: float
+    require_encoder: bool
 
 
 def make_plan(cfg: Any) -> Plan | None:
@@ -294,12 +316,12 @@ def make_plan(cfg: Any) -> Plan | None:
             "--gradinit-save-interval must be at least 0, which switches it off, not "
             f"{options.gradinit_save_interval}"
         )
-    if not 0.0 < options.gradinit_encoder_branches < math.inf:
-        raise GradInitError(
-            "--gradinit-encoder-branches must be a number greater than 0, not "
-            f"{options.gradinit_encoder_branches}"
-        )
     preset = PRESETS[str(options.gradinit_preset)]
+    branches = _pick(options, preset, "encoder_branches")
+    if not 0.0 < branches < math.inf:
+        raise GradInitError(
+            f"--gradinit-encoder-branches must be a number greater than 0, not {branches}"
+        )
     growth = preset.batch_per_training_batch
     sentences = cfg.dataset.batch_size
     return Plan(
@@ -310,7 +332,8 @@ def make_plan(cfg: Any) -> Plan | None:
         max_sentences=None if sentences is None else math.ceil(growth * sentences),
         micro_batches=cfg.optimization.update_freq[0],
         save_interval=options.gradinit_save_interval,
-        encoder_branches=options.gradinit_encoder_branches,
+        encoder_branches=branches,
+        require_encoder=options.gradinit_encoder_branches is not None,
     )
 
 
@@ -324,12 +347,17 @@ def _engine_config(options: GradInitOptions, preset: Preset, cfg: Any) -> GradIn
                 "--gradinit-through-step has no effect on sign(g), whose derivative is 0: leave "
                 "it out, or choose --gradinit-optimizer adam-eps, sgd or sgd-normalized"
             )
+    trial_steps = _trial_steps(options, preset)
     eta = _pick(options, preset, "eta")
+    if eta is None:
+        eta = peak_lr(cfg) * (preset.eta_per_lr * step.length if trial_steps == 1 else 1.0)
     # Clipping leaves sign(g) and g/||g|| as they are.
-    clip_norm = cfg.optimization.clip_norm if step.target == "sgd" else 0.0
+    clips = step.target == "sgd" or trial_steps > 1
+    clip_norm = cfg.optimization.clip_norm if clips else 0.0
     norm_gains = _pick(options, preset, "norm_gains")
     return GradInitConfig(
-        eta=preset.eta_per_lr * step.length * peak_lr(cfg) if eta is None else eta,
+        eta=eta,
+        trial_steps=trial_steps,
         target=step.target,
         eps=step.eps,
         clip_norm=clip_norm if clip_norm > 0 else math.inf,
@@ -348,6 +376,20 @@ def _engine_config(options: GradInitOptions, preset: Preset, cfg: Any) -> GradIn
         max_skipped=options.gradinit_max_skipped,
         seed=cfg.common.seed,
     )
+
+
+def _trial_steps(options: GradInitOptions, preset: Preset) -> int:
+    steps = int(_pick(options, preset, "trial_steps"))
+    for name, given in {
+        "--gradinit-optimizer": str(options.gradinit_optimizer) != AUTO,
+        "--gradinit-through-step": options.gradinit_through_step,
+    }.items():
+        if given and steps > 1:
+            raise GradInitError(
+                f"--gradinit-trial-steps {steps} tries the run's own optimizer as it is, and "
+                f"{name} is for a trial of one step: leave one of the two out"
+            )
+    return steps
 
 
 def _max_tokens(options: GradInitOptions, preset: Preset, cfg: Any) -> int | None:

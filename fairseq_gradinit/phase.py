@@ -15,10 +15,11 @@ from typing import Any, NoReturn
 from fairseq_gradinit import report
 from fairseq_gradinit.blocks import Block, collect_blocks, fingerprint, frozen_names
 from fairseq_gradinit.data import PairedBatches
-from fairseq_gradinit.encoder_branches import fixed_scales
 from fairseq_gradinit.engine import learn_scales
 from fairseq_gradinit.errors import GradInitError, GradInitStopped
+from fairseq_gradinit.fixed_scales import fixed_scales
 from fairseq_gradinit.iteration_log import IterationLog
+from fairseq_gradinit.optimizers import settings, training_optimizer
 from fairseq_gradinit.options import Plan
 from fairseq_gradinit.processes import Processes, ProcessGroup
 from fairseq_gradinit.quiet import quiet
@@ -93,7 +94,7 @@ def _blocks(trainer: Any, plan: Plan) -> list[Block]:
         logger.info("frozen, so kept at scale 1: %s", ", ".join(frozen))
     if plan.scales_file is not None:
         return collect_blocks(modules, plan.config.norm_gains)
-    fixed = fixed_scales(modules, plan.encoder_branches)
+    fixed = fixed_scales(modules, plan.encoder_branches, plan.require_encoder)
     return collect_blocks(modules, plan.config.norm_gains, fixed)
 
 
@@ -105,7 +106,13 @@ def _learn(trainer: Any, plan: Plan, blocks: list[Block]) -> Scales:
             "model, which GradInit does not follow: leave out --gradinit"
         )
     before = fingerprint(blocks)
-    pairs = PairedBatches(trainer, plan.max_tokens, plan.max_sentences, plan.micro_batches)
+    pairs = PairedBatches(
+        trainer,
+        plan.max_tokens,
+        plan.max_sentences,
+        plan.micro_batches,
+        plan.config.trial_steps,
+    )
     logger.info(
         "GradInit: learning the scales of %d of %d parameter tensors in %d iterations "
         "(losses in nats per unit of sample size; fairseq's own are base 2)",
@@ -127,6 +134,7 @@ def _learn(trainer: Any, plan: Plan, blocks: list[Block]) -> Scales:
                 on_iteration=log.write,
                 processes=processes,
                 halve=pairs.halve,
+                optimizer=training_optimizer(trainer.cfg.optimizer),
                 state_file=_state_file(trainer, plan, pairs, processes),
                 stop=signals,
             )
@@ -152,6 +160,7 @@ def _state_file(
         "processes": trainer.data_parallel_world_size,
         "micro-batches": plan.micro_batches,
         "batches": pairs.plan_digest(),
+        "optimizer": settings(trainer.cfg.optimizer) if plan.config.trial_steps > 1 else "-",
     }
     return StateFile(
         Path(trainer.cfg.checkpoint.save_dir) / STATE_FILE_NAME,

@@ -23,6 +23,7 @@ from fairseq_gradinit.state import StateFile
 
 SETTINGS = {
     "objective": {"target": "adam"},
+    "objective of three steps": {"target": "adam", "trial_steps": 3},
     "constraint, exact": {"target": "sgd", "gamma": 0.5, "second_order": "exact"},
     "constraint, differences": {
         "target": "adam",
@@ -45,7 +46,7 @@ def model_and_loss(seed: int = 3):
     return model, loss
 
 
-def draw_pairs(processes: Processes, iterations: int = 4) -> list[BatchPair]:
+def draw_pairs(processes: Processes, iterations: int = 4, trial_steps: int = 1) -> list[BatchPair]:
     """Five micro-batches of different sizes for each of S and S~, then iterations of two.
 
     The third of three processes gets none in these.
@@ -57,13 +58,17 @@ def draw_pairs(processes: Processes, iterations: int = 4) -> list[BatchPair]:
         return drawn[processes.rank :: processes.count]
 
     sizes = [(5, 3, 4, 2, 6), *[(3, 4)] * (iterations - 1)]
-    return [BatchPair(share(size), share(size)) for size in sizes]
+    return [
+        BatchPair(share(size), share(size), [share(size) for _ in range(trial_steps - 1)])
+        for size in sizes
+    ]
 
 
 def make_learner(processes: Processes, settings: dict, seed: int = 3) -> ScaleLearner:
     model, loss = model_and_loss(seed)
     config = GradInitConfig(**{"eta": 0.05, "norm_gains": "learned", **settings})
-    return ScaleLearner(collect_blocks({"": model}, config.norm_gains), loss, config, processes)
+    blocks = collect_blocks({"": model}, config.norm_gains)
+    return ScaleLearner(blocks, loss, config, processes, optimizer=torch.optim.Adam)
 
 
 def learn(processes: Processes, folder: Path) -> dict[str, list]:
@@ -71,7 +76,7 @@ def learn(processes: Processes, folder: Path) -> dict[str, list]:
     found = {}
     for name, settings in SETTINGS.items():
         learner = make_learner(processes, settings)
-        for pair in draw_pairs(processes):
+        for pair in draw_pairs(processes, trial_steps=learner.config.trial_steps):
             learner.step(pair)
         learner.flush()
         losses = [(i.loss, i.grad_norm) for i in learner.history]

@@ -1,4 +1,4 @@
-"""Encoder branches that start small: which they are, and what becomes of them."""
+"""Scales that are given: encoder branches that start small, key biases that do nothing."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ BRANCHES = {
     for name in ("self_attn.v_proj", "self_attn.out_proj", "fc1", "fc2")
 }
 SMALL = ["--gradinit-encoder-branches", "0.1"]
+LEARNED = ["--gradinit-encoder-branches", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +28,8 @@ def test_they_get_the_factor_and_the_others_are_learned(small):
     folder, run = small
     assert run.code == 0, run.output
     rows = json.loads((folder / "gradinit_scales.json").read_text())["blocks"]
-    assert {row["name"] for row in rows if row["state"] == "fixed"} == BRANCHES
-    assert {row["scale"] for row in rows if row["state"] == "fixed"} == {0.1}
+    assert {row["name"] for row in rows if row["scale"] == 0.1} == BRANCHES
+    assert all(row["state"] == "fixed" for row in rows if row["name"] in BRANCHES)
     assert any(row["state"] == "learned" and row["scale"] != 1.0 for row in rows)
     for name in BRANCHES:
         assert torch.equal(run.first[name], run.initial[name] * 0.1), name
@@ -38,13 +39,31 @@ def test_they_get_the_factor_and_the_others_are_learned(small):
 
 def test_they_are_small_while_the_others_are_learned(small, corpus, tmp_path):
     folder, _ = small
-    usual = train_here(corpus.translation, tmp_path, *GRADINIT, *STANDSTILL)
+    usual = train_here(corpus.translation, tmp_path, *GRADINIT, *STANDSTILL, *LEARNED)
     losses = [
         json.loads((path / "gradinit_scales.json").read_text())["history"][0]["loss"]
         for path in (folder, tmp_path)
     ]
     assert usual.code == 0
     assert losses[0] != losses[1]
+
+
+def test_they_are_so_by_default(small, corpus, tmp_path):
+    assert train_here(corpus.translation, tmp_path, *GRADINIT, *STANDSTILL).code == 0
+    assert scales_in(tmp_path) == scales_in(small[0])
+
+
+def test_they_are_learned_on_request(corpus, tmp_path):
+    run = train_here(corpus.translation, tmp_path, *GRADINIT, *STANDSTILL, *LEARNED)
+    assert run.code == 0, run.output
+    rows = json.loads((tmp_path / "gradinit_scales.json").read_text())["blocks"]
+    assert {row["state"] for row in rows if row["name"] in BRANCHES} == {"learned"}
+
+
+def test_the_bias_of_the_keys_is_never_learned(small):
+    rows = json.loads((small[0] / "gradinit_scales.json").read_text())["blocks"]
+    found = [(row["state"], row["scale"]) for row in rows if row["name"].endswith("k_proj.bias")]
+    assert found == [("fixed", 1.0)] * 6
 
 
 def test_the_file_brings_them_to_another_run(small, corpus, tmp_path):
@@ -56,12 +75,17 @@ def test_the_file_brings_them_to_another_run(small, corpus, tmp_path):
     assert scales_in(tmp_path) == scales_in(folder)
 
 
-def test_a_model_without_encoder_is_told_so(corpus, tmp_path):
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_model_without_encoder_is_told_so_if_it_was_asked_for(asked, corpus, tmp_path):
     options = ["--task", "language_modeling", "--arch", "transformer_lm", "--max-tokens", "400"]
     options += ["--tokens-per-sample", "32", "--optimizer", "adam", "--lr", "1e-3", "--cpu"]
     options += ["--decoder-embed-dim", "32", "--decoder-layers", "1", "--max-update", "1"]
-    run = train_here(corpus.language_model, tmp_path, *GRADINIT, *SMALL, base=options)
-    assert "the model has no encoder layers" in run.error()
+    given = SMALL if asked else []
+    run = train_here(corpus.language_model, tmp_path, *GRADINIT, *given, base=options)
+    if asked:
+        assert "the model has no encoder layers" in run.error()
+    else:
+        assert run.code == 0, run.output
 
 
 @pytest.mark.parametrize("factor", ["0", "-1", "inf", "nan"])

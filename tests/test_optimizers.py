@@ -21,8 +21,11 @@ from fairseq_gradinit.optimizers import (
     REFUSED,
     TrialStep,
     parse_betas,
+    training_optimizer,
     trial_step,
 )
+from fairseq_gradinit.optimizers import settings as settings_of
+from fairseq_gradinit.training_steps import TrainingSteps
 
 LR = 0.25
 # Options of each optimizer that could bear upon its first step.
@@ -123,6 +126,29 @@ def test_auto_is_the_first_step_of_the_optimizer(name, options):
         assert_same(steps(config, gradient)[0], tried(step, gradient))
 
     check()
+
+
+@pytest.mark.parametrize(("name", "options"), CASES, ids=str)
+def test_a_trial_of_several_steps_makes_those_of_the_optimizer(name, options):
+    gradient = torch.tensor([0.5, -2.0, 1e-3, 0.0])
+    config = optimizer_config(name, *options, "--weight-decay", "0.1")
+    parameter = torch.nn.Parameter(torch.linspace(-1, 1, 4))
+    trial = TrainingSteps([parameter], training_optimizer(config), LR, clip_norm=1.5)
+    for _ in range(2):
+        trial.restart()
+        with torch.no_grad():
+            parameter.copy_(torch.linspace(-1, 1, 4))
+        for move in steps(config, gradient, count=3, clip=1.5):
+            before = parameter.detach().clone()
+            trial([gradient.clone()])
+            torch.testing.assert_close(parameter.detach() - before, move)
+
+
+def test_the_settings_of_an_optimizer_are_told_but_for_the_learning_rate():
+    config = optimizer_config("adam", "--adam-betas", "(0.9, 0.99)", "--weight-decay", "0.1")
+    assert settings_of(config) == "Adam(betas=(0.9,0.99),eps=1e-08,weight_decay=0.1)"
+    config = optimizer_config("sgd", "--momentum", "0.5")
+    assert settings_of(config) == "SGD(momentum=0.5,dampening=0,weight_decay=0.0)"
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,7 @@ def test_the_default_preset():
     plan = plan_of()
     assert plan.config == GradInitConfig(
         eta=3 * 0.002,
+        trial_steps=1,
         target="adam",
         gamma=math.inf,
         iterations=120,
@@ -69,6 +70,7 @@ def test_the_default_preset():
     )
     assert plan.save_interval == 10
     assert (plan.max_tokens, plan.max_sentences, plan.micro_batches) == (600, None, 1)
+    assert (plan.encoder_branches, plan.require_encoder) == (0.1, False)
     assert plan.scales_file is None
 
 
@@ -76,6 +78,7 @@ def test_the_preset_of_the_paper():
     plan = plan_of("--gradinit-preset", "paper")
     assert plan.config == GradInitConfig(
         eta=1e-3,
+        trial_steps=1,
         target="adam",
         gamma=1000.0,
         iterations=780,
@@ -87,7 +90,33 @@ def test_the_preset_of_the_paper():
         norm_gains="learned",
         seed=1,
     )
-    assert plan.max_tokens == 6000
+    assert (plan.max_tokens, plan.encoder_branches) == (6000, 1.0)
+
+
+def test_several_trial_steps_are_those_of_the_run_and_as_long():
+    plan = plan_of("--gradinit-trial-steps", "3", "--clip-norm", "0.1")
+    assert (plan.config.trial_steps, plan.config.eta) == (3, 0.002)
+    assert plan.config.clip_norm == 0.1
+    single = plan_of("--gradinit-trial-steps", "1", "--clip-norm", "0.1").config
+    assert (single.trial_steps, single.eta) == (1, 3 * 0.002)
+    assert math.isinf(single.clip_norm)
+
+
+@pytest.mark.parametrize(
+    "wish",
+    [
+        ["--gradinit-optimizer", "sgd"],
+        ["--gradinit-through-step", "--optimizer", "sgd"],
+        ["--gradinit-optimizer", "adam-eps"],
+    ],
+    ids=" ".join,
+)
+def test_what_is_for_a_trial_of_one_step_is_refused_with_several(wish):
+    assert plan_of(*wish).config.trial_steps == 1
+    assert plan_of(*wish, "--gradinit-trial-steps", "1").config.trial_steps == 1
+    message = refusal(*wish, "--gradinit-trial-steps", "2")
+    assert "--gradinit-trial-steps 2" in message
+    assert f"{wish[0]} is for a trial of one step" in message
 
 
 def test_every_option_overrides_its_preset():
@@ -142,6 +171,7 @@ def test_the_trial_step_is_that_of_the_optimizer(options, target):
 @pytest.mark.parametrize(
     ("options", "eta"),
     [
+        (["--optimizer", "nag", "--momentum", "0.8", "--gradinit-trial-steps", "2"], 0.002),
         (["--optimizer", "nag", "--momentum", "0.8"], 3 * 0.002 * 1.8),
         (["--optimizer", "nag", "--momentum", "0.8", "--gradinit-eta", "0.5"], 0.5),
         (["--optimizer", "nag", "--gradinit-preset", "paper"], 1e-3),
@@ -169,12 +199,13 @@ def test_only_the_automatic_eta_follows_the_length_of_the_first_step(options, et
         (["--optimizer", "nag", "--clip-norm", "0.1"], 0.1),
         (["--clip-norm", "0.1", "--gradinit-optimizer", "sgd"], 0.1),
         (["--clip-norm", "0.1"], math.inf),
+        (["--clip-norm", "0.1", "--gradinit-trial-steps", "2"], 0.1),
         (["--clip-norm", "0.1", "--gradinit-optimizer", "adam-eps"], math.inf),
         (["--clip-norm", "0.1", "--gradinit-optimizer", "sgd-normalized"], math.inf),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_the_trial_step_of_sgd_is_clipped_as_in_training(options, clip_norm):
+def test_a_trial_step_is_clipped_as_in_training_where_that_changes_it(options, clip_norm):
     assert plan_of(*options).config.clip_norm == clip_norm
 
 
@@ -212,6 +243,7 @@ def test_eta_follows_the_peak_of_the_schedule():
     [
         (["--gradinit-gamma", "0"], "gamma must be a number greater than 0, or inf"),
         (["--gradinit-gamma", "-5"], "gamma must be"),
+        (["--gradinit-trial-steps", "0"], "trial-steps must be at least 1"),
         (["--gradinit-eta", "0"], "eta must be a number greater than 0"),
         (["--gradinit-eta", "nan"], "eta must be"),
         (["--lr", "0"], "eta must be"),
@@ -358,8 +390,12 @@ def test_the_signature_names_the_options_that_determine_the_scales():
             "precision": "fp32",
         }.items()
     )
-    assert not {"eps", "clip-norm"} & plain.keys()
+    assert not {"eps", "clip-norm", "steps-of"} & plain.keys()
     assert signature_fields(second_order="exact")["second-order"] == "exact"
+    assert (plain["trial-steps"], plain["eta"]) == ("1", "0.006")
+    several = signature_fields("--gradinit-trial-steps", "5")
+    assert (several["trial-steps"], several["eta"]) == ("5", "0.002")
+    assert several["steps-of"].startswith("Adam(betas=[0.9,0.999],")
     eps = ["--gradinit-optimizer", "adam-eps", "--adam-betas", "(0.9, 0.99)", "--use-old-adam"]
     assert signature_fields(*eps, "--adam-eps", "1e-3")["eps"] == "0.01"
     sgd = ["--optimizer", "sgd", "--clip-norm", "0.25", "--gradinit-precision", "bf16"]
