@@ -134,11 +134,14 @@ VARIANTS_SETUP = MULTI30K
 VARIANTS_RATES = (MULTI30K.lr,)
 VARIANTS = {
     "default preset": (),
-    "paper preset": ("--gradinit-preset", "paper"),
-    "eta 1 lr": ("--gradinit-eta", f"{MULTI30K.lr:g}"),
-    "390 iterations": ("--gradinit-iterations", "390"),
+    "no centering": ("--gradinit-centering", "off"),
+    "encoder branches learned": ("--gradinit-encoder-branches", "1"),
+    "neither": ("--gradinit-centering", "off", "--gradinit-encoder-branches", "1"),
+    "scales not learned": ("--gradinit-iterations", "1", "--gradinit-lr", "1e-9"),
+    "five trial steps": ("--gradinit-trial-steps", "5"),
     "norm gains learned": ("--gradinit-norm-gains", "learned"),
-    "encoder branches 0.1": ("--gradinit-encoder-branches", "0.1"),
+    "eta 3 lr": ("--gradinit-eta", f"{3 * MULTI30K.lr:g}"),
+    "paper preset": ("--gradinit-preset", "paper"),
 }
 
 QUICK_MODEL = transformer(layers=1, width=16, ffn=32, heads=2)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -114,7 +115,7 @@ def _is_normalisation(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower()
 
 
-def base_weights(blocks: list[Block]) -> list[Tensor]:
+def base_weights(blocks: Sequence[Block]) -> list[Tensor]:
     """Copies of the initial tensors W_i, one for each block."""
     return [block.parameter.detach().clone() for block in blocks]
 
@@ -134,6 +135,22 @@ def set_weights(blocks: list[Block], base: list[Tensor], scales: Tensor) -> None
     fixed = [block for block in blocks if block.state == "fixed"]
     if fixed:
         torch._foreach_mul_([b.parameter for b in fixed], [b.fixed_scale for b in fixed])
+
+
+@contextmanager
+def at_fixed_scales(blocks: Sequence[Block]) -> Iterator[None]:
+    """Inside, the blocks whose scale was given have it."""
+    fixed = [block for block in blocks if block.state == "fixed"]
+    base = base_weights(fixed)
+    with torch.no_grad():
+        for block in fixed:
+            block.parameter.mul_(block.fixed_scale)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for block, weights in zip(fixed, base, strict=True):
+                block.parameter.copy_(weights)
 
 
 def fingerprint(blocks: Sequence[Block]) -> str:

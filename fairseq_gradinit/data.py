@@ -108,6 +108,16 @@ class PairedBatches:
             second = [self._drawn_batch(_second(order)) for order in orders[-1]]
             yield BatchPair(steps[0], second, between=steps[1:])
 
+    def sentences(self, count: int) -> list[MicroBatch]:
+        """So many sentences, each a batch of its own and so without padding.
+
+        The same ones in every process; apart from the pairs, and not part of their `digest`.
+        """
+        indices = np.concatenate(self._batches)
+        rng = np.random.default_rng(self._seed)
+        chosen = rng.choice(indices, min(count, len(indices)), replace=False)
+        return [MicroBatch(one, self._ready(self._collate(one))) for one in chosen.reshape(-1, 1)]
+
     def digest(self) -> str:
         """Fingerprint of all the tensors handed out to this process so far."""
         return self._digest.hexdigest()
@@ -160,7 +170,8 @@ def _index_batches(epoch_itr: Any, dataset: Any) -> list[np.ndarray]:
         raise GradInitError(
             f"GradInit draws sentences by index, which the streaming data of "
             f"{type(dataset).__name__} does not allow: learn the scales on a task with "
-            "indexed data of the same model, and give them with --gradinit-scales"
+            "indexed data of the same model, and give them with --gradinit-scales and "
+            "--gradinit-centering off"
         )
     return [np.asarray(batch) for batch in batches]
 

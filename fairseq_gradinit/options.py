@@ -7,7 +7,7 @@ checkpoint of any task, and a fairseq without this plugin drops them when it loa
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Optional, cast
+from typing import Any, Literal, Optional, cast
 
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 
@@ -29,8 +29,8 @@ class Preset:
 
     Attributes:
         trial_steps: steps in the trial, where it can have several.
-        eta: length of a trial step, or None for the peak learning rate of the run, and
-            `eta_per_lr` times that if the trial has one step.
+        eta: length of a trial step, or None for the peak learning rate of the run.
+        centering: whether LayerNorms are centered first.
         encoder_branches: fixed scale of the encoder's residual branches, in models that have some.
         batch_per_training_batch: size of a GradInit batch before its cut in thirds, in training
             batches, unless `max_tokens` says it in tokens. 1.5 makes S and S~ one batch each.
@@ -38,7 +38,7 @@ class Preset:
 
     trial_steps: int
     eta: float | None
-    eta_per_lr: float
+    centering: Literal["on", "off"]
     encoder_branches: float
     gamma: float
     iterations: int
@@ -56,10 +56,10 @@ PRESETS = {
     "default": Preset(
         trial_steps=1,
         eta=None,
-        eta_per_lr=3.0,
+        centering="on",
         encoder_branches=0.1,
         gamma=math.inf,
-        iterations=120,
+        iterations=60,
         lr=1e-2,
         betas=(0.9, 0.98),
         min_scale=0.2,
@@ -72,7 +72,7 @@ PRESETS = {
     "paper": Preset(
         trial_steps=1,
         eta=1e-3,
-        eta_per_lr=1.0,
+        centering="off",
         encoder_branches=1.0,
         gamma=1000.0,
         iterations=780,
@@ -86,8 +86,12 @@ PRESETS = {
     ),
 }
 
+CENTERING_SENTENCES = 32
+"""Some hundred tokens, whose mean leaves less than 1 % of the power of an output in common."""
+
 PresetChoice = ChoiceEnum(list(PRESETS))
 TargetChoice = ChoiceEnum(list(CHOICES))
+CenteringChoice = ChoiceEnum(["on", "off"])
 NormGainsChoice = ChoiceEnum(["fixed", "learned"])
 SecondOrderChoice = ChoiceEnum(list(SECOND_ORDER_NAMES))
 PrecisionChoice = ChoiceEnum(list(PRECISION_NAMES))
@@ -153,11 +157,7 @@ class GradInitOptions(FairseqDataclass):
             "help": "length of a trial step, in units of the training learning rate, and taken as "
             "it is; the default for a trial of one step follows the optimizer's first step where "
             "that is longer or shorter than a learning rate, as with nag, whose is 1 + momentum "
-            + _defaults(
-                "eta",
-                "the run's peak --lr, and "
-                f"{PRESETS['default'].eta_per_lr:g} times that with one trial step",
-            )
+            + _defaults("eta", "the run's peak --lr")
         },
     )
     gradinit_gamma: Optional[float] = field(
@@ -185,6 +185,14 @@ class GradInitOptions(FairseqDataclass):
         metadata={
             "help": "whether the gains of normalisation layers keep scale 1 (fixed) or get a "
             f"scale too (learned) {_defaults('norm_gains')}"
+        },
+    )
+    gradinit_centering: Optional[CenteringChoice] = field(  # type: ignore[valid-type]
+        default=None,
+        metadata={
+            "help": "whether the biases of LayerNorms are set so that what each puts out averages "
+            f"to zero over the tokens of {CENTERING_SENTENCES} training sentences, before the "
+            f"scales are learned and again after it {_defaults('centering')}"
         },
     )
     gradinit_encoder_branches: Optional[float] = field(
@@ -279,6 +287,7 @@ class Plan:
         max_sentences: sentences in it, or None.
         micro_batches: micro-batches in one gradient.
         save_interval: iterations between two savings of the learning's state; 0 for none.
+        centering: whether LayerNorms are centered, also where scales come from a file.
         encoder_branches: fixed scale of the encoder's residual branches; 1 learns them.
         require_encoder: whether a model without such branches is an error.
     """
@@ -290,6 +299,7 @@ class Plan:
     max_sentences: int | None
     micro_batches: int
     save_interval: int
+    centering: bool
     encoder_branches: float
     require_encoder: bool
 
@@ -332,6 +342,8 @@ def make_plan(cfg: Any) -> Plan | None:
         max_sentences=None if sentences is None else math.ceil(growth * sentences),
         micro_batches=cfg.optimization.update_freq[0],
         save_interval=options.gradinit_save_interval,
+        # hydra gives members of an enumeration, fairseq's command line their names.
+        centering=str(_pick(options, preset, "centering")) == "on",
         encoder_branches=branches,
         require_encoder=options.gradinit_encoder_branches is not None,
     )
@@ -350,7 +362,7 @@ def _engine_config(options: GradInitOptions, preset: Preset, cfg: Any) -> GradIn
     trial_steps = _trial_steps(options, preset)
     eta = _pick(options, preset, "eta")
     if eta is None:
-        eta = peak_lr(cfg) * (preset.eta_per_lr * step.length if trial_steps == 1 else 1.0)
+        eta = peak_lr(cfg) * (step.length if trial_steps == 1 else 1.0)
     # Clipping leaves sign(g) and g/||g|| as they are.
     clips = step.target == "sgd" or trial_steps > 1
     clip_norm = cfg.optimization.clip_norm if clips else 0.0

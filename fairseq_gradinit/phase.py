@@ -13,14 +13,21 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fairseq_gradinit import report
-from fairseq_gradinit.blocks import Block, collect_blocks, fingerprint, frozen_names
+from fairseq_gradinit.blocks import (
+    Block,
+    at_fixed_scales,
+    collect_blocks,
+    fingerprint,
+    frozen_names,
+)
+from fairseq_gradinit.centering import center_layer_norms, undone_on_error
 from fairseq_gradinit.data import PairedBatches
 from fairseq_gradinit.engine import learn_scales
 from fairseq_gradinit.errors import GradInitError, GradInitStopped
 from fairseq_gradinit.fixed_scales import fixed_scales
 from fairseq_gradinit.iteration_log import IterationLog
 from fairseq_gradinit.optimizers import settings, training_optimizer
-from fairseq_gradinit.options import Plan
+from fairseq_gradinit.options import CENTERING_SENTENCES, Plan
 from fairseq_gradinit.processes import Processes, ProcessGroup
 from fairseq_gradinit.quiet import quiet
 from fairseq_gradinit.scales import FILE_NAME, Scales
@@ -53,14 +60,8 @@ def run_phase(trainer: Any, plan: Plan) -> None:
     # weights as they are. The trainer makes each of them anew when it is next asked for it.
     trainer.reinitialize()
     trainer._ema = None
-    with _full_precision(trainer):
-        blocks = _blocks(trainer, plan)
-        if plan.scales_file is None:
-            scales = _learn(trainer, plan, blocks)
-        else:
-            scales = Scales.load(Path(plan.scales_file))
-            scales.apply(blocks)
-            logger.info("applied the scales in %s", plan.scales_file)
+    with _full_precision(trainer), undone_on_error([trainer.get_model(), trainer.get_criterion()]):
+        scales = _learn(trainer, plan) if plan.scales_file is None else _apply(trainer, plan)
     if trainer.is_data_parallel_master:
         scales.save(path)
     for line in report.scale_table(scales):
@@ -98,21 +99,59 @@ def _blocks(trainer: Any, plan: Plan) -> list[Block]:
     return collect_blocks(modules, plan.config.norm_gains, fixed)
 
 
-def _learn(trainer: Any, plan: Plan, blocks: list[Block]) -> Scales:
-    model, criterion = trainer.get_model(), trainer.get_criterion()
-    if trainer.cfg.ema.store_ema and getattr(trainer.task, "uses_ema", False):
-        raise GradInitError(
-            f"task {type(trainer.task).__name__} trains against a moving average of its own "
-            "model, which GradInit does not follow: leave out --gradinit"
-        )
-    before = fingerprint(blocks)
-    pairs = PairedBatches(
+def _apply(trainer: Any, plan: Plan) -> Scales:
+    """Do with the scales in a file what learning them would have ended with."""
+    scales = Scales.load(Path(str(plan.scales_file)))
+    scales.apply(_blocks(trainer, plan))
+    logger.info("applied the scales in %s", plan.scales_file)
+    if plan.centering:
+        _center(trainer, _pairs(trainer, plan))
+    return scales
+
+
+def _pairs(trainer: Any, plan: Plan) -> PairedBatches:
+    return PairedBatches(
         trainer,
         plan.max_tokens,
         plan.max_sentences,
         plan.micro_batches,
         plan.config.trial_steps,
     )
+
+
+def _processes(trainer: Any) -> Processes | None:
+    if trainer.data_parallel_world_size > 1:
+        return ProcessGroup(trainer.data_parallel_process_group)
+    return None
+
+
+def _center(trainer: Any, pairs: PairedBatches) -> None:
+    start = time.monotonic()
+    modules = (trainer.get_model(), trainer.get_criterion())
+    sentences = pairs.sentences(CENTERING_SENTENCES)
+    with quiet(*modules):
+        count = center_layer_norms(modules, TaskLoss(trainer), sentences, _processes(trainer))
+    logger.info(
+        "centered the outputs of %d LayerNorms on %d sentences (%.1f s)",
+        *(count, len(sentences), time.monotonic() - start),
+    )
+
+
+def _learn(trainer: Any, plan: Plan) -> Scales:
+    model, criterion = trainer.get_model(), trainer.get_criterion()
+    if trainer.cfg.ema.store_ema and getattr(trainer.task, "uses_ema", False):
+        raise GradInitError(
+            f"task {type(trainer.task).__name__} trains against a moving average of its own "
+            "model, which GradInit does not follow: leave out --gradinit"
+        )
+    blocks = _blocks(trainer, plan)
+    before = fingerprint(blocks)
+    pairs = _pairs(trainer, plan)
+    if plan.centering:
+        with at_fixed_scales(blocks):
+            _center(trainer, pairs)
+        # Biases that were zero are not any more.
+        blocks = _blocks(trainer, plan)
     logger.info(
         "GradInit: learning the scales of %d of %d parameter tensors in %d iterations "
         "(losses in nats per unit of sample size; fairseq's own are base 2)",
@@ -120,9 +159,7 @@ def _learn(trainer: Any, plan: Plan, blocks: list[Block]) -> Scales:
         len(blocks),
         plan.config.iterations,
     )
-    processes = None
-    if trainer.data_parallel_world_size > 1:
-        processes = ProcessGroup(trainer.data_parallel_process_group)
+    processes = _processes(trainer)
     log = IterationLog(trainer.cfg, plan.config, tracked=trainer.is_data_parallel_master)
     with quiet(model, criterion), StopSignals() as signals, forward_autocast(model, plan.config):
         try:
@@ -140,6 +177,9 @@ def _learn(trainer: Any, plan: Plan, blocks: list[Block]) -> Scales:
             )
         except GradInitStopped as stopped:
             _leave(stopped, signals, plan)
+    if plan.centering:
+        # The scales have changed what goes into the LayerNorms.
+        _center(trainer, pairs)
     signature = report.signature(
         plan,
         trainer.cfg,

@@ -79,6 +79,7 @@ def signature(
         "scales": f"{config.min_scale:g}..{config.max_scale:g}",
         "bias-scales": f"{config.min_bias_scale:g}..{config.max_scale:g}",
         "norm-gains": config.norm_gains,
+        "centering": "on" if plan.centering else "off",
         **(
             {"encoder-branches": f"{plan.encoder_branches:g}"} if plan.encoder_branches != 1 else {}
         ),

@@ -228,7 +228,7 @@ def test_a_refusal_says_why_and_what_to_do(name, reason):
     )
     for target in TARGET_NAMES:
         config = plan_of("--optimizer", name, "--gradinit-optimizer", target).config
-        assert (config.target, config.eta) == (target, pytest.approx(3 * 0.002))
+        assert (config.target, config.eta) == (target, pytest.approx(0.002))
 
 
 def test_an_optimizer_of_somebody_else():

@@ -51,11 +51,11 @@ def refusal(*options: str, gradinit: bool = True) -> str:
 def test_the_default_preset():
     plan = plan_of()
     assert plan.config == GradInitConfig(
-        eta=3 * 0.002,
+        eta=0.002,
         trial_steps=1,
         target="adam",
         gamma=math.inf,
-        iterations=120,
+        iterations=60,
         lr=1e-2,
         betas=(0.9, 0.98),
         min_scale=0.2,
@@ -70,7 +70,7 @@ def test_the_default_preset():
     )
     assert plan.save_interval == 10
     assert (plan.max_tokens, plan.max_sentences, plan.micro_batches) == (600, None, 1)
-    assert (plan.encoder_branches, plan.require_encoder) == (0.1, False)
+    assert (plan.centering, plan.encoder_branches, plan.require_encoder) == (True, 0.1, False)
     assert plan.scales_file is None
 
 
@@ -90,7 +90,7 @@ def test_the_preset_of_the_paper():
         norm_gains="learned",
         seed=1,
     )
-    assert (plan.max_tokens, plan.encoder_branches) == (6000, 1.0)
+    assert (plan.max_tokens, plan.centering, plan.encoder_branches) == (6000, False, 1.0)
 
 
 def test_several_trial_steps_are_those_of_the_run_and_as_long():
@@ -98,7 +98,7 @@ def test_several_trial_steps_are_those_of_the_run_and_as_long():
     assert (plan.config.trial_steps, plan.config.eta) == (3, 0.002)
     assert plan.config.clip_norm == 0.1
     single = plan_of("--gradinit-trial-steps", "1", "--clip-norm", "0.1").config
-    assert (single.trial_steps, single.eta) == (1, 3 * 0.002)
+    assert (single.trial_steps, single.eta) == (1, 0.002)
     assert math.isinf(single.clip_norm)
 
 
@@ -172,15 +172,15 @@ def test_the_trial_step_is_that_of_the_optimizer(options, target):
     ("options", "eta"),
     [
         (["--optimizer", "nag", "--momentum", "0.8", "--gradinit-trial-steps", "2"], 0.002),
-        (["--optimizer", "nag", "--momentum", "0.8"], 3 * 0.002 * 1.8),
+        (["--optimizer", "nag", "--momentum", "0.8"], 0.002 * 1.8),
         (["--optimizer", "nag", "--momentum", "0.8", "--gradinit-eta", "0.5"], 0.5),
         (["--optimizer", "nag", "--gradinit-preset", "paper"], 1e-3),
-        (["--optimizer", "nag", "--gradinit-optimizer", "sgd"], 3 * 0.002),
-        (["--optimizer", "sgd", "--momentum", "0.8"], 3 * 0.002),
-        (["--optimizer", "adamax", "--no-bias-correction"], 3 * 0.002 * 0.1),
+        (["--optimizer", "nag", "--gradinit-optimizer", "sgd"], 0.002),
+        (["--optimizer", "sgd", "--momentum", "0.8"], 0.002),
+        (["--optimizer", "adamax", "--no-bias-correction"], 0.002 * 0.1),
         (
             ["--optimizer", "adamax", "--no-bias-correction", "--gradinit-optimizer", "adam-eps"],
-            3 * 0.002 * 0.1,
+            0.002 * 0.1,
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -233,9 +233,9 @@ def test_batches_follow_those_of_training():
 
 
 def test_eta_follows_the_peak_of_the_schedule():
-    assert plan_of("--lr", "0.1,0.4,0.2").config.eta == pytest.approx(1.2)
+    assert plan_of("--lr", "0.1,0.4,0.2").config.eta == pytest.approx(0.4)
     triangular = ["--lr", "0.1", "--lr-scheduler", "triangular", "--max-lr", "0.7"]
-    assert plan_of(*triangular).config.eta == pytest.approx(2.1)
+    assert plan_of(*triangular).config.eta == pytest.approx(0.7)
 
 
 @pytest.mark.parametrize(
@@ -392,7 +392,7 @@ def test_the_signature_names_the_options_that_determine_the_scales():
     )
     assert not {"eps", "clip-norm", "steps-of"} & plain.keys()
     assert signature_fields(second_order="exact")["second-order"] == "exact"
-    assert (plain["trial-steps"], plain["eta"]) == ("1", "0.006")
+    assert (plain["trial-steps"], plain["eta"], plain["centering"]) == ("1", "0.002", "on")
     several = signature_fields("--gradinit-trial-steps", "5")
     assert (several["trial-steps"], several["eta"]) == ("5", "0.002")
     assert several["steps-of"].startswith("Adam(betas=[0.9,0.999],")

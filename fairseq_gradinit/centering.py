@@ -1,0 +1,117 @@
+"""LayerNorms whose outputs average to zero over the tokens.
+
+What all tokens have in common in the input of a linear layer decides where its first updates go:
+Adam moves every weight by the learning rate, and those of all tokens add up along their mean. With
+positional embeddings and ReLU, nearly half of the power of a post-LN Transformer's activations is
+such a common part at first. The bias of a LayerNorm, which starts at zero, can take it out; see
+docs/experiments.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fairseq_gradinit.errors import GradInitError
+from fairseq_gradinit.processes import OneProcess, Processes
+
+
+@torch.no_grad()
+def center_layer_norms(
+    modules: Sequence[nn.Module],
+    evaluate: Callable[[Any], object],
+    batches: Sequence[Any],
+    processes: Processes | None = None,
+) -> int:
+    """Set the bias of every LayerNorm to minus the mean of what it puts out without.
+
+    One after the other in the order of the forward pass, since each changes the input of the next.
+    What the biases were before has no influence. Call this inside `quiet`.
+
+    Args:
+        modules: where to look for LayerNorms (by class name: torch's, fairseq's and apex's). Only
+            those with a trainable bias that the first batch passes through are centered.
+        evaluate: runs the model on a batch.
+        batches: the same ones in every process; without padding, which would count as tokens.
+        processes: those that hold the model, each of which must call this function; they share
+            the work and end up with the same biases, bit for bit.
+
+    Returns:
+        How many LayerNorms were centered.
+
+    Raises:
+        GradInitError: an output is not finite.
+    """
+    processes = processes or OneProcess()
+    norms = _in_order_of_use(modules, lambda: evaluate(batches[0]))
+    for name, norm in norms:
+        norm.bias.zero_()
+        total = torch.zeros(norm.bias.numel() + 1, dtype=torch.float64, device=norm.bias.device)
+
+        def add(_: nn.Module, __: object, output: Tensor, total: Tensor = total) -> None:
+            rows = output.reshape(-1, output.shape[-1]).double()
+            total[:-1] += rows.sum(0)
+            total[-1] += len(rows)
+
+        handle = norm.register_forward_hook(add)
+        try:
+            for batch in batches[processes.rank :: processes.count]:
+                evaluate(batch)
+        finally:
+            handle.remove()
+        processes.sum_([total])
+        mean = total[:-1] / total[-1]
+        if not torch.isfinite(mean).all():
+            raise GradInitError(
+                f"the output of {name} is not finite before training: check how the model "
+                "initialises its parameters, and the data"
+            )
+        norm.bias.copy_(-mean)
+    return len(norms)
+
+
+@contextmanager
+def undone_on_error(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Gives the LayerNorms the biases that they have now back if an error leaves the context."""
+    biases: list[Any] = [m.bias for root in modules for m in root.modules() if _is_layer_norm(m)]
+    before = [bias.detach().clone() for bias in biases]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for bias, values in zip(biases, before, strict=True):
+                bias.copy_(values)
+        raise
+
+
+def _in_order_of_use(
+    modules: Sequence[nn.Module], run: Callable[[], object]
+) -> list[tuple[str, Any]]:
+    """The LayerNorms with a trainable bias that `run` calls, by the first call of each."""
+    used: dict[nn.Module, None] = {}
+
+    def note(norm: nn.Module, _: object) -> None:
+        used.setdefault(norm)
+
+    names = {norm: name for root in modules for name, norm in root.named_modules()}
+    handles = [m.register_forward_pre_hook(note) for m in names if _is_layer_norm(m)]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [(names[norm], norm) for norm in used]
+
+
+def _is_layer_norm(module: nn.Module) -> bool:
+    bias = getattr(module, "bias", None)
+    return (
+        "layernorm" in type(module).__name__.lower()
+        and isinstance(bias, nn.Parameter)
+        and bias.dim() == 1
+        and bias.requires_grad
+    )

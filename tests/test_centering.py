@@ -1,0 +1,158 @@
+"""LayerNorms whose outputs average to zero: what centering comes to, and what it leaves alone."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import GRADINIT, train_here
+from test_train import STANDSTILL, same, scales_in
+from torch import nn
+
+from fairseq_gradinit.centering import center_layer_norms
+from fairseq_gradinit.errors import GradInitError
+
+OFF = ["--gradinit-centering", "off"]
+
+
+class Residual(nn.Module):
+    """Two post-LN blocks, used in another order than they are listed in, and norms beside them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second, self.norm_2 = nn.Linear(6, 6), nn.LayerNorm(6)
+        self.first, self.norm_1 = nn.Linear(6, 6), nn.LayerNorm(6)
+        self.unused = nn.LayerNorm(6)
+        self.without_bias = nn.LayerNorm(6, bias=False)
+        self.frozen = nn.LayerNorm(6)
+        self.frozen.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm_1(x + self.first(x).relu())
+        x = self.norm_2(x + self.second(x).relu())
+        return self.frozen(self.without_bias(x))
+
+
+@pytest.fixture
+def model() -> Residual:
+    torch.manual_seed(0)
+    return Residual().double()
+
+
+@pytest.fixture
+def batches() -> list[torch.Tensor]:
+    rng = torch.Generator().manual_seed(1)
+    # Of different lengths, with a common part.
+    return [torch.randn(1, n, 6, generator=rng).double() + 0.5 for n in (3, 7, 5)]
+
+
+def outputs(model: nn.Module, norm: nn.Module, batches: list[torch.Tensor]) -> torch.Tensor:
+    found: list[torch.Tensor] = []
+    handle = norm.register_forward_hook(lambda _, __, out: found.append(out.flatten(0, -2)))
+    for batch in batches:
+        model(batch)
+    handle.remove()
+    return torch.cat(found).detach()
+
+
+def test_the_outputs_average_to_zero_over_all_tokens(model, batches):
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    assert outputs(model, model.norm_2, batches).mean(0).abs().max() > 0.1
+    assert center_layer_norms([model], model, batches) == 2
+    for norm in (model.norm_1, model.norm_2):
+        assert outputs(model, norm, batches).mean(0).abs().max() < 1e-12
+    changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert changed == {"norm_1.bias", "norm_2.bias"}
+
+
+def test_the_biases_before_have_no_influence(model, batches):
+    center_layer_norms([model], model, batches)
+    once = [model.norm_1.bias.detach().clone(), model.norm_2.bias.detach().clone()]
+    with torch.no_grad():
+        model.norm_1.bias.add_(3.0)
+        model.norm_2.bias.fill_(-1.0)
+    center_layer_norms([model], model, batches)
+    assert torch.equal(model.norm_1.bias, once[0])
+    assert torch.equal(model.norm_2.bias, once[1])
+
+
+class OneOfTwo:
+    """A process of two; to its sums it adds those that the other one is known to have."""
+
+    count = 2
+
+    def __init__(self, rank: int, other: torch.Tensor):
+        self.rank, self.other = rank, other
+
+    def sum_(self, tensors):
+        (total,) = tensors
+        self.own = total.clone()
+        total.add_(self.other)
+
+
+def test_processes_share_the_batches(batches):
+    def center(processes=None) -> torch.Tensor:
+        norm = nn.LayerNorm(6).double()
+        center_layer_norms([norm], norm, batches, processes)
+        return norm.bias.detach()
+
+    first = OneOfTwo(0, torch.zeros(7).double())
+    center(first)
+    assert first.own[-1] == 3 + 5
+    second = OneOfTwo(1, first.own)
+    torch.testing.assert_close(center(second), center(), rtol=1e-12, atol=1e-12)
+    assert second.own[-1] == 7
+
+
+def test_an_output_that_is_not_finite_is_told(model, batches):
+    with torch.no_grad():
+        model.first.weight[0, 0] = torch.inf
+    with pytest.raises(GradInitError, match="the output of norm_1 is not finite before training"):
+        center_layer_norms([model], model, batches)
+
+
+@pytest.fixture(scope="module")
+def centered(corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("centered")
+    return folder, train_here(corpus.translation, folder, *GRADINIT, *STANDSTILL)
+
+
+def biases(weights: dict) -> dict:
+    return {n: w for n, w in weights.items() if n.endswith("layer_norm.bias")}
+
+
+def test_a_run_centers_every_layer_norm_before_and_after_learning(centered):
+    _, run = centered
+    assert run.code == 0, run.output
+    assert len(run.lines("centered the outputs of 10 LayerNorms on 32 sentences")) == 2
+    assert len(biases(run.first)) == 10
+    assert all(bias.any() for bias in biases(run.first).values())
+    assert not any(bias.any() for bias in biases(run.initial).values())
+    assert "|centering:on|" in run.output
+
+
+def test_it_can_be_switched_off(corpus, tmp_path):
+    run = train_here(corpus.translation, tmp_path, *GRADINIT, *STANDSTILL, *OFF)
+    assert run.code == 0, run.output
+    assert not any(bias.any() for bias in biases(run.first).values())
+    assert "|centering:off|" in run.output
+    assert not run.lines("centered the outputs")
+
+
+def test_scales_from_a_file_are_centered_to_the_same_weights(centered, corpus, tmp_path):
+    folder, run = centered
+    options = ["--gradinit", "--gradinit-scales", folder / "gradinit_scales.json", *STANDSTILL]
+    again = train_here(corpus.translation, tmp_path, *options)
+    assert again.code == 0, again.output
+    assert same(again.first, run.first)
+    assert scales_in(tmp_path) == scales_in(folder)
+
+
+def test_gains_and_biases_of_layer_norms_can_be_learned_beside_it(corpus, tmp_path):
+    options = [*GRADINIT, *STANDSTILL, "--gradinit-norm-gains", "learned"]
+    run = train_here(corpus.translation, tmp_path, *options)
+    assert run.code == 0, run.output
+    rows = json.loads((tmp_path / "gradinit_scales.json").read_text())["blocks"]
+    states = {row["state"] for row in rows if "layer_norm" in row["name"]}
+    assert states == {"learned"}
