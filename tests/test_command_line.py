@@ -81,7 +81,7 @@ def test_help_shows_the_options_in_a_group_of_their_own():
         "--gradinit-optimizer {auto,adam,adam-eps,sgd,sgd-normalized}",
         "--gradinit-norm-gains {fixed,learned}",
         "number of scale updates (default: 60; preset paper: 780)",
-        "1 + momentum (default: 3 times the run's peak --lr; preset paper: 0.001)",
+        "1 + momentum (default: the run's peak --lr; preset paper: 0.001)",
         "in nats per unit of weight (l1 for adam, l2 for sgd); inf switches the constraint off "
         "(default: inf; preset paper: 1000.0)",
         "lower bound of a scale (default: 0.2; preset paper: 0.01)",
