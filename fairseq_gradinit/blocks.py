@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from fairseq_gradinit.config import NormGains
 from fairseq_gradinit.errors import GradInitError
 
-BlockState = Literal["learned", "zero", "norm gain", "fixed"]
-BLOCK_STATES: tuple[BlockState, ...] = ("learned", "zero", "norm gain", "fixed")
+BlockState = Literal["learned", "zero", "norm gain", "centered", "fixed"]
+BLOCK_STATES: tuple[BlockState, ...] = ("learned", "zero", "norm gain", "centered", "fixed")
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class Block:
         parameter: the tensor itself; GradInit changes it in place.
         state: `learned` when it gets a scale; `zero` when all its elements are zero, so that no
             scale could change it; `norm gain` when it belongs to a normalisation layer and the
-            configuration leaves those at scale 1; `fixed` when its scale was given.
+            configuration leaves those at scale 1; `centered` when it is a bias that centers a
+            LayerNorm; `fixed` when its scale was given.
         fixed_scale: the scale of a block that is not learned.
     """
 

@@ -74,10 +74,16 @@ def center_layer_norms(
     return len(norms)
 
 
+def layer_norm_biases(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
+    """The biases that `center_layer_norms` sets."""
+    found: list[Any] = [m.bias for root in modules for m in root.modules() if _is_layer_norm(m)]
+    return found
+
+
 @contextmanager
 def undone_on_error(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Gives the LayerNorms the biases that they have now back if an error leaves the context."""
-    biases: list[Any] = [m.bias for root in modules for m in root.modules() if _is_layer_norm(m)]
+    biases = layer_norm_biases(modules)
     before = [bias.detach().clone() for bias in biases]
     try:
         yield

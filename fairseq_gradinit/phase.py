@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,7 +21,7 @@ from fairseq_gradinit.blocks import (
     fingerprint,
     frozen_names,
 )
-from fairseq_gradinit.centering import center_layer_norms, undone_on_error
+from fairseq_gradinit.centering import center_layer_norms, layer_norm_biases, undone_on_error
 from fairseq_gradinit.data import PairedBatches
 from fairseq_gradinit.engine import learn_scales
 from fairseq_gradinit.errors import GradInitError, GradInitStopped
@@ -60,6 +61,9 @@ def run_phase(trainer: Any, plan: Plan) -> None:
     # weights as they are. The trainer makes each of them anew when it is next asked for it.
     trainer.reinitialize()
     trainer._ema = None
+    frozen = frozen_names({"": trainer.get_model(), "criterion": trainer.get_criterion()})
+    if frozen:
+        logger.info("frozen, so kept at scale 1: %s", ", ".join(frozen))
     with _full_precision(trainer), undone_on_error([trainer.get_model(), trainer.get_criterion()]):
         scales = _learn(trainer, plan) if plan.scales_file is None else _apply(trainer, plan)
     if trainer.is_data_parallel_master:
@@ -90,13 +94,14 @@ def require_writable(save_dir: str) -> None:
 
 def _blocks(trainer: Any, plan: Plan) -> list[Block]:
     modules = {"": trainer.get_model(), "criterion": trainer.get_criterion()}
-    frozen = frozen_names(modules)
-    if frozen:
-        logger.info("frozen, so kept at scale 1: %s", ", ".join(frozen))
     if plan.scales_file is not None:
         return collect_blocks(modules, plan.config.norm_gains)
     fixed = fixed_scales(modules, plan.encoder_branches, plan.require_encoder)
-    return collect_blocks(modules, plan.config.norm_gains, fixed)
+    blocks = collect_blocks(modules, plan.config.norm_gains, fixed)
+    if not plan.centering:
+        return blocks
+    centered = {id(bias) for bias in layer_norm_biases(list(modules.values()))}
+    return [replace(b, state="centered") if id(b.parameter) in centered else b for b in blocks]
 
 
 def _apply(trainer: Any, plan: Plan) -> Scales:
@@ -150,8 +155,6 @@ def _learn(trainer: Any, plan: Plan) -> Scales:
     if plan.centering:
         with at_fixed_scales(blocks):
             _center(trainer, pairs)
-        # Biases that were zero are not any more.
-        blocks = _blocks(trainer, plan)
     logger.info(
         "GradInit: learning the scales of %d of %d parameter tensors in %d iterations "
         "(losses in nats per unit of sample size; fairseq's own are base 2)",

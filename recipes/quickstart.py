@@ -57,7 +57,7 @@ TRAINING = [
     *("--task", "translation", "--source-lang", SOURCE, "--target-lang", TARGET),
     *("--criterion", "label_smoothed_cross_entropy", "--label-smoothing", "0.1"),
     *("--optimizer", "adam", "--adam-betas", "(0.9, 0.98)", "--weight-decay", "0.0001"),
-    *("--lr", "0.0005", "--lr-scheduler", "polynomial_decay"),
+    *("--lr", "0.001", "--lr-scheduler", "polynomial_decay"),
     *("--max-tokens", "1000", *ALL_SENTENCES),
 ]
 # Keeps a state to resume from every 200 updates, and only the last of them.

@@ -41,6 +41,7 @@ SHORT_TRAINING = [
 ]
 PLUGIN = ["--user-dir", "fairseq_gradinit"]
 GRADINIT = ["--gradinit", "--gradinit-iterations", "3"]
+SCALES_ALONE = ["--gradinit-centering", "off", "--gradinit-encoder-branches", "1"]
 OWN_USER_DIR = ["--user-dir", str(ROOT / "tests" / "own_user_dir")]
 
 

@@ -13,11 +13,14 @@ from test_train import STANDSTILL, scales_in
 CONSTRAINED = ["--gradinit-gamma", "100", "--activation-fn", "gelu"]
 
 
-def difference(one: dict[str, float], other: dict[str, float]) -> float:
+def differences(one: dict[str, float], other: dict[str, float]) -> list[float]:
+    """In rising order."""
     assert one.keys() == other.keys()
-    # Attention does not depend on the bias of its keys: its gradient is rounding alone.
-    names = [name for name in one if not name.endswith("k_proj.bias")]
-    return max(abs(one[name] - other[name]) for name in names)
+    return sorted(abs(one[name] - other[name]) for name in one)
+
+
+def difference(one: dict[str, float], other: dict[str, float]) -> float:
+    return differences(one, other)[-1]
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +42,10 @@ def test_bf16_moves_the_scales_a_little_and_leaves_nothing_behind(corpus, fp32, 
     options = ["--gradinit-precision", "bf16", *STANDSTILL]
     run = train_here(corpus.translation, tmp_path, *GRADINIT, *options)
     assert run.code == 0, run.output
-    # Three iterations of at most 1e-2 each.
-    assert 0.0 < difference(scales_in(tmp_path), fp32["objective"]) < 1e-2
+    # Three iterations of about 1e-2 each, whose direction rounding decides where it is a toss-up.
+    found = differences(scales_in(tmp_path), fp32["objective"])
+    assert 0.0 < found[-1] < 6e-2
+    assert found[int(0.95 * len(found))] < 2e-3
     assert "|precision:bf16|" in run.output
     model = run.trainer.get_model()
     assert "forward" not in vars(model)
@@ -107,10 +112,10 @@ def test_activation_checkpointing_works_by_finite_differences(corpus, fp32, tmp_
             ["--optimizer", "adam", "--gradinit-optimizer", "adam-eps"],
             "|optimizer:adam|eps:3.16228e-07|",
         ),
-        (["--optimizer", "nag", "--momentum", "0.9"], "|optimizer:sgd|eta:0.0057|"),
+        (["--optimizer", "nag", "--momentum", "0.9"], "|optimizer:sgd|trial-steps:1|eta:0.0019|"),
         (
             ["--optimizer", "sgd", "--clip-norm", "0.5", "--gradinit-through-step"],
-            "|optimizer:sgd|clip-norm:0.5|eta:0.003|through-step:on|",
+            "|optimizer:sgd|clip-norm:0.5|trial-steps:1|eta:0.001|through-step:on|",
         ),
     ],
 )

@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GRADINIT, OWN_USER_DIR, Corpus, Training, train_here, usual_options
+from conftest import (
+    GRADINIT,
+    OWN_USER_DIR,
+    SCALES_ALONE,
+    Corpus,
+    Training,
+    train_here,
+    usual_options,
+)
 
 import fairseq_gradinit
 
@@ -21,6 +29,11 @@ OVER_AN_EPOCH = ["--max-update", "11"]
 def scales_in(folder: Path) -> dict[str, float]:
     document = json.loads((folder / "gradinit_scales.json").read_text())
     return {block["name"]: block["scale"] for block in document["blocks"]}
+
+
+def centered_in(folder: Path) -> set[str]:
+    document = json.loads((folder / "gradinit_scales.json").read_text())
+    return {block["name"] for block in document["blocks"] if block["state"] == "centered"}
 
 
 def write_ones(source: Path, path: Path) -> Path:
@@ -104,8 +117,13 @@ def test_training_starts_from_the_scaled_weights(corpus, tmp_path, options):
     scales = scales_in(tmp_path)
     assert len(set(scales.values())) > 5
     assert scales.keys() == run.initial.keys()
+    centered = centered_in(tmp_path)
+    assert centered == {name for name in scales if name.endswith("layer_norm.bias")}
     for name, initial in run.initial.items():
         scaled = (initial.float() * torch.tensor(scales[name])).to(initial.dtype)
+        if name in centered:
+            scaled = run.first[name]
+            assert scaled.any(), name
         assert torch.equal(run.first[name], scaled), name
         torch.testing.assert_close(run.weights[name], scaled, rtol=0, atol=1e-25)
     checkpoint = torch.load(tmp_path / "checkpoint_last.pt", weights_only=True)
@@ -152,7 +170,7 @@ def test_scales_of_one_are_as_no_scales(corpus, folders, learned, tmp_path, opti
     with_ones = train_here(
         corpus.translation,
         tmp_path / "ones",
-        *("--gradinit", "--gradinit-scales", ones, *options),
+        *("--gradinit", "--gradinit-scales", ones, "--gradinit-centering", "off", *options),
         base=base,
     )
     assert without.code == with_ones.code == 0
@@ -274,8 +292,12 @@ def test_any_task_takes_the_options_and_keeps_its_data(corpus, tmp_path, task, c
     scales = scales_in(tmp_path)
     assert run.initial.keys() == scales.keys()
     assert len(set(scales.values())) > 5
+    centered = centered_in(tmp_path)
     for name, initial in run.initial.items():
-        assert torch.equal(run.first[name], initial * torch.tensor(scales[name])), name
+        if name in centered:
+            assert run.first[name].any(), name
+        else:
+            assert torch.equal(run.first[name], initial * torch.tensor(scales[name])), name
     checkpoint = torch.load(tmp_path / "checkpoint_last.pt", weights_only=True)
     task_cfg = checkpoint["cfg"]["task"]
     options = task_cfg if isinstance(task_cfg, dict) else vars(task_cfg)
@@ -286,7 +308,8 @@ def test_any_task_takes_the_options_and_keeps_its_data(corpus, tmp_path, task, c
 def test_the_loss_of_several_language_pairs_is_their_sum(corpus, tmp_path):
     """GradInit's first loss, at the initial weights, against the losses of the pairs by hand."""
     run = train_here(
-        corpus.translation, tmp_path, *MULTILINGUAL, *GRADINIT, *STANDSTILL, "--lr", "1e-3"
+        corpus.translation,
+        *(tmp_path, *MULTILINGUAL, *GRADINIT, *STANDSTILL, "--lr", "1e-3", *SCALES_ALONE),
     )
     trainer = run.trainer
     model, criterion = trainer.get_model().eval(), trainer.get_criterion()
