@@ -113,7 +113,8 @@ class PairedBatches:
 
         The same ones in every process; apart from the pairs, and not part of their `digest`.
         """
-        indices = np.concatenate(self._batches)
+        # In an order that the size of the batches does not change.
+        indices = np.sort(np.concatenate(self._batches))
         rng = np.random.default_rng(self._seed)
         chosen = rng.choice(indices, min(count, len(indices)), replace=False)
         return [MicroBatch(one, self._ready(self._collate(one))) for one in chosen.reshape(-1, 1)]

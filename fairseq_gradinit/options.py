@@ -257,7 +257,8 @@ class GradInitOptions(FairseqDataclass):
         default=None,
         metadata={
             "help": "apply the scales in this file, written by an earlier run beside its "
-            "checkpoints, instead of learning them"
+            "checkpoints, instead of learning them; LayerNorms are centered if they were in that "
+            "run, unless --gradinit-centering says otherwise"
         },
     )
 
@@ -287,7 +288,7 @@ class Plan:
         max_sentences: sentences in it, or None.
         micro_batches: micro-batches in one gradient.
         save_interval: iterations between two savings of the learning's state; 0 for none.
-        centering: whether LayerNorms are centered, also where scales come from a file.
+        centering: whether LayerNorms are centered; None for what was done to learn `scales_file`.
         encoder_branches: fixed scale of the encoder's residual branches; 1 learns them.
         require_encoder: whether a model without such branches is an error.
     """
@@ -299,7 +300,7 @@ class Plan:
     max_sentences: int | None
     micro_batches: int
     save_interval: int
-    centering: bool
+    centering: bool | None
     encoder_branches: float
     require_encoder: bool
 
@@ -342,8 +343,7 @@ def make_plan(cfg: Any) -> Plan | None:
         max_sentences=None if sentences is None else math.ceil(growth * sentences),
         micro_batches=cfg.optimization.update_freq[0],
         save_interval=options.gradinit_save_interval,
-        # hydra gives members of an enumeration, fairseq's command line their names.
-        centering=str(_pick(options, preset, "centering")) == "on",
+        centering=_centering(options, preset),
         encoder_branches=branches,
         require_encoder=options.gradinit_encoder_branches is not None,
     )
@@ -388,6 +388,13 @@ def _engine_config(options: GradInitOptions, preset: Preset, cfg: Any) -> GradIn
         max_skipped=options.gradinit_max_skipped,
         seed=cfg.common.seed,
     )
+
+
+def _centering(options: GradInitOptions, preset: Preset) -> bool | None:
+    if options.gradinit_centering is None and options.gradinit_scales is not None:
+        return None
+    # hydra gives members of an enumeration, fairseq's command line their names.
+    return str(_pick(options, preset, "centering")) == "on"
 
 
 def _trial_steps(options: GradInitOptions, preset: Preset) -> int:

@@ -109,7 +109,7 @@ def _apply(trainer: Any, plan: Plan) -> Scales:
     scales = Scales.load(Path(str(plan.scales_file)))
     scales.apply(_blocks(trainer, plan))
     logger.info("applied the scales in %s", plan.scales_file)
-    if plan.centering:
+    if scales.centered if plan.centering is None else plan.centering:
         _center(trainer, _pairs(trainer, plan))
     return scales
 

@@ -58,6 +58,11 @@ class Scales:
     signature: str
     history: tuple[Iteration, ...] = field(default=())
 
+    @property
+    def centered(self) -> bool:
+        """Whether the LayerNorms were centered to learn these scales."""
+        return any(block.state == "centered" for block in self.blocks)
+
     @classmethod
     def of(
         cls,

@@ -138,12 +138,20 @@ def test_it_can_be_switched_off(corpus, tmp_path):
     assert not any(bias.any() for bias in biases(run.first).values())
     assert "|centering:off|" in run.output
     assert not run.lines("centered the outputs")
+    file = ["--gradinit", "--gradinit-scales", tmp_path / "gradinit_scales.json", *STANDSTILL]
+    again = train_here(corpus.translation, tmp_path / "again", *file)
+    assert same(again.first, run.first)
+    asked = train_here(corpus.translation, tmp_path / "asked", *file, "--gradinit-centering", "on")
+    assert len(asked.lines("centered the outputs of 10 LayerNorms")) == 1
 
 
-def test_scales_from_a_file_are_centered_to_the_same_weights(centered, corpus, tmp_path):
+@pytest.mark.parametrize(
+    "options", [[], ["--gradinit-preset", "paper", "--gradinit-max-tokens", "900"]], ids=" ".join
+)
+def test_scales_from_a_file_are_centered_to_the_same_weights(centered, corpus, tmp_path, options):
     folder, run = centered
-    options = ["--gradinit", "--gradinit-scales", folder / "gradinit_scales.json", *STANDSTILL]
-    again = train_here(corpus.translation, tmp_path, *options)
+    file = ["--gradinit", "--gradinit-scales", folder / "gradinit_scales.json", *STANDSTILL]
+    again = train_here(corpus.translation, tmp_path, *file, *options)
     assert again.code == 0, again.output
     assert same(again.first, run.first)
     assert scales_in(tmp_path) == scales_in(folder)

@@ -135,6 +135,19 @@ def test_all_the_data_are_used_and_again_in_another_order(make_trainer):
     assert seen[:10] != seen[10:]
 
 
+def test_sentences_come_one_by_one_and_do_not_count_as_drawn(make_trainer):
+    lengths = [3, 5, 7] * 30
+    pairs = paired(make_trainer(lengths))
+    pairs_before = pairs.digest()
+    found = [batch.sample for batch in pairs.sentences(8)]
+    assert len({int(sample["id"]) for sample in found}) == 8
+    assert all(sample["ntokens"] == lengths[int(sample["id"])] for sample in found)
+    assert pairs.digest() == pairs_before
+    other = paired(make_trainer(lengths, processes=2, rank=1), max_tokens=90).sentences(8)
+    assert [int(sample["id"]) for sample in found] == [int(b.sample["id"]) for b in other]
+    assert len(pairs.sentences(1000)) == 90
+
+
 def test_the_seed_decides_and_the_digest_tells(make_trainer):
     def draw(seed):
         pairs = paired(make_trainer([3, 5, 7] * 30, seed))

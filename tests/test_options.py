@@ -93,6 +93,13 @@ def test_the_preset_of_the_paper():
     assert (plan.max_tokens, plan.centering, plan.encoder_branches) == (6000, False, 1.0)
 
 
+def test_a_scales_file_says_whether_to_center_unless_the_option_does():
+    file = ["--gradinit-scales", "scales.json"]
+    assert plan_of(*file).centering is None
+    assert plan_of(*file, "--gradinit-centering", "on").centering is True
+    assert plan_of(*file, "--gradinit-centering", "off").centering is False
+
+
 def test_several_trial_steps_are_those_of_the_run_and_as_long():
     plan = plan_of("--gradinit-trial-steps", "3", "--clip-norm", "0.1")
     assert (plan.config.trial_steps, plan.config.eta) == (3, 0.002)
