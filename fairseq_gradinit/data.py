@@ -86,6 +86,8 @@ class PairedBatches:
         )
         batches = _index_batches(epoch_itr, self._dataset)
         self._batches = [batch for batch in batches if len(batch) >= 3]
+        # In an order that the size of the batches does not change.
+        self._indices = np.sort(np.concatenate([*batches, np.empty(0, int)]))
         needed = max(2, self._drawn)
         if len(self._batches) < needed:
             raise GradInitError(_too_few(batches, self._batches, max_tokens, needed))
@@ -113,10 +115,8 @@ class PairedBatches:
 
         The same ones in every process; apart from the pairs, and not part of their `digest`.
         """
-        # In an order that the size of the batches does not change.
-        indices = np.sort(np.concatenate(self._batches))
         rng = np.random.default_rng(self._seed)
-        chosen = rng.choice(indices, min(count, len(indices)), replace=False)
+        chosen = rng.choice(self._indices, min(count, len(self._indices)), replace=False)
         return [MicroBatch(one, self._ready(self._collate(one))) for one in chosen.reshape(-1, 1)]
 
     def digest(self) -> str:
