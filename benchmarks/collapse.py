@@ -42,12 +42,10 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from record import Table, markdown, read, write
+from record import RESULTS, Table, markdown, read, write
 from torch import Tensor, nn
 
 from fairseq_gradinit.quiet import quiet
-
-RESULTS = Path(__file__).resolve().parent / "results"
 
 USUAL_RATE = 1e-3
 PROBED = (0, 1, 2, 3, 5, 10, 20, 50, 100, 200, 400, 800, 1600, 3200)

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from record import REPOSITORY, Table, markdown, reaching, read, within, write
+from record import RESULTS, Table, markdown, reaching, read, within, write
 from workload import (
     Contender,
     Schedule,
@@ -41,7 +41,6 @@ from workload import (
 from fairseq_gradinit.config import GradInitConfig
 from fairseq_gradinit.history import Iteration, IterationKind
 
-RESULTS = REPOSITORY / "benchmarks" / "results"
 RESULT_FILES = (
     *("cost-cpu", "scaling-cpu", "processes-cpu", "cost-cuda", "scaling-cuda", "accuracy-cpu"),
 )

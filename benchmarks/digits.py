@@ -29,7 +29,7 @@ from typing import Any, Literal
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from record import Table, markdown, read, write
+from record import RESULTS, Table, markdown, read, write
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
@@ -39,8 +39,6 @@ from fairseq_gradinit.blocks import collect_blocks
 from fairseq_gradinit.config import GradInitConfig
 from fairseq_gradinit.engine import BatchPair, Iteration, learn_scales
 from fairseq_gradinit.quiet import quiet
-
-RESULTS = Path(__file__).resolve().parent / "results"
 
 Start = Literal["default", "Kaiming"]
 OptimizerName = Literal["sgd", "adam"]

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+RESULTS = REPOSITORY / "benchmarks" / "results"
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from record import REPOSITORY, Table
+from record import REPOSITORY, RESULTS, Table
 from training_report import (
     Grid,
     grid_tables,
@@ -55,7 +55,6 @@ from training_runs import (
 
 log = logging.getLogger("training")
 
-RESULTS = REPOSITORY / "benchmarks" / "results"
 WORK = REPOSITORY / "quickstart-run" / "training"
 
 

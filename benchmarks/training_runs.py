@@ -36,9 +36,12 @@ sys.path.append(str(REPOSITORY / "recipes"))
 
 from fairseq_runs import (
     ALL_SENTENCES,
+    CRITERION,
+    LABEL_SMOOTHING,
+    MODEL,
     PLUGIN,
-    SOURCE,
     TARGET,
+    TASK,
     RunError,
     Scores,
     program,
@@ -51,16 +54,13 @@ from fairseq_runs import (
 
 log = logging.getLogger("training")
 
-LABEL_SMOOTHING = 0.1
 VALIDATIONS = 10
 LOG_LINES = 75
 
 # As in recipes/quickstart.py, but for what a Case says. No workers for the data: each run is to
 # stay on one core.
 COMMON = [
-    *("--task", "translation", "--source-lang", SOURCE, "--target-lang", TARGET),
-    *("--arch", "transformer_gradinit_tiny", "--dropout", "0.1"),
-    *("--criterion", "label_smoothed_cross_entropy", "--label-smoothing", f"{LABEL_SMOOTHING:g}"),
+    *(*TASK, *MODEL, *CRITERION),
     *("--weight-decay", "0.0001", "--lr-scheduler", "polynomial_decay"),
     *(*ALL_SENTENCES, "--num-workers", "0", "--log-format", "json"),
     *("--validate-interval", "100000", "--save-interval", "100000"),

@@ -86,11 +86,11 @@ class PairedBatches:
         )
         batches = _index_batches(epoch_itr, self._dataset)
         self._batches = [batch for batch in batches if len(batch) >= 3]
-        # In an order that the size of the batches does not change.
-        self._indices = np.sort(np.concatenate([*batches, np.empty(0, int)]))
         needed = max(2, self._drawn)
         if len(self._batches) < needed:
             raise GradInitError(_too_few(batches, self._batches, max_tokens, needed))
+        # In an order that the size of the batches does not change.
+        self._indices = np.sort(np.concatenate(batches))
 
     def __iter__(self) -> Iterator[BatchPair]:
         self._digest = hashlib.blake2b(digest_size=4)

@@ -13,6 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from torch import nn
+
 from fairseq_gradinit import report
 from fairseq_gradinit.blocks import (
     Block,
@@ -61,10 +63,11 @@ def run_phase(trainer: Any, plan: Plan) -> None:
     # weights as they are. The trainer makes each of them anew when it is next asked for it.
     trainer.reinitialize()
     trainer._ema = None
-    frozen = frozen_names({"": trainer.get_model(), "criterion": trainer.get_criterion()})
+    modules = _modules(trainer)
+    frozen = frozen_names(modules)
     if frozen:
         logger.info("frozen, so kept at scale 1: %s", ", ".join(frozen))
-    with _full_precision(trainer), undone_on_error([trainer.get_model(), trainer.get_criterion()]):
+    with _full_precision(trainer), undone_on_error(list(modules.values())):
         scales = _learn(trainer, plan) if plan.scales_file is None else _apply(trainer, plan)
     if trainer.is_data_parallel_master:
         scales.save(path)
@@ -92,8 +95,13 @@ def require_writable(save_dir: str) -> None:
         ) from error
 
 
+def _modules(trainer: Any) -> dict[str, nn.Module]:
+    """All that training trains, by what the names of its tensors begin with."""
+    return {"": trainer.get_model(), "criterion": trainer.get_criterion()}
+
+
 def _blocks(trainer: Any, plan: Plan) -> list[Block]:
-    modules = {"": trainer.get_model(), "criterion": trainer.get_criterion()}
+    modules = _modules(trainer)
     if plan.scales_file is not None:
         return collect_blocks(modules, plan.config.norm_gains)
     fixed = fixed_scales(modules, plan.encoder_branches, plan.require_encoder)
@@ -132,7 +140,7 @@ def _processes(trainer: Any) -> Processes | None:
 
 def _center(trainer: Any, pairs: PairedBatches) -> None:
     start = time.monotonic()
-    modules = (trainer.get_model(), trainer.get_criterion())
+    modules = list(_modules(trainer).values())
     sentences = pairs.sentences(CENTERING_SENTENCES)
     with quiet(*modules):
         count = center_layer_norms(modules, TaskLoss(trainer), sentences, _processes(trainer))
@@ -232,7 +240,7 @@ def _full_precision(trainer: Any) -> Iterator[None]:
 
     The parameters keep their identity, so that everything that refers to them stays valid.
     """
-    modules = (trainer.get_model(), trainer.get_criterion())
+    modules = _modules(trainer).values()
     half = trainer.cfg.common.fp16
     if half:
         for module in modules:

@@ -23,6 +23,13 @@ PLUGIN = ["--user-dir", "fairseq_gradinit"]
 # With fairseq's default of 8, ve-fairseq 0.12.3 drops the sentences that do not fill a multiple of
 # it: 4 of 700 test sentences would get no translation.
 ALL_SENTENCES = ["--required-batch-size-multiple", "1"]
+TASK = ["--task", "translation", "--source-lang", SOURCE, "--target-lang", TARGET]
+MODEL = ["--arch", "transformer_gradinit_tiny", "--dropout", "0.1"]
+LABEL_SMOOTHING = 0.1
+CRITERION = [
+    *("--criterion", "label_smoothed_cross_entropy"),
+    *("--label-smoothing", f"{LABEL_SMOOTHING:g}"),
+]
 
 
 class RunError(Exception):
@@ -71,8 +78,7 @@ def translation_command(data: Path, checkpoint: Path, results: Path) -> list[str
     """Translates the test set with beam search, into `results`/generate-test.txt."""
     return [
         *program("generate"),
-        *(str(data), *PLUGIN, "--task", "translation"),
-        *("--source-lang", SOURCE, "--target-lang", TARGET, "--gen-subset", "test"),
+        *(str(data), *PLUGIN, *TASK, "--gen-subset", "test"),
         *("--path", str(checkpoint)),
         *("--beam", "4", "--max-len-a", "1.5", "--max-len-b", "10"),
         *("--max-tokens", "4000", *ALL_SENTENCES, "--remove-bpe", "sentencepiece"),

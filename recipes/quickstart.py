@@ -26,9 +26,12 @@ from dataprep import DataPrepError
 from dataprep.steps import fingerprint, write_json
 from fairseq_runs import (
     ALL_SENTENCES,
+    CRITERION,
+    MODEL,
     PLUGIN,
     SOURCE,
     TARGET,
+    TASK,
     RunError,
     Scores,
     environment,
@@ -52,10 +55,8 @@ UPDATES = 1500
 SEED = 1
 EXAMPLES = 10
 
-MODEL = ["--arch", "transformer_gradinit_tiny", "--dropout", "0.1"]
 TRAINING = [
-    *("--task", "translation", "--source-lang", SOURCE, "--target-lang", TARGET),
-    *("--criterion", "label_smoothed_cross_entropy", "--label-smoothing", "0.1"),
+    *(*TASK, *CRITERION),
     *("--optimizer", "adam", "--adam-betas", "(0.9, 0.98)", "--weight-decay", "0.0001"),
     *("--lr", "0.001", "--lr-scheduler", "polynomial_decay"),
     *("--max-tokens", "1000", *ALL_SENTENCES),
