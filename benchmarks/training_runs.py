@@ -32,7 +32,7 @@ from typing import Any, Literal
 from record import REPOSITORY, circumstances
 
 # The recipes are no package: they are programs beside each other, as the benchmarks are.
-sys.path.append(str(REPOSITORY / "recipes"))
+sys.path += [str(REPOSITORY / "recipes"), str(REPOSITORY / "data-prep")]
 
 from fairseq_runs import (
     ALL_SENTENCES,
@@ -390,7 +390,8 @@ class Runner:
         checkpoints, data = folder / "checkpoints", corpus.folder / "data-bin"
         commands = [training_command(case, data, checkpoints)]
         if case.scored:
-            commands.append(translation_command(data, checkpoints / "checkpoint_last.pt", folder))
+            last = checkpoints / "checkpoint_last.pt"
+            commands.append(translation_command(corpus.folder, last, folder))
         names = {str(corpus.folder): case.corpus, str(folder): folder.name}
         run = Run(
             case,
@@ -406,7 +407,7 @@ class Runner:
         try:
             run = self._train(run, commands[0], folder / "train.log")
             if case.scored and run.status == "finished":
-                scores = self._translate(commands[1], folder, corpus.folder / "text")
+                scores = self._translate(commands[1], folder, corpus.folder)
                 run = replace(run, **asdict(scores))
         except RunError as error:
             if self.children.stopped:
@@ -433,10 +434,10 @@ class Runner:
             reason = found[0]
         return with_log(run, log_file, reason)
 
-    def _translate(self, command: Sequence[str], folder: Path, text: Path) -> Scores:
+    def _translate(self, command: Sequence[str], folder: Path, corpus: Path) -> Scores:
         run_quietly(command, folder / "translate.log", self.children.start)
-        rows = read_translations(folder / "generate-test.txt", text)
-        return score([row[1] for row in rows], [row[2] for row in rows])
+        rows = read_translations(folder / "generate-test.txt", corpus)
+        return score(corpus, [row[1] for row in rows], [row[2] for row in rows])
 
 
 def _circumstances() -> dict[str, Any]:

@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 from dataprep import DataPrepError
-from dataprep.corpora import CORPORA, Corpus
+from dataprep.corpora import CORPORA, TOKENISATIONS, Corpus
+from dataprep.parallel import usable_cores
 from dataprep.pipeline import Options, prepare
+from dataprep.splitting import HeldOut
 
 
 class _ListCorpora(argparse.Action):
@@ -17,10 +19,8 @@ class _ListCorpora(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
         for corpus in CORPORA.values():
             print(f"{corpus.name}: {corpus.summary}")
-            for wheel in corpus.wheels:
-                print(f"    {wheel.project} {wheel.version}, {wheel.licence}")
-            if corpus.published is not None:
-                print(f"    {corpus.published.licence}")
+            for licence in dict.fromkeys(terms.licence for terms in corpus.origin.terms()):
+                print(f"    {licence}")
         parser.exit()
 
 
@@ -36,56 +36,101 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="made if need be")
     parser.add_argument("--source-lang", metavar="CODE", help="translate from this language")
     parser.add_argument("--target-lang", metavar="CODE", help="translate into this language")
+    parser.add_argument(
+        "--lang", metavar="CODE", help="the language beside English (libreoffice-help)"
+    )
+    parser.add_argument("--tokenisation", choices=TOKENISATIONS, help="the corpus's own")
+    parser.add_argument(
+        "--vocab-size",
+        type=int,
+        metavar="N",
+        help="pieces in the joint vocabulary, or merge operations of BPE (the corpus's own)",
+    )
     parser.add_argument("--seed", type=int, help="choice of the held-out pairs (1)")
-    parser.add_argument("--vocab-size", type=int, metavar="N", help="joint subword vocabulary")
     parser.add_argument(
-        "--wheels", type=Path, metavar="DIR", help="take the wheels from here, fetch nothing"
+        "--mirror", metavar="DIR-or-URL", help="take the files from here instead, by their names"
     )
     parser.add_argument(
-        "--mirror", metavar="DIR-or-URL", help="take the published files from here instead"
+        "--cache", type=Path, metavar="DIR", help="keep what is fetched here (OUT/downloads)"
     )
     parser.add_argument(
-        "--cache",
-        type=Path,
-        metavar="DIR",
-        help="keep what is fetched here (OUT/wheels or OUT/downloads)",
+        "--workers", type=int, metavar="N", help="processes; no output depends on it (all cores)"
     )
     return parser
 
 
-def _direction(corpus: Corpus, source: str | None, target: str | None) -> tuple[str, str]:
-    """Fill in the language that was not named."""
-    first, second = corpus.languages
+def _languages(corpus: Corpus, parsed: argparse.Namespace) -> tuple[str, str]:
+    """Those of the corpus, or those that the user chose if it has any two.
+
+    Raises:
+        DataPrepError: the options are not for this corpus, or do not say enough.
+    """
+    if corpus.languages:
+        if parsed.lang is not None:
+            raise DataPrepError(
+                f"The corpus {corpus.name} has the languages {' and '.join(corpus.languages)}: "
+                "--lang has no use for it."
+            )
+        return corpus.languages
+    named = (parsed.source_lang, parsed.target_lang)
+    chosen = {code for code in named if code is not None} if parsed.lang is None else {parsed.lang}
+    # English is the other one, unless two are named.
+    languages = tuple(sorted(chosen | ({"en"} if len(chosen) == 1 else set())))
+    if len(languages) != 2:
+        raise DataPrepError(
+            f"The corpus {corpus.name} has many languages: choose one beside English with --lang, "
+            "or any two with --source-lang and --target-lang."
+        )
+    return languages
+
+
+def _direction(
+    corpus: Corpus, languages: tuple[str, str], source: str | None, target: str | None
+) -> tuple[str, str]:
+    """Fill in the language that was not named.
+
+    Raises:
+        DataPrepError: what was named is no direction of these languages.
+    """
+    first, second = languages
     other = {first: second, second: first}
-    if source is None:
-        source = corpus.default_source if target is None else other.get(target, target)
-    if target is None:
-        target = other.get(source, source)
+    if source is None and target is None:
+        # Into English, if there is no better reason.
+        source = corpus.default_source or other.get("en", first)
+    source = source or other.get(target, "")
+    target = target or other.get(source, "")
+    if {source, target} != set(languages):
+        raise DataPrepError(
+            f"The corpus {corpus.name} has the languages {' and '.join(languages)}: "
+            f"--source-lang {source} --target-lang {target} is not a direction of it."
+        )
     return source, target
 
 
-def _check_options(corpus: Corpus, parsed: argparse.Namespace) -> None:
-    """Refuse options that this corpus has no use for."""
-    useless = ("mirror",) if corpus.published is None else ("wheels", "seed")
-    for name in useless:
-        if getattr(parsed, name) is not None:
-            kind = "comes out of wheels" if corpus.published is None else "is used as published"
-            raise DataPrepError(f"The corpus {corpus.name} {kind}: --{name} has no use for it.")
-
-
 def _options(corpus: Corpus, parsed: argparse.Namespace, command: str) -> Options:
-    """What was typed, and the corpus's own choices where nothing was."""
-    source, target = _direction(corpus, parsed.source_lang, parsed.target_lang)
-    kept_in = "wheels" if corpus.published is None else "downloads"
+    """What was typed, and the corpus's own choices where nothing was.
+
+    Raises:
+        DataPrepError: the corpus has no use for an option.
+    """
+    if parsed.seed is not None and not isinstance(corpus.split, HeldOut):
+        raise DataPrepError(
+            f"The corpus {corpus.name} has its own validation and test sets: --seed has no use for "
+            "it."
+        )
+    languages = _languages(corpus, parsed)
+    source, target = _direction(corpus, languages, parsed.source_lang, parsed.target_lang)
     return Options(
         out=parsed.out,
+        languages=languages,
         source=source,
         target=target,
         seed=1 if parsed.seed is None else parsed.seed,
+        tokenisation=parsed.tokenisation or corpus.tokenisation,
         vocab_size=corpus.vocab_size if parsed.vocab_size is None else parsed.vocab_size,
-        wheels=parsed.wheels,
         mirror=parsed.mirror,
-        cache=parsed.cache or parsed.out / kept_in,
+        cache=parsed.cache or parsed.out / "downloads",
+        workers=usable_cores() if parsed.workers is None else parsed.workers,
         command=command,
     )
 
@@ -102,10 +147,12 @@ def main(arguments: list[str] | None = None) -> int:
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s | %(message)s", stream=sys.stderr)
     given = sys.argv[1:] if arguments is None else arguments
-    parsed = build_parser().parse_args(given)
+    parser = build_parser()
+    parsed = parser.parse_args(given)
+    if parsed.workers is not None and parsed.workers < 1:
+        parser.error("--workers must be at least 1")
     corpus = CORPORA[parsed.corpus]
     try:
-        _check_options(corpus, parsed)
         options = _options(corpus, parsed, command=shlex.join(["prepare.py", *given]))
         manifest = prepare(corpus, options)
     except (DataPrepError, OSError) as error:

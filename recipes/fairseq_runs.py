@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dataprep.moses import detokenise
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 
@@ -74,14 +75,39 @@ def environment() -> dict[str, str]:
     return {**os.environ, **tuning, "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
 
 
-def translation_command(data: Path, checkpoint: Path, results: Path) -> list[str]:
+@dataclass(frozen=True)
+class Tokenisation:
+    """How data-prep tokenised a corpus, which is undone before translations are scored.
+
+    Attributes:
+        pieces: the kind of pieces that words are cut into, as fairseq calls it.
+        moses: whether words are tokens of the Moses tokeniser.
+        lowercase: whether they are in lower case, so that case cannot be scored.
+    """
+
+    pieces: str
+    moses: bool
+    lowercase: bool
+
+    @classmethod
+    def read(cls, corpus: Path) -> Tokenisation:
+        """As the manifest in the folder of a corpus has it."""
+        manifest = json.loads((corpus / "manifest.json").read_text(encoding="utf-8"))
+        moses = manifest["tokenisation"].get("moses")
+        if moses is None:
+            return cls("sentencepiece", moses=False, lowercase=False)
+        return cls("subword_nmt", moses=True, lowercase=moses["lowercase"])
+
+
+def translation_command(corpus: Path, checkpoint: Path, results: Path) -> list[str]:
     """Translates the test set with beam search, into `results`/generate-test.txt."""
     return [
         *program("generate"),
-        *(str(data), *PLUGIN, *TASK, "--gen-subset", "test"),
+        *(str(corpus / "data-bin"), *PLUGIN, *TASK, "--gen-subset", "test"),
         *("--path", str(checkpoint)),
         *("--beam", "4", "--max-len-a", "1.5", "--max-len-b", "10"),
-        *("--max-tokens", "4000", *ALL_SENTENCES, "--remove-bpe", "sentencepiece"),
+        *("--max-tokens", "4000", *ALL_SENTENCES),
+        *("--remove-bpe", Tokenisation.read(corpus).pieces),
         *("--results-path", str(results)),
     ]
 
@@ -134,10 +160,15 @@ def read_training(log_file: Path) -> Losses:
     return Losses(sorted(training.items()), sorted(valid.items()))
 
 
-def read_translations(generated: Path, text: Path) -> list[tuple[str, str, str]]:
-    """Source, reference and translation of each test sentence, in the order of the test set."""
-    source = (text / f"test.{SOURCE}").read_text().removesuffix("\n").split("\n")
-    reference = (text / f"test.{TARGET}").read_text().removesuffix("\n").split("\n")
+def read_translations(generated: Path, corpus: Path) -> list[tuple[str, str, str]]:
+    """Source, reference and translation of each test sentence, in the order of the test set.
+
+    All three are plain text: what Moses did to the translation is undone.
+    """
+    source, reference = (
+        (corpus / "text" / f"test.{language}").read_text().removesuffix("\n").split("\n")
+        for language in (SOURCE, TARGET)
+    )
     hypotheses: dict[int, str] = {}
     for line in generated.read_text().split("\n"):
         if line.startswith("H-"):
@@ -145,12 +176,16 @@ def read_translations(generated: Path, text: Path) -> list[tuple[str, str, str]]
             hypotheses[int(number)] = hypothesis
     if sorted(hypotheses) != list(range(len(reference))):
         raise RunError(f"{generated} does not hold each of the {len(reference)} sentences")
-    return [(s, r, hypotheses[i]) for i, (s, r) in enumerate(zip(source, reference, strict=True))]
+    translations = [hypotheses[number] for number in range(len(reference))]
+    if Tokenisation.read(corpus).moses:
+        translations = detokenise(translations, TARGET)
+    return list(zip(source, reference, translations, strict=True))
 
 
-def score(references: Sequence[str], hypotheses: Sequence[str]) -> Scores:
-    """BLEU and chrF of translations, one reference for each."""
-    metrics = BLEU(), CHRF()
+def score(corpus: Path, references: Sequence[str], hypotheses: Sequence[str]) -> Scores:
+    """BLEU and chrF of translations, one reference for each; case counts if the corpus has it."""
+    lowercase = Tokenisation.read(corpus).lowercase
+    metrics = BLEU(lowercase=lowercase), CHRF(lowercase=lowercase)
     bleu, chrf = (metric.corpus_score(hypotheses, [references]).score for metric in metrics)
     signatures = str(metrics[0].get_signature()), str(metrics[1].get_signature())
     return Scores(bleu, chrf, signatures)

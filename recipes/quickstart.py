@@ -133,7 +133,7 @@ class Settings:
 
     def translation_command(self, arm: Arm) -> list[str]:
         checkpoint = self.checkpoints(arm) / "checkpoint_last.pt"
-        return translation_command(self.corpus / "data-bin", checkpoint, self.folder(arm))
+        return translation_command(self.corpus, checkpoint, self.folder(arm))
 
 
 @dataclass(frozen=True)
@@ -165,12 +165,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--run-dir", type=Path, default=ROOT / "quickstart-run")
     parser.add_argument("--updates", type=int, default=UPDATES)
     parser.add_argument("--seed", type=int, default=SEED)
-    parser.add_argument("--wheels", type=Path, help="folder that holds the corpus's wheels")
+    parser.add_argument("--mirror", help="folder that holds the corpus's wheels")
     options = parser.parse_args(arguments)
     settings = Settings(options.run_dir, options.updates, options.seed)
     start = time.monotonic()
     try:
-        prepare_corpus(settings, options.wheels)
+        prepare_corpus(settings, options.mirror)
         corpus_seconds = time.monotonic() - start
         arms = settings.arms if options.compare else settings.arms[:1]
         results = [run_arm(arm, settings) for arm in arms]
@@ -210,11 +210,11 @@ def once(
     return report
 
 
-def prepare_corpus(settings: Settings, wheels: Path | None) -> None:
+def prepare_corpus(settings: Settings, mirror: str | None) -> None:
     """Make the corpus, as far as it is not there yet."""
     command = [sys.executable, str(ROOT / "data-prep" / "prepare.py"), "quickstart"]
     command += ["--out", str(settings.corpus), "--source-lang", SOURCE, "--target-lang", TARGET]
-    command += ["--wheels", str(wheels)] if wheels else []
+    command += ["--mirror", mirror] if mirror else []
     log.info("\n== corpus: raw text to binarised data\n%s", shlex.join(command))
     if subprocess.run(command, check=False).returncode != 0:
         raise RunError("the preparation of the corpus failed, for the reason above")
@@ -232,8 +232,8 @@ def run_arm(arm: Arm, settings: Settings) -> Result:
         {"command": command, "trained": trained["key"]},
         lambda: run_quietly(command, folder / "translate.log"),
     )
-    rows = read_translations(folder / "generate-test.txt", settings.corpus / "text")
-    scores = score([row[1] for row in rows], [row[2] for row in rows])
+    rows = read_translations(folder / "generate-test.txt", settings.corpus)
+    scores = score(settings.corpus, [row[1] for row in rows], [row[2] for row in rows])
     return Result(
         arm=arm,
         valid_loss=trained["valid_loss"],

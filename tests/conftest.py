@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import json
 import logging
 import os
 import random
@@ -105,6 +106,13 @@ class Corpus:
     translation: Path
     language_model: Path
     source_text: Path
+
+
+def write_manifest(corpus: Path, text_digest: str, **moses: bool) -> None:
+    """As much of data-prep's manifest as is read by others; with `moses`, its settings."""
+    tokenisation = {"name": "moses+bpe", "moses": moses} if moses else {"name": "sentencepiece"}
+    manifest = {"outputs": {"text/train.de": text_digest}, "tokenisation": tokenisation}
+    (corpus / "manifest.json").write_text(json.dumps(manifest))
 
 
 def write_corpus(folder: Path, sentences: dict[str, int]) -> None:

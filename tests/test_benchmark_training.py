@@ -17,7 +17,7 @@ import pytest
 import training
 import training_report as shown
 import training_runs
-from conftest import ROOT, binarise, write_corpus
+from conftest import ROOT, binarise, write_corpus, write_manifest
 from training import ADAM, DEFAULT, GRADINIT, MULTI30K, STUDIES, WARMUP, adam, case, kept_runs
 from training_runs import (
     Case,
@@ -239,7 +239,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         *("-s", "de", "-t", "en", "--joined-dictionary", "--trainpref", str(text / "train")),
         *("--validpref", str(text / "valid"), "--testpref", str(text / "test")),
     )
-    (folder / "manifest.json").write_text('{"outputs": {"text/train.de": "1"}}')
+    write_manifest(folder, "1")
     return folder
 
 
@@ -269,7 +269,7 @@ def test_what_is_kept_is_not_run_again(tmp_path, prepared, monkeypatch, capsys) 
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(STUDIES["sgd"].cases)
     assert all(line.endswith(", kept") for line in lines)
-    (prepared / "manifest.json").write_text('{"outputs": {"text/train.de": "2"}}')
+    write_manifest(prepared, "2")
     assert conduct(tmp_path, *study, "--only", "lr 2 ") == 0
     assert len(ran) == count + 3
 
@@ -356,6 +356,8 @@ def test_a_run_is_what_its_log_says(tmp_path, fake_program) -> None:
 )
 def test_a_diverged_run_is_kept_as_such(tmp_path, fake_program, script, reason) -> None:
     fake_program(script)
+    (tmp_path / "corpus").mkdir()
+    write_manifest(tmp_path / "corpus", "1")
     found = run_case(tmp_path, replace(CASE, scored=True))
     assert (found.status, found.reason, found.valid_loss) == ("diverged", reason, None)
     assert found.valid[0] == (50, 9.0)

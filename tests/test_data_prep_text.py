@@ -5,16 +5,33 @@ import io
 import json
 import struct
 import zipfile
+from collections import Counter
+from dataclasses import replace
 
 import pytest
 from dataprep import DataPrepError
-from dataprep.cleaning import FILTERS, CleaningRules, clean, mask_key, match_key, normalise
-from dataprep.readers import GettextCatalogues, JsonCatalogues, Pair, read_wheel
-from dataprep.splitting import MATCHES, Splits, leakage, split_pairs
+from dataprep.catalogues import GettextCatalogues, JsonCatalogues, read_wheel
+from dataprep.cleaning import Cleaning, clean
+from dataprep.corpora import QUICKSTART
+from dataprep.filters import (
+    Empty,
+    LengthRatio,
+    TokenLengths,
+    TooLong,
+    TooShort,
+    WordRatio,
+    WrongScript,
+)
+from dataprep.moses import Moses
+from dataprep.normalising import MATCHES, mask_key, match_key, plain_typography
+from dataprep.pairs import Pair
+from dataprep.splitting import EveryNth, HeldOut, overlap
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-RULES = CleaningRules()
+RULES = QUICKSTART.cleaning
+KANJI = "\u6f22\u5b57"
+CYRILLIC = "\u0441\u043b\u043e\u0432\u043e"
 JSON_READER = JsonCatalogues("app/*/translations/{language}.json")
 MO_READER = GettextCatalogues("shop/locale/{language}/LC_MESSAGES/*.mo", message_language="en")
 
@@ -55,8 +72,8 @@ def compiled_catalogue(messages):
     ],
 )
 def test_normalise(text, expected):
-    assert normalise(text) == expected
-    assert normalise(expected) == expected
+    assert plain_typography(text) == expected
+    assert plain_typography(expected) == expected
 
 
 def test_keys_disregard_what_they_say():
@@ -64,6 +81,12 @@ def test_keys_disregard_what_they_say():
     assert match_key("Button 1") != match_key("Button 2")
     assert mask_key("Button 1 of {name}") == mask_key("button 22 of %(device)s.")
     assert mask_key("Stra\u00dfe") == mask_key("STRASSE")
+
+
+def cleaned(pairs, cleaning=RULES, languages=("en", "de"), workers=1):
+    """The pairs that are left, and how many each filter removed."""
+    removed = Counter()
+    return list(clean(pairs, cleaning, languages, removed, workers)), removed
 
 
 @pytest.mark.parametrize(
@@ -89,9 +112,9 @@ def test_keys_disregard_what_they_say():
     ],
 )
 def test_each_filter_removes_and_counts(name, first, second):
-    result = clean([Pair(first, second)], RULES)
-    assert result.pairs == []
-    assert {key: count for key, count in result.removed.items() if count} == {name: 1}
+    left, removed = cleaned([Pair(first, second)])
+    assert left == []
+    assert {key: count for key, count in removed.items() if count} == {name: 1}
 
 
 @pytest.mark.parametrize(
@@ -105,9 +128,31 @@ def test_each_filter_removes_and_counts(name, first, second):
     ],
 )
 def test_good_pairs_pass(first, second):
-    result = clean([Pair(first, second)], RULES)
-    assert result.pairs == [Pair(first.strip(), second.strip())]
-    assert not any(result.removed.values())
+    left, removed = cleaned([Pair(first, second)])
+    assert left == [Pair(first.strip(), second.strip())]
+    assert not any(removed.values())
+
+
+@pytest.mark.parametrize(
+    ("step", "languages", "removed", "kept"),
+    [
+        (TooLong(words=3), ("en", "de"), ("a b c d", "a"), ("a b c", "a")),
+        (TooLong(words=9, characters=4), ("en", "zh"), ("a", "abcde"), ("a", "abcd")),
+        (WordRatio(2), ("en", "de"), ("a", "b c d"), ("a", "b c")),
+        (LengthRatio(2, 1), ("en", "de"), ("abcdef", "ab"), ("abcde", "ab")),
+        (LengthRatio(2, 1), ("en", "zh"), ("abcdefghijklmn", KANJI), ("abcdefghijkl", KANJI)),
+        (WrongScript(), ("en", "ru"), ("a", f"word {CYRILLIC[:2]}"), ("a", f"{CYRILLIC} ab")),
+        (WrongScript(), ("en", "ja"), ("a", "Kanji"), ("a", f"\u30ab\u30ca\u3068{KANJI}")),
+        (WrongScript(), ("de", "pt-br"), (f"{CYRILLIC} a", "a"), (f"\u00c4h {KANJI}", "\u00e7a")),
+        # "don't" and a full stop are two tokens each.
+        (TokenLengths(4, 9), ("en", "de"), ("I don't know.", "a b"), ("I don't.", "a b")),
+        (TokenLengths(99, 1.5), ("en", "de"), ("a b c.", "d e"), ("a b.", "d e")),
+        (TokenLengths(99, 1.5, Moses(lowercase=True)), ("en", "de"), ("", "d"), ("c", "d")),
+    ],
+)  # fmt: skip
+def test_limits(step, languages, removed, kept):
+    assert step.removes(Pair(*removed), languages)
+    assert not step.removes(Pair(*kept), languages)
 
 
 def test_duplicates_differ_in_neither_words_nor_numbers():
@@ -118,16 +163,30 @@ def test_duplicates_differ_in_neither_words_nor_numbers():
         Pair("Open door 1", "\u00d6ffne T\u00fcr 1"),
         Pair("Open door 2", "\u00d6ffne T\u00fcr 2"),
     ]
-    result = clean(pairs, RULES)
-    assert result.pairs == [pairs[0], *pairs[2:]]
-    assert result.removed["duplicate"] == 1
+    left, removed = cleaned(pairs)
+    assert left == [pairs[0], *pairs[2:]]
+    assert removed["duplicate"] == 1
+    assert cleaned(pairs, replace(RULES, drop_duplicates=False)) == (pairs, removed - removed)
 
 
 def test_every_pair_is_kept_or_counted_once():
     pairs = [Pair("", ""), Pair("a b", "a b"), Pair("one two", "eins zwei")] * 3
-    result = clean(pairs, RULES)
-    assert len(result.pairs) + sum(result.removed.values()) == len(pairs)
-    assert list(result.removed) == [*FILTERS, "duplicate"]
+    left, removed = cleaned(pairs)
+    assert len(left) + removed.total() == len(pairs)
+    assert list(removed) == RULES.names()
+    assert RULES.names()[-1] == "duplicate"
+
+
+def test_several_processes_clean_as_one_does():
+    numbers = ["one", "two", "three", "four", "five", "six", "seven"]
+    pairs = [
+        Pair(f"{a} {b} {i % 40}", f"{b} {a} {i % 40}" if i % 9 else "")
+        for i in range(150)
+        for a in numbers
+        for b in numbers
+    ]
+    assert len(pairs) > 5000  # more than a chunk
+    assert cleaned(pairs, workers=2) == cleaned(pairs)
 
 
 def test_json_catalogues_align_by_key_path(tmp_path):
@@ -255,46 +314,62 @@ SENTENCES = st.lists(
 PAIRS = st.lists(st.builds(Pair, SENTENCES, SENTENCES), max_size=60)
 
 
+LOOSE = Cleaning("plain typography", (Empty(), TooShort(1)), drop_duplicates=True)
+
+
+def divided(split, pairs, seed=1):
+    """The pairs of each part."""
+    parts = {"train": [], "valid": [], "test": []}
+    for part, pair in split.divide(iter(pairs), seed):
+        parts[part].append(pair)
+    return parts
+
+
 @given(PAIRS, st.integers(0, 4), st.integers(0, 4), st.integers(0, 5))
 @settings(max_examples=200, deadline=None)
-def test_held_out_sentences_occur_nowhere_else(raw, valid_pairs, test_pairs, seed):
-    pairs = clean(raw, CleaningRules(min_words=1)).pairs
+def test_held_out_sentences_occur_nowhere_else(raw, valid, test, seed):
+    pairs, _ = cleaned(raw, LOOSE)
     try:
-        splits = split_pairs(pairs, valid_pairs, test_pairs, seed)
+        parts = divided(HeldOut(valid, test), pairs, seed)
     except DataPrepError:
         return
-    assert (len(splits.valid), len(splits.test)) == (valid_pairs, test_pairs)
-    assert sorted(map(repr, splits.train + splits.valid + splits.test)) == sorted(map(repr, pairs))
-    assert leakage(splits) == dict.fromkeys(MATCHES, 0)
-    held_out = {mask_key(s) for p in splits.valid + splits.test for s in (p.first, p.second)}
-    trained = {mask_key(s) for p in splits.train for s in (p.first, p.second)}
-    assert held_out.isdisjoint(trained)
+    assert (len(parts["valid"]), len(parts["test"])) == (valid, test)
+    assert sorted(parts["train"] + parts["valid"] + parts["test"]) == sorted(pairs)
+    sides = [{mask_key(side) for pair in parts[part] for side in pair} for part in parts]
+    assert len(set.union(*sides)) == sum(map(len, sides))
 
 
-def test_split_does_not_depend_on_order_but_on_the_seed():
+def test_what_is_held_out_does_not_depend_on_order_but_on_the_seed():
     letters = "abcdefghijklmnopqrst"
     pairs = [Pair(f"{x} one", f"{x} eins") for x in letters]
-    splits = split_pairs(pairs, 4, 5, seed=1)
-    backwards = split_pairs(pairs[::-1], 4, 5, seed=1)
-    assert (splits.valid, splits.test) == (backwards.valid, backwards.test)
-    assert split_pairs(pairs, 4, 5, seed=2).test != splits.test
+    parts = divided(HeldOut(4, 5), pairs)
+    backwards = divided(HeldOut(4, 5), pairs[::-1])
+    assert (parts["valid"], parts["test"]) == (backwards["valid"], backwards["test"])
+    assert divided(HeldOut(4, 5), pairs, seed=2)["test"] != parts["test"]
 
 
-def test_split_needs_enough_pairs():
+def test_holding_out_needs_enough_pairs():
     pairs = [Pair("a one", "a eins"), Pair("b one", "b eins"), Pair("b one", "b zwei")]
     with pytest.raises(DataPrepError, match="3 clean pairs, of which 1 can be held out; 2 are"):
-        split_pairs(pairs, 1, 1, seed=1)
+        divided(HeldOut(1, 1), pairs)
 
 
-def test_leakage_counts_each_sense():
-    train = [Pair("Open door 1", "T\u00fcr 1 \u00f6ffnen")]
-    splits = Splits(
-        train,
-        valid=[Pair("nothing alike", "nichts Gleiches")],
-        test=[
-            Pair("Open door 1", "x y"),
-            Pair("OPEN, door 1!", "x z"),
-            Pair("x q", "T\u00fcr 2 \u00f6ffnen"),
-        ],
-    )
-    assert list(leakage(splits).values()) == [1, 2, 3]
+def test_every_nth_pair_is_for_validation():
+    pairs = [Pair(str(i), str(i)) for i in range(1, 8)]
+    parts = divided(EveryNth(3), pairs)
+    assert parts["valid"] == [pairs[2], pairs[5]]
+    assert parts["train"] == [pairs[i] for i in (0, 1, 3, 4, 6)]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_overlap_counts_sides_and_pairs(workers):
+    train = [Pair("a b", "c d"), Pair("e f", "g 1")]
+    exact, folded, masked = MATCHES
+    valid = overlap([Pair("a b", "g 1"), Pair("x", "y")], train, ("de", "en"), workers)
+    assert valid == {sense: {"de": 1, "en": 1, "pair": 0} for sense in MATCHES}
+    test = overlap([Pair("E F!", "G 2")], train, ("de", "en"), workers)
+    assert test == {
+        exact: {"de": 0, "en": 0, "pair": 0},
+        folded: {"de": 1, "en": 0, "pair": 0},
+        masked: {"de": 1, "en": 1, "pair": 1},
+    }

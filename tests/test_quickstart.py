@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import quickstart
-from conftest import binarise, write_corpus
+from conftest import binarise, write_corpus, write_manifest
 
 MODEL = [
     *("--arch", "transformer_gradinit_tiny", "--encoder-layers", "1", "--decoder-layers", "1"),
@@ -30,7 +30,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> quickstart.Settings:
         *("-s", "de", "-t", "en", "--joined-dictionary"),
         *(word for pair in zip(prefixes, paths, strict=True) for word in pair),
     )
-    (settings.corpus / "manifest.json").write_text('{"outputs": {"text": "1"}}')
+    write_manifest(settings.corpus, "1")
     return settings
 
 
@@ -77,7 +77,7 @@ def test_what_is_done_is_not_done_again(settings, results, monkeypatch):
 def test_another_corpus_starts_training_over(settings, results, monkeypatch, tmp_path):
     other = quickstart.Settings(tmp_path, settings.updates, settings.seed)
     shutil.copytree(settings.run_dir, other.run_dir, dirs_exist_ok=True)
-    (other.corpus / "manifest.json").write_text('{"outputs": {"text": "2"}}')
+    write_manifest(other.corpus, "2")
 
     class StartedOver(Exception):
         pass
@@ -117,7 +117,26 @@ def test_missing_translations_are_an_error(settings, results, tmp_path):
     full = (settings.folder(settings.arms[0]) / "generate-test.txt").read_text()
     generated.write_text(full.replace("H-7\t", "X-7\t"))
     with pytest.raises(quickstart.RunError, match="each of the 21 sentences"):
-        quickstart.read_translations(generated, settings.corpus / "text")
+        quickstart.read_translations(generated, settings.corpus)
+
+
+def test_moses_and_bpe_are_undone_before_scoring(tmp_path):
+    (tmp_path / "text").mkdir()
+    for language, text in {
+        "de": 'Sie sagte: "Ja."\n',
+        "en": 'She said, "Yes, I\'m well."\n',
+    }.items():
+        (tmp_path / f"text/test.{language}").write_text(text)
+    write_manifest(tmp_path, "1", lowercase=True)
+    generated = tmp_path / "generate-test.txt"
+    generated.write_text("H-0\t-0.5\tshe said , &quot; yes , i &apos;m well . &quot;\n")
+    command = quickstart.translation_command(tmp_path, tmp_path / "x.pt", tmp_path)
+    assert command[command.index("--remove-bpe") + 1] == "subword_nmt"
+    ((_, reference, translation),) = quickstart.read_translations(generated, tmp_path)
+    assert translation == 'she said, "yes, i\'m well."'
+    scores = quickstart.score(tmp_path, [reference], [translation])
+    assert scores.bleu == pytest.approx(100)
+    assert "case:lc" in scores.signatures[0]
 
 
 def test_a_broken_marker_is_done_again(tmp_path):

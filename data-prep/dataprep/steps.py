@@ -9,12 +9,13 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dataprep import DataPrepError
-from dataprep.wheels import file_sha256
+from dataprep.checksums import file_sha256
 
 log = logging.getLogger(__name__)
 
@@ -76,11 +77,13 @@ def run_step(
     # With the process in its name, it cannot be the one that a child of a killed run still fills.
     partial = folder.with_name(f".partial-{folder.name}-{os.getpid()}")
     partial.mkdir(parents=True)
+    start = time.monotonic()
     report = work(partial)
     files = {path.name: file_sha256(path) for path in sorted(partial.iterdir())}
     record = StepRecord(wanted, files, report)
     write_json(partial / RECORD, asdict(record))
     _replace_folder(partial, folder)
+    log.info("step %s: done in %.0f s", folder.name, time.monotonic() - start)
     return record
 
 

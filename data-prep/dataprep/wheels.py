@@ -1,65 +1,43 @@
 """Fetches pinned wheels with pip and checks every byte before anybody reads them."""
 
-import hashlib
 import logging
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from dataprep import DataPrepError
-from dataprep.corpora import Wheel
+from dataprep.catalogues import Reader
+from dataprep.checksums import REFETCH, check_file, scratch_folder
 
 log = logging.getLogger(__name__)
 
-REFETCH = "Delete it and run the same command again to fetch it anew."
 
+@dataclass(frozen=True)
+class Wheel:
+    """One pinned Python wheel, fetched as an archive and never installed.
 
-def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal.
-
-    Raises:
-        OSError: the file cannot be read.
+    Attributes:
+        project: its name in the package index.
+        version: the exact version.
+        filename: the file's name.
+        sha256: the SHA-256 of the file, in hexadecimal.
+        licence: SPDX expression that holds for the messages read from it.
+        licence_evidence: where the wheel states that licence.
+        citation: whom to name when the text is used.
+        reader: how aligned pairs are read out of it.
     """
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
-
-def check_file(path: Path, sha256: str, remedy: str, called: str | None = None) -> None:
-    """Compare a file with its pin.
-
-    Args:
-        path: the file.
-        sha256: what its SHA-256 should be.
-        remedy: the sentence that tells the user what to do if it is not.
-        called: what the user knows the file by, if not by its path.
-
-    Raises:
-        DataPrepError: the file cannot be read, or is not, byte for byte, the pinned one.
-    """
-    try:
-        found, size = file_sha256(path), path.stat().st_size
-    except OSError as error:
-        raise DataPrepError(f"{path} cannot be read ({error.strerror}). {remedy}") from error
-    if found != sha256:
-        raise DataPrepError(
-            f"{called or path} is not the file that was pinned: expected SHA-256 {sha256}, found "
-            f"{found} ({size:,} bytes). {remedy}"
-        )
-
-
-@contextmanager
-def scratch_folder(cache: Path) -> Iterator[Path]:
-    """A folder inside `cache` for files that are not whole yet; those of killed runs go."""
-    cache.mkdir(parents=True, exist_ok=True)
-    for abandoned in cache.glob(".partial-*"):
-        shutil.rmtree(abandoned, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=cache) as scratch:
-        yield Path(scratch)
+    project: str
+    version: str
+    filename: str
+    sha256: str
+    licence: str
+    licence_evidence: str
+    citation: str
+    reader: Reader
 
 
 def obtain_wheels(
@@ -86,7 +64,7 @@ def obtain_wheels(
                 local / wheel.filename,
                 wheel.sha256,
                 f"Put {wheel.filename} of {wheel.project} {wheel.version} into that folder, or "
-                "leave --wheels out to fetch it.",
+                "leave --mirror out to fetch it.",
             )
         return {wheel.project: local / wheel.filename for wheel in wheels}
     missing = [wheel for wheel in wheels if not (cache / wheel.filename).exists()]
@@ -120,7 +98,7 @@ def _download(wheels: list[Wheel], cache: Path) -> None:
             raise DataPrepError(
                 f"pip could not fetch {names}: {last[:300]} Check the network and pip's "
                 f"configuration, or fetch {', '.join(w.filename for w in wheels)} elsewhere and "
-                "name their folder with --wheels."
+                "name their folder with --mirror."
             )
         for wheel in wheels:
             os.replace(scratch / wheel.filename, cache / wheel.filename)

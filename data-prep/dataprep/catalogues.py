@@ -1,25 +1,24 @@
-"""Reads aligned pairs, without unpacking or importing anything.
+"""Reads aligned pairs out of message catalogues in wheels, without unpacking or importing anything.
 
-They come out of message catalogues in wheels, or out of text files whose lines correspond. A
-catalogue maps keys to text. Two catalogues of one program share their keys, so that a pair is
+A catalogue maps keys to text. Two catalogues of one program share their keys, so that a pair is
 what the two languages say for one key. Wheels are read as zip archives, member by member, into
 memory: no member's name ever becomes a path on disk, so that a hostile name can do no harm.
 """
 
 import fnmatch
 import gettext
-import gzip
 import io
 import json
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from dataprep import DataPrepError
+from dataprep.pairs import Pair
 
 # The largest catalogue of the pinned wheels has 1.5 MB. A member that claims more is no catalogue,
 # and reading it might exhaust the memory.
@@ -27,14 +26,6 @@ MAX_MEMBER_BYTES = 64 * 1024 * 1024
 
 # gettext joins a message's context and its text with this character.
 _CONTEXT_SEPARATOR = "\x04"
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One text in both languages; `first` and `second` follow the corpus's languages."""
-
-    first: str
-    second: str
 
 
 class Reader(Protocol):
@@ -95,66 +86,6 @@ class GettextCatalogues:
         for place in sorted(translated):
             for message, translation in _load_mo(archive, translated[place]):
                 yield Pair(message, translation) if keys_first else Pair(translation, message)
-
-
-class PartsReader(Protocol):
-    """Knows how the parts of a published corpus lie in its files."""
-
-    def read(self, files: Mapping[str, Path], languages: tuple[str, str]) -> dict[str, list[Pair]]:
-        """Return the pairs of each part, by its name for fairseq, in the published order.
-
-        Args:
-            files: the path of each file, already verified, by its name.
-            languages: the two languages' codes.
-
-        Raises:
-            DataPrepError: a file cannot be read, or its two sides do not correspond.
-        """
-
-
-@dataclass(frozen=True)
-class GzipLines:
-    """Text compressed by gzip, one file for each part and language, one sentence a line.
-
-    Attributes:
-        train: the files' name for training; "{language}" stands for the language's code.
-        valid: the same for validation.
-        test: the same for testing.
-    """
-
-    train: str
-    valid: str
-    test: str
-
-    def read(self, files: Mapping[str, Path], languages: tuple[str, str]) -> dict[str, list[Pair]]:
-        """See `PartsReader.read`."""
-        patterns = {"train": self.train, "valid": self.valid, "test": self.test}
-        return {part: _read_part(files, name, languages) for part, name in patterns.items()}
-
-
-def _read_part(files: Mapping[str, Path], pattern: str, languages: tuple[str, str]) -> list[Pair]:
-    names = [pattern.replace("{language}", language) for language in languages]
-    first, second = (_gzip_lines(files[name]) for name in names)
-    if len(first) != len(second):
-        raise DataPrepError(
-            f"The lines of {names[0]} and {names[1]} do not correspond: {len(first):,} in the one, "
-            f"{len(second):,} in the other."
-        )
-    return [Pair(*sides) for sides in zip(first, second, strict=True)]
-
-
-def _gzip_lines(path: Path) -> list[str]:
-    try:
-        text = gzip.decompress(path.read_bytes()).decode("utf-8")
-    except (gzip.BadGzipFile, zlib.error, EOFError, UnicodeDecodeError) as error:
-        raise DataPrepError(f"{path} cannot be read as gzip-compressed text: {error}.") from error
-    return split_lines(text)
-
-
-def split_lines(text: str) -> list[str]:
-    """The lines of a text file, without their ends."""
-    # Not splitlines(), which also splits at characters that may stand within a sentence.
-    return text.removesuffix("\n").split("\n")
 
 
 def read_wheel(path: Path, reader: Reader, languages: tuple[str, str]) -> list[Pair]:

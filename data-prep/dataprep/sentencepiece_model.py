@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 import sentencepiece
@@ -53,7 +54,7 @@ def encode_lines(model: Path, lines: Iterable[str]) -> list[str]:
         model: the file written by `train_model`.
         lines: text, one sentence each.
     """
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    processor = _processor(model)
     return [" ".join(pieces) for pieces in processor.encode(list(lines), out_type=str)]
 
 
@@ -65,7 +66,7 @@ def write_dictionary(model: Path, path: Path) -> int:
     Returns:
         The number of pieces written.
     """
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    processor = _processor(model)
     ids = range(processor.get_piece_size())
     pieces = [
         processor.id_to_piece(i)
@@ -74,3 +75,8 @@ def write_dictionary(model: Path, path: Path) -> int:
     ]
     path.write_text("".join(f"{piece} 1\n" for piece in pieces), encoding="utf-8")
     return len(pieces)
+
+
+@cache
+def _processor(model: Path) -> sentencepiece.SentencePieceProcessor:
+    return sentencepiece.SentencePieceProcessor(model_file=str(model))

@@ -1,0 +1,86 @@
+"""Checks files against their digests, and keeps those apart that are not whole yet."""
+
+import functools
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dataprep import DataPrepError
+
+REFETCH = "Delete it and run the same command again to fetch it anew."
+
+# What a digest may be made with, and what people call it.
+_ALGORITHMS = {"sha256": "SHA-256", "md5": "MD5"}
+
+
+def file_digest(path: Path, algorithm: str) -> str:
+    """The digest of a file, in hexadecimal.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    # Some systems refuse MD5 but for uses like this: it says whether a download went well.
+    new = functools.partial(hashlib.new, algorithm, usedforsecurity=False)
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, new).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    return file_digest(path, "sha256")
+
+
+def read_digest(path: Path, algorithm: str, remedy: str) -> str:
+    """The digest of a file that the user may have put there.
+
+    Args:
+        path: the file.
+        algorithm: "sha256" or "md5".
+        remedy: the sentence that tells the user what to do if it cannot be read.
+
+    Raises:
+        DataPrepError: the file cannot be read.
+    """
+    try:
+        return file_digest(path, algorithm)
+    except OSError as error:
+        raise DataPrepError(f"{path} cannot be read ({error.strerror}). {remedy}") from error
+
+
+def check_file(path: Path, digest: str, remedy: str, called: str | None = None) -> None:
+    """Compare a file with its pin.
+
+    Args:
+        path: the file.
+        digest: "sha256:HEX" or "md5:HEX"; HEX alone is a SHA-256.
+        remedy: the sentence that tells the user what to do if it is another file.
+        called: what the user knows the file by, if not by its path.
+
+    Raises:
+        DataPrepError: the file cannot be read, or is not, byte for byte, the pinned one.
+    """
+    prefix, _, expected = digest.rpartition(":")
+    algorithm = prefix or "sha256"
+    found = read_digest(path, algorithm, remedy)
+    if found != expected.lower():
+        raise DataPrepError(
+            f"{called or path} is not the file that was pinned: expected {_ALGORITHMS[algorithm]} "
+            f"{expected}, found {found} ({path.stat().st_size:,} bytes). {remedy}"
+        )
+
+
+@contextmanager
+def scratch_folder(cache: Path) -> Iterator[Path]:
+    """A folder inside `cache` for files that are not whole yet; those of killed runs go."""
+    cache.mkdir(parents=True, exist_ok=True)
+    for abandoned in cache.glob(".partial-*/"):  # folders alone: files are downloads to go on with
+        shutil.rmtree(abandoned, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=cache) as scratch:
+        yield Path(scratch)

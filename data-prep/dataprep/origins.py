@@ -1,0 +1,217 @@
+"""Where text comes from: what is fetched, and how aligned pairs are read out of it."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from dataprep import DataPrepError
+from dataprep.archives import unpack
+from dataprep.catalogues import read_wheel
+from dataprep.checksums import file_sha256
+from dataprep.downloads import SourceFile, obtain_files
+from dataprep.help_pages import read_pages
+from dataprep.packages import DebianPackage, obtain_packages, package_version
+from dataprep.pairs import Pair
+from dataprep.texts import TextSource, read_pairs
+from dataprep.wheels import Wheel, obtain_wheels
+
+Files = Mapping[str, Path]
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Under which terms a text may be used.
+
+    Attributes:
+        licence: in a few words, or as an SPDX expression.
+        licence_evidence: where that is stated.
+        citation: whom to name when the text is used.
+    """
+
+    licence: str
+    licence_evidence: str
+    citation: str
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Pairs that come from one place.
+
+    Attributes:
+        part: the part of the corpus that they were published for: train, valid or test.
+        name: what they are counted under.
+        pairs: the pairs, read as they are asked for.
+        left_out: how much of the place is not among them, by the reason.
+    """
+
+    part: str
+    name: str
+    pairs: Iterator[Pair]
+    left_out: Mapping[str, int] = field(default_factory=dict)
+
+
+class Origin(Protocol):
+    """Fetches files, and reads pairs from them in an order that depends on their content alone."""
+
+    def terms(self) -> tuple[Terms, ...]:
+        """Under which terms the text may be used."""
+
+    def obtain(self, languages: tuple[str, str], cache: Path, mirror: str | None) -> Files:
+        """Return files that are whole and the right ones, fetching what is not in `cache`.
+
+        Args:
+            mirror: a folder or an address to take them from instead.
+
+        Raises:
+            DataPrepError: one is missing, not the right one, or cannot be fetched.
+        """
+
+    def read(self, files: Files, languages: tuple[str, str], scratch: Path) -> Iterator[Stretch]:
+        """Yield what is in the files; all stretches of a part come one after the other.
+
+        Args:
+            scratch: an empty folder to unpack into, which stays until the last pair is read.
+
+        Raises:
+            DataPrepError: a file does not hold what it should.
+        """
+
+    def inputs(self, files: Files) -> list[dict[str, str]]:
+        """What tells others exactly which files these were, for the manifest."""
+
+
+@dataclass(frozen=True)
+class Wheels:
+    """Message catalogues in pinned Python wheels, all for training."""
+
+    wheels: tuple[Wheel, ...]
+
+    def terms(self) -> tuple[Terms, ...]:
+        """See `Origin.terms`."""
+        return tuple(Terms(w.licence, w.licence_evidence, w.citation) for w in self.wheels)
+
+    def obtain(self, languages: tuple[str, str], cache: Path, mirror: str | None) -> Files:
+        """See `Origin.obtain`."""
+        return obtain_wheels(self.wheels, cache, _folder(mirror, "pip fetches the wheels"))
+
+    def read(self, files: Files, languages: tuple[str, str], scratch: Path) -> Iterator[Stretch]:
+        """See `Origin.read`."""
+        for wheel in self.wheels:
+            pairs = iter(read_wheel(files[wheel.project], wheel.reader, languages))
+            yield Stretch("train", wheel.project, pairs)
+
+    def inputs(self, files: Files) -> list[dict[str, str]]:
+        """See `Origin.inputs`."""
+        return [
+            {
+                "project": wheel.project,
+                "version": wheel.version,
+                "file": wheel.filename,
+                "sha256": wheel.sha256,
+            }
+            for wheel in self.wheels
+        ]
+
+
+@dataclass(frozen=True)
+class PublishedTexts:
+    """Texts that their authors publish as files, alone or in archives.
+
+    Attributes:
+        files: what is fetched.
+        sources: the texts in them, those of a part one after the other.
+        licensed: under which terms.
+    """
+
+    files: tuple[SourceFile, ...]
+    sources: tuple[TextSource, ...]
+    licensed: Terms
+
+    def terms(self) -> tuple[Terms, ...]:
+        """See `Origin.terms`."""
+        return (self.licensed,)
+
+    def obtain(self, languages: tuple[str, str], cache: Path, mirror: str | None) -> Files:
+        """See `Origin.obtain`."""
+        return obtain_files(self.files, cache, mirror)
+
+    def read(self, files: Files, languages: tuple[str, str], scratch: Path) -> Iterator[Stretch]:
+        """See `Origin.read`."""
+        for source in self.sources:
+            if source.archive is None:
+                paths = tuple(files[name] for name in source.names)
+            else:
+                paths = self._unpacked(source.archive, files, scratch / source.archive, source)
+            name = source.names[0].rpartition("/")[2]
+            yield Stretch(source.part, name, read_pairs(source, (paths[0], paths[1])))
+
+    def _unpacked(
+        self, archive: str, files: Files, folder: Path, source: TextSource
+    ) -> tuple[Path, ...]:
+        """Where the texts of a source lie; the first one of an archive has all of it unpacked."""
+        members = [name for s in self.sources if s.archive == archive for name in s.names]
+        places = {name: folder / f"{number}.txt" for number, name in enumerate(members)}
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            unpack(files[archive], places)
+        return tuple(places[name] for name in source.names)
+
+    def inputs(self, files: Files) -> list[dict[str, str]]:
+        """See `Origin.inputs`."""
+        return [
+            {
+                "file": file.filename,
+                "address": file.address,
+                "sha256": file_sha256(files[file.filename]),
+            }
+            for file in self.files
+        ]
+
+
+@dataclass(frozen=True)
+class HelpPackages:
+    """LibreOffice's manual in Debian's or Ubuntu's packages, all for training."""
+
+    licensed: Terms
+
+    def terms(self) -> tuple[Terms, ...]:
+        """See `Origin.terms`."""
+        return (self.licensed,)
+
+    def obtain(self, languages: tuple[str, str], cache: Path, mirror: str | None) -> Files:
+        """See `Origin.obtain`."""
+        packages = tuple(DebianPackage(_package(language)) for language in languages)
+        return obtain_packages(packages, cache, _folder(mirror, "apt-get fetches the packages"))
+
+    def read(self, files: Files, languages: tuple[str, str], scratch: Path) -> Iterator[Stretch]:
+        """See `Origin.read`."""
+        first, second = (files[_package(language)] for language in languages)
+        pages = read_pages(first, second, languages)
+        yield Stretch("train", "manual", iter(pages.pairs), pages.left_out)
+
+    def inputs(self, files: Files) -> list[dict[str, str]]:
+        """See `Origin.inputs`."""
+        return [
+            {
+                "package": name,
+                "version": package_version(path),
+                "file": path.name,
+                "sha256": file_sha256(path),
+            }
+            for name, path in files.items()
+        ]
+
+
+def _package(language: str) -> str:
+    """The English manual's package is named for American English."""
+    return f"libreoffice-help-{'en-us' if language == 'en' else language.lower()}"
+
+
+def _folder(mirror: str | None, fetcher: str) -> Path | None:
+    if mirror is not None and "://" in mirror:
+        raise DataPrepError(
+            f"{fetcher} of this corpus, so that --mirror can only name a folder that holds them; "
+            f"{mirror} is an address."
+        )
+    return None if mirror is None else Path(mirror)

@@ -1,0 +1,119 @@
+"""The steps that make tokens/ and subwords/: from text to the pieces that a model reads."""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import chain
+from pathlib import Path
+
+from dataprep import bpe, sentencepiece_model
+from dataprep.moses import Moses, tokenise
+from dataprep.pairs import PARTS
+from dataprep.parallel import chunks, ordered_map
+from dataprep.texts import read_text
+
+log = logging.getLogger(__name__)
+
+MODEL = "joint.model"
+DICTIONARY = "dict.txt"
+CODES = "codes.bpe"
+
+LEARNING_LINES = 2_000_000
+"""What sentencepiece learns from is held in memory, so it gets no more lines than this."""
+
+
+def make_tokens(
+    folder: Path, text: Path, languages: tuple[str, str], moses: Moses, workers: int
+) -> dict:
+    """Write the text of `text` as the Moses tokeniser divides it, in files of the same names.
+
+    Returns:
+        The number of tokens in each file.
+    """
+    return {
+        "tokens": {
+            f"{part}.{language}": _map_lines(
+                partial(_tokenised, language=language, moses=moses),
+                text / f"{part}.{language}",
+                folder / f"{part}.{language}",
+                workers,
+            )
+            for part in PARTS
+            for language in languages
+        }
+    }
+
+
+def _tokenised(lines: list[str], language: str, moses: Moses) -> list[str]:
+    return tokenise(lines, language, moses)
+
+
+def make_bpe_subwords(
+    folder: Path, tokens: Path, languages: tuple[str, str], merges: int, workers: int
+) -> dict:
+    """Learn joint BPE on the training part of `tokens`, and cut all parts by it.
+
+    Returns:
+        The number of pieces in each file.
+    """
+    log.info("learning %d merge operations", merges)
+    training = (read_text(tokens / f"train.{language}") for language in languages)
+    bpe.learn_codes(chain.from_iterable(training), merges, folder / CODES)
+    encode = partial(bpe.encode_lines, folder / CODES)
+    return {"tokens": _encode(encode, tokens, folder, languages, workers)}
+
+
+def make_sentencepiece_subwords(
+    folder: Path, text: Path, languages: tuple[str, str], vocab_size: int, workers: int
+) -> dict:
+    """Learn a joint vocabulary on the training part of `text`, and cut all parts by it.
+
+    Returns:
+        The size of the dictionary, the lines that it was learnt from, and the number of pieces in
+        each file.
+
+    Raises:
+        DataPrepError: the text is too small for such a vocabulary.
+    """
+    log.info("learning a joint vocabulary of %d pieces", vocab_size)
+    sides = [text / f"train.{language}" for language in languages]
+    total = sum(1 for side in sides for _ in read_text(side))
+    step = -(-total // LEARNING_LINES)
+    sentences = _every(step, chain.from_iterable(map(read_text, sides)))
+    sentencepiece_model.train_model(sentences, vocab_size, folder / MODEL)
+    pieces = sentencepiece_model.write_dictionary(folder / MODEL, folder / DICTIONARY)
+    encode = partial(sentencepiece_model.encode_lines, folder / MODEL)
+    return {
+        "pieces": pieces,
+        "learnt_from_lines": -(-total // step),
+        "tokens": _encode(encode, text, folder, languages, workers),
+    }
+
+
+def _every(step: int, lines: Iterable[str]) -> Iterator[str]:
+    return (line for number, line in enumerate(lines) if number % step == 0)
+
+
+def _encode(
+    encode: Callable[[list[str]], list[str]],
+    source: Path,
+    folder: Path,
+    languages: tuple[str, str],
+    workers: int,
+) -> dict[str, int]:
+    return {
+        name: _map_lines(encode, source / name, folder / name, workers)
+        for name in (f"{part}.{language}" for part in PARTS for language in languages)
+    }
+
+
+def _map_lines(
+    function: Callable[[list[str]], list[str]], source: Path, target: Path, workers: int
+) -> int:
+    """Write what `function` makes of the lines of a file; returns the number of words in that."""
+    words = 0
+    with target.open("w", encoding="utf-8", newline="\n") as out:
+        for lines in ordered_map(function, chunks(read_text(source)), workers):
+            out.writelines(f"{line}\n" for line in lines)
+            words += sum(len(line.split(" ")) for line in lines)
+    return words
