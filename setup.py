@@ -16,6 +16,18 @@ VERSION = re.search(
 # ve-fairseq is fairseq's main branch with wheels for Python 3.11 and 3.12.
 FAIRSEQ = ["ve-fairseq>=0.12.3,<0.13; python_version<'3.13'"]
 
+# For data-prep/.
+DATA = [
+    "lxml>=4.9",
+    "python-debian>=1.0",
+    "requests>=2.28",
+    "sacremoses>=0.2",
+    "sentencepiece>=0.2",
+    "subword-nmt>=0.3.8",
+    "tqdm>=4.60",
+    "urllib3>=2",
+]
+
 
 def another_fairseq() -> bool:
     """Whether the environment already has a fairseq that is not ve-fairseq.
@@ -76,13 +88,13 @@ setup(
     extras_require={
         "fairseq": [] if another_fairseq() else FAIRSEQ,
         "bench": ["matplotlib>=3.8", "scikit-learn>=1.4"],
-        "data": ["pooch>=1.8", "sentencepiece>=0.2", "tqdm>=4.60"],
+        "data": DATA,
         "plot": ["matplotlib>=3.8"],
-        "quickstart": ["matplotlib>=3.8", "sacrebleu>=2.4", "sentencepiece>=0.2", "tqdm>=4.60"],
+        "quickstart": [*DATA, "matplotlib>=3.8", "sacrebleu>=2.4"],
         "test": [
-            *("hypothesis>=6", "matplotlib>=3.8", "mypy>=1.13", "pooch>=1.8", "pytest>=8"),
-            *("ruff>=0.8", "sacrebleu>=2.4", "scikit-learn>=1.4", "sentencepiece>=0.2"),
-            "tqdm>=4.60",
+            *DATA,
+            *("hypothesis>=6", "matplotlib>=3.8", "mypy>=1.13", "pytest>=8"),
+            *("ruff>=0.8", "sacrebleu>=2.4", "scikit-learn>=1.4"),
         ],
     },
     cmdclass={"editable_wheel": EditableUserDir},

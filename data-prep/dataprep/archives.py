@@ -17,18 +17,18 @@ from typing import BinaryIO
 from dataprep import DataPrepError
 from dataprep.checksums import REFETCH
 
-MAX_BYTES = 8 * 1024**3  # several times as much as any parallel corpus that fairseq is tried on
+MAX_BYTES = 8 * 1024**3  # no corpus of a few million pairs comes near it
 
-# tarfile keeps the headers before a member in memory, parses them in quadratic time, and keeps
-# what the global ones say. Ordinary members have headers of one or two kilobytes.
+# tarfile keeps the headers before a member in memory, and some versions of it parse them in
+# quadratic time. Ordinary members have one or two kilobytes.
 MAX_HEADER_BYTES = 64 * 1024
-MAX_HEADERS_BYTES = 4 * 1024**2
+MAX_HEADERS_BYTES = 16 * 1024**2  # of all members together
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _NAMES_SHOWN = 5
 
 # What tarfile raises for headers that are damaged, or made to do harm.
-_BAD_HEADERS = (tarfile.TarError, ValueError, LookupError, OverflowError, RecursionError)
+_BAD_HEADERS = (tarfile.TarError, ValueError, IndexError)
 
 
 def unpack(archive: Path, wanted: Mapping[str, Path], max_bytes: int = MAX_BYTES) -> None:
@@ -78,7 +78,7 @@ def _stage(archive: Path, wanted: Mapping[str, Path], max_bytes: int) -> None:
         there = ", ".join(map(_shown, seen[:_NAMES_SHOWN])) or "nothing"
         raise DataPrepError(
             f"{archive} does not hold {', '.join(missing)}: it is not the archive that was "
-            f"expected. Among its {len(seen):,} members are {there}."
+            f"expected. Among its {len(seen):,} members are {there}. Put the published one there."
         )
 
 
@@ -141,19 +141,19 @@ def _members(stream: _Metered) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInf
         DataPrepError: there is more than there may be, or it ends too early.
         Exception: one of `_BAD_HEADERS`.
     """
-    data, end = 0, 0  # the bytes in files so far; where the last one ends
+    data, end = 0, 0  # the bytes in files so far; where the last member ends
     stream.expected = MAX_HEADER_BYTES
     with tarfile.open(fileobj=stream, mode="r|", encoding="utf-8") as tar:
         for member in iter(tar.next, None):
-            tar.members.clear()  # kept for random access, they would fill the memory
+            tar.members.clear()  # kept for random access, they would fill the memory;
+            tar.pax_headers.clear()  # so would global headers, and they say nothing of members
             if member.issparse():
                 raise _refusal(stream.archive, f"{_shown(member.name)} in it is a sparse file")
-            if member.isreg():
-                if member.size < 0:
-                    raise ValueError("negative size")
-                data += member.size
-                end = member.offset_data + member.size
-                stream.refuse_beyond(end)
+            if member.size < 0:
+                raise ValueError("negative size")
+            stream.refuse_beyond(member.offset_data + member.size)
+            size = member.size if member.isreg() else 0  # what others say means nothing
+            data, end = data + size, member.offset_data + size
             stream.expected = min(end + MAX_HEADER_BYTES, data + MAX_HEADERS_BYTES)
             yield tar, member
     stream.expected = data + MAX_HEADERS_BYTES

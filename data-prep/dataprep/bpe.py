@@ -7,6 +7,7 @@ out as single spaces: subword-nmt would take all but the plain space for part of
 
 import contextlib
 import io
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,9 +18,8 @@ from dataprep import DataPrepError
 
 SEPARATOR = "@@"
 
-# subword-nmt remembers the pieces of every word it has met. Half a million words take about 200 MB
-# and are nearly all that are ever looked up twice.
-_REMEMBERED_WORDS = 500_000
+# subword-nmt would remember the pieces of every word that it ever met. So many take about 75 MB.
+_REMEMBERED_WORDS = 200_000
 
 
 def learn_codes(lines: Iterable[str], merges: int, path: Path) -> None:
@@ -36,12 +36,13 @@ def learn_codes(lines: Iterable[str], merges: int, path: Path) -> None:
     Raises:
         DataPrepError: the text has fewer merges to learn.
     """
-    try:
-        # Without a translation of line ends: a piece may hold a character that counts as one.
-        with path.open("w", encoding="utf-8", newline="\n") as codes, _quiet():
-            learn_bpe(map(_single_spaces, lines), codes, merges)
-    except ValueError as error:  # it takes the maximum over the pairs of characters
-        raise _too_small(merges, 0) from error
+    words = Counter(word for line in lines for word in line.split())
+    if all(len(word) == 1 for word in words):  # subword-nmt fails where there is nothing to merge
+        raise _too_small(merges, 0)
+    counts = (f"{word} {count}" for word, count in words.items())
+    # Lines end in "\n" on every system, and nothing else counts as their end.
+    with path.open("w", encoding="utf-8", newline="\n") as codes, _quiet():
+        learn_bpe(counts, codes, merges, is_dict=True)
     with path.open(encoding="utf-8", newline="\n") as codes:
         learnt = sum(1 for _ in codes) - 1  # the first line is a version
     if learnt < merges:
@@ -50,8 +51,8 @@ def learn_codes(lines: Iterable[str], merges: int, path: Path) -> None:
 
 def _too_small(merges: int, learnt: int) -> DataPrepError:
     return DataPrepError(
-        f"{merges:,} merges cannot be learnt from this text, in which only {learnt:,} pairs of "
-        "pieces occur twice: ask for fewer, or give more text."
+        f"Only {learnt:,} merges can be learnt from this text, not {merges:,}: ask for fewer, or "
+        "take more text."
     )
 
 

@@ -339,7 +339,14 @@ LIBREOFFICE_HELP = Corpus(
     languages=(),
     default_source="",
     origin=HelpPackages(
-        Terms(licence="TODO", licence_evidence="TODO", citation="TODO"),
+        Terms(
+            licence="MPL-2.0",
+            licence_evidence="usr/share/doc/libreoffice-help-*/copyright in the packages",
+            citation=(
+                "The LibreOffice contributors and translators: LibreOffice Help, The Document "
+                "Foundation, in the version that the inputs name"
+            ),
+        ),
     ),
     cleaning=Cleaning(
         "plain typography",
@@ -348,9 +355,10 @@ LIBREOFFICE_HELP = Corpus(
             NoWords(),
             Identical(),
             Markup(),
+            Placeholders(),
             WrongScript(),
             TooShort(words=2),
-            TooLong(words=100, characters=600),
+            TooLong(words=80, characters=600),
             LengthRatio(ratio=2.0, slack=20),
         ),
         drop_duplicates=True,

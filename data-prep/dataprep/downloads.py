@@ -345,7 +345,7 @@ def _transfer(session: requests.Session, address: str, file: SourceFile, partial
                     partial.begin(address, None)
                     raise _wrong_size(address, length, total, _ELSEWHERE)
         except HTTPError as error:
-            raise _BrokenOffError(str(_root_cause(error))) from error
+            raise _BrokenOffError(f"the transfer broke off ({_root_cause(error)})") from error
         except OSError as error:
             raise _no_room(file, partial, total, error) from error
     if total is not None and partial.length < total:

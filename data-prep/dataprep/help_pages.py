@@ -139,13 +139,13 @@ def _text(element: html.HtmlElement, prose_only: bool = False) -> str:
 def _shown(element: html.HtmlElement) -> list[html.HtmlElement]:
     """An element's children, but of text that differs by system or program one variant only.
 
-    That is the default or, if there is none, the first by its name, the same in all languages.
+    Classes name the variants. First by class is the default, which has none, or else the same
+    variant in all languages.
     """
     children = list(element)
-    if element.get("class") != "switchinline":
-        return children
-    default = [child for child in children if child.get("id", "").startswith("default")]
-    return default or sorted(children, key=lambda child: child.get("class", ""))[:1]
+    if element.get("class") == "switchinline":
+        return sorted(children, key=lambda child: child.get("class", ""))[:1]
+    return children
 
 
 def _is_code(element: html.HtmlElement) -> bool:

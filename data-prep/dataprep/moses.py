@@ -102,7 +102,7 @@ def _normalizer(language: str) -> MosesPunctNormalizer:
 def _normalise_punctuation(text: str, language: str) -> str:
     # The script's rules see the end of the line, and one of them moves a full stop across a
     # quotation mark before it.
-    return _normalizer(language).normalize(f"{text}\n")
+    return str(_normalizer(language).normalize(f"{text}\n"))
 
 
 def _blank_unprintable(text: str) -> str:

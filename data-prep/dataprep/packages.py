@@ -142,7 +142,7 @@ def _download(names: list[str], cache: Path) -> None:
             raise DataPrepError(f"There is no apt-get on this machine: {remedy}") from error
         if result.returncode != 0:
             raise DataPrepError(
-                f"apt-get could not fetch {' and '.join(names)}: {_complaint(result.stderr)} Run "
+                f"apt-get could not fetch {' and '.join(names)}: {_complaint(result.stderr)}. Run "
                 f"`apt-get update` as root if its index is old or missing, or {remedy}"
             )
         for name in names:
@@ -153,7 +153,9 @@ def _download(names: list[str], cache: Path) -> None:
 def _complaint(stderr: str) -> str:
     """The last error that apt-get reports; its warnings, such as of running as root, come last."""
     lines = stderr.strip().splitlines() or ["no message"]
-    return next((line for line in reversed(lines) if line.startswith("E:")), lines[-1])[:300]
+    return next((line for line in reversed(lines) if line.startswith("E:")), lines[-1])[
+        :300
+    ].rstrip(".")
 
 
 def _check_versions(paths: Mapping[str, Path]) -> None:
