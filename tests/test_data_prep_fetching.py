@@ -16,6 +16,7 @@ import tarfile
 import threading
 import time
 import tracemalloc
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -455,6 +456,17 @@ def test_no_server(server, cache):
     assert names(cache) == []
 
 
+def test_what_was_fetched_before_another_file_failed_is_kept(server, cache):
+    files = [SourceFile(f"{server.mirror}/{i}", server.pin.digest) for i in range(3)]
+    server.script = [Quirks(), Quirks(status=404)]
+    with pytest.raises(DataPrepError, match=f"{files[1].address} could not be fetched"):
+        obtain_files(files, cache)
+    assert names(cache) == ["0"]
+    server.requests.clear()
+    assert obtain_files(files, cache) == {str(i): cache / str(i) for i in range(3)}
+    assert [request.path for request in server.requests] == ["/data/1", "/data/2"]
+
+
 def test_another_file_than_the_pinned_one(server, cache):
     file = SourceFile(server.address, f"md5:{hashlib.md5(OTHER).hexdigest()}")
     message = failure(file, cache)
@@ -654,6 +666,11 @@ def test_digests(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(CONTENT)
     assert file_digest(path, "md5") == hashlib.md5(CONTENT).hexdigest()
+    (tmp_path / "greeting").write_bytes(b"hello\n")  # what git hash-object prints for it:
+    named = "ce013625030ba8dba906f756967f9e9ca394464a"
+    assert file_digest(tmp_path / "greeting", "git-sha1") == named
+    with pytest.raises(DataPrepError, match=f"expected SHA-1 of git 00, found {named} "):
+        check_file(tmp_path / "greeting", "git-sha1:00", "")
     check_file(path, sha256(CONTENT), "")  # bare
     check_file(path, f"sha256:{sha256(CONTENT)}", "")
     with pytest.raises(DataPrepError, match=r"^this is not .*: expected SHA-256 00, .* Mend it\.$"):
@@ -811,6 +828,13 @@ def extended_sparse_header() -> bytes:
     return sealed(header)
 
 
+def half_compressed(content: bytes) -> bytes:
+    """A gzip file that cannot be decompressed from the middle on."""
+    compressor = zlib.compressobj(wbits=31)
+    first = compressor.compress(content[: len(content) // 2])
+    return first + compressor.flush(zlib.Z_FULL_FLUSH) + b"\xff" * 100
+
+
 def sealed(header: bytearray) -> bytes:
     """A header with its sum put right."""
     total = sum(header) - sum(header[148:156]) + 8 * ord(" ")
@@ -840,8 +864,8 @@ BOMBS: dict[str, Callable[[], bytes]] = {
     "long name": lambda: zeros_as(tarfile.GNUTYPE_LONGNAME),
     "folder with a size": lambda: zeros_as(tarfile.DIRTYPE),
     "sparse map": lambda: tar(member("x", b"9999999\n" + b"0\n" * 10**7, pax_headers=SPARSE)),
-    "folders": lambda: bare_header(tarfile.DIRTYPE, 0) * 6_000,
-    "empty files": lambda: bare_header(tarfile.REGTYPE, 0) * 6_000,
+    "folders": lambda: bare_header(tarfile.DIRTYPE, 0) * 6_000 + tar(member("..")),
+    "empty files": lambda: bare_header(tarfile.REGTYPE, 0) * 6_000 + tar(member("..")),
     "padding": lambda: tar(*wanted_members()) + bytes(20_000_000),
 }
 
@@ -849,7 +873,7 @@ BOMBS: dict[str, Callable[[], bytes]] = {
 @pytest.mark.parametrize("kind", BOMBS)
 def test_headers_that_would_fill_the_memory(refused, kind, monkeypatch):
     monkeypatch.setattr(archives, "MAX_HEADERS_BYTES", 2 * 1024**2)
-    bomb = gzip.compress(BOMBS[kind](), 1)
+    bomb = gzip.compress(bare_header(tarfile.REGTYPE, 0) + BOMBS[kind](), 1)
     tracemalloc.start()
     try:
         message = refused(bomb)
@@ -877,34 +901,24 @@ def test_sparse_files(refused):
     assert "'train.en' in it is a sparse file" in refused(tar(pax))
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"\x1f\x8b",
-        b"<html>not found</html>" * 100,
-        gzip.compress(b""),
-        gzip.compress(b"no tar file"),
-        tar(member("x", size=-512), form=tarfile.GNU_FORMAT),
-        tar(member("x", pax_headers={"size": "-1024"})),
-        tar(member("x", pax_headers={"GNU.sparse.map": "1,x"})),
-        bare_header(tarfile.XHDTYPE, 0) * 100,
-        extended_sparse_header(),
-        gzip.compress(tar(*wanted_members())) + b"more",
-        tar(*wanted_members(), member("x", b"text" * 500))[:-3_000],
-    ],
-    ids=[
-        *("empty", "only magic", "html", "empty gzip", "no tar", "negative size"),
-        *(
-            "negative pax size",
-            "sparse map",
-            "nested",
-            "extended",
-            "more after the end",
-            "short tar",
-        ),
-    ],
-)
+DAMAGED = {
+    "empty": b"",
+    "only magic": b"\x1f\x8b",
+    "html": b"<html>not found</html>" * 100,
+    "empty gzip": gzip.compress(b""),
+    "no tar": gzip.compress(b"no tar file"),
+    "short tar": tar(*wanted_members(), member("x", b"text" * 500))[:-3_000],
+    "negative size": tar(member("x", size=-512), form=tarfile.GNU_FORMAT),
+    "negative pax size": tar(member("x", pax_headers={"size": "-1024"})),
+    "sparse map": tar(member("x", pax_headers={"GNU.sparse.map": "1,x"})),
+    "extended": extended_sparse_header(),
+    "nested": bare_header(tarfile.XHDTYPE, 0) * 100,
+    "more after the end": gzip.compress(tar(*wanted_members())) + b"more",
+    "rotten half": half_compressed(tar(member("train.en", bytes(200_000)))),
+}
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
 def test_damaged_archives(refused, content):
     assert re.search(r" is damaged \(.+\)\. Delete it and run the same", refused(content))
 

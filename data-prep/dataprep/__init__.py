@@ -1,10 +1,10 @@
 """Makes a parallel corpus ready for fairseq out of files that anybody can fetch.
 
-One module for each concept: `corpora` (the table: what is fetched, under which licence, how it is
-cleaned and split), `wheels` and `downloads` (fetching and checking), `readers` (from message
-catalogues or text files to aligned pairs), `cleaning` (normalisation and named filters),
-`splitting` (held-out sets without leakage, and how much published ones have), `subwords` (the joint
-vocabulary), `steps` (resumable steps) and `pipeline` (all of it, in order).
+`corpora` is the table of corpora. A corpus has an origin (`origins`), by which files are fetched
+(`wheels`, `downloads`, `packages`; `checksums`) and pairs read out of them (`catalogues`,
+`texts` in `archives`, `help_pages`); a cleaning (`normalising`, `filters`, `cleaning`); and a split
+(`splitting`). `pipeline` makes a corpus in resumable steps (`steps`): `text_step`; `subwords_step`,
+with `moses`, `bpe` and `sentencepiece_model`; and `binary_step`. `parallel` uses all cores.
 """
 
 

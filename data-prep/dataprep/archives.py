@@ -138,7 +138,7 @@ def _members(stream: _Metered) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInf
     """Every member, while its data can be read; then what is left of the stream is read.
 
     Raises:
-        DataPrepError: there is more than there may be, or it ends too early.
+        DataPrepError: there is more than there may be, or it cannot be decompressed.
         Exception: one of `_BAD_HEADERS`.
     """
     data, end = 0, 0  # the bytes in files so far; where the last member ends
@@ -159,8 +159,6 @@ def _members(stream: _Metered) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInf
     stream.expected = data + MAX_HEADERS_BYTES
     while stream.read(MAX_HEADER_BYTES):  # padding, and then the checksum
         pass
-    if stream.count < end:
-        raise ValueError("it ends within a file")
 
 
 def _checked_name(member: tarfile.TarInfo, archive: Path) -> str:

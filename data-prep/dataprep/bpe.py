@@ -98,11 +98,6 @@ def encode_lines(codes: Path, lines: Iterable[str]) -> list[str]:
     return [bpe.encode(line) for line in lines]
 
 
-def join_pieces(lines: Iterable[str]) -> list[str]:
-    """Make words of pieces again; a separator that ends a line is dropped."""
-    return [f"{line} ".replace(f"{SEPARATOR} ", "").rstrip(" ") for line in lines]
-
-
 def _single_spaces(line: str) -> str:
     return " ".join(line.split())
 

@@ -1,6 +1,5 @@
 """Checks files against their digests, and keeps those apart that are not whole yet."""
 
-import functools
 import hashlib
 import shutil
 import tempfile
@@ -13,19 +12,25 @@ from dataprep import DataPrepError
 REFETCH = "Delete it and run the same command again to fetch it anew."
 
 # What a digest may be made with, and what people call it.
-_ALGORITHMS = {"sha256": "SHA-256", "md5": "MD5"}
+_ALGORITHMS = {"sha256": "SHA-256", "md5": "MD5", "git-sha1": "SHA-1 of git"}
 
 
 def file_digest(path: Path, algorithm: str) -> str:
     """The digest of a file, in hexadecimal.
 
+    Args:
+        path: the file.
+        algorithm: "sha256", "md5", or "git-sha1", by which git names a file's content.
+
     Raises:
         OSError: the file cannot be read.
     """
-    # Some systems refuse MD5 but for uses like this: it says whether a download went well.
-    new = functools.partial(hashlib.new, algorithm, usedforsecurity=False)
+    # Some systems refuse the older ones but for uses like this: whether a download went well.
+    digest = hashlib.new(algorithm.removeprefix("git-"), usedforsecurity=False)
+    if algorithm == "git-sha1":
+        digest.update(f"blob {path.stat().st_size}\0".encode())
     with path.open("rb") as stream:
-        return hashlib.file_digest(stream, new).hexdigest()
+        return hashlib.file_digest(stream, lambda: digest).hexdigest()
 
 
 def file_sha256(path: Path) -> str:
@@ -42,7 +47,7 @@ def read_digest(path: Path, algorithm: str, remedy: str) -> str:
 
     Args:
         path: the file.
-        algorithm: "sha256" or "md5".
+        algorithm: as for `file_digest`.
         remedy: the sentence that tells the user what to do if it cannot be read.
 
     Raises:
@@ -59,7 +64,7 @@ def check_file(path: Path, digest: str, remedy: str, called: str | None = None) 
 
     Args:
         path: the file.
-        digest: "sha256:HEX" or "md5:HEX"; HEX alone is a SHA-256.
+        digest: "ALGORITHM:HEX", see `file_digest`; HEX alone is a SHA-256.
         remedy: the sentence that tells the user what to do if it is another file.
         called: what the user knows the file by, if not by its path.
 

@@ -43,8 +43,8 @@ class SourceFile:
     Attributes:
         address: where it is published. What follows the last slash is the file's name, also in a
             mirror.
-        digest: "sha256:HEX" or "md5:HEX". Without one the file is held to what it was when it was
-            first used.
+        digest: "ALGORITHM:HEX", see `checksums.file_digest`. Without one the file is held to what
+            it was when it was first used.
         size: how many bytes it has, if that is known.
     """
 
@@ -219,7 +219,7 @@ class _Partial:
 
 @contextmanager
 def _hold(path: Path) -> Iterator[_Partial]:
-    """Have a partial file for oneself, waiting for a process that has it; go without empty ones."""
+    """Have a partial file for oneself, after a process that has it; an empty one is not kept."""
     while True:
         with path.open("ab", buffering=0) as stream:
             _lock(stream)

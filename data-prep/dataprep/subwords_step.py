@@ -1,9 +1,9 @@
 """The steps that make tokens/ and subwords/: from text to the pieces that a model reads."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 from dataprep import bpe, sentencepiece_model
@@ -19,7 +19,8 @@ DICTIONARY = "dict.txt"
 CODES = "codes.bpe"
 
 LEARNING_LINES = 2_000_000
-"""What sentencepiece learns from is held in memory, so it gets no more lines than this."""
+"""A vocabulary is learnt from no more lines than this, evenly spread: sentencepiece holds them all
+in memory, and subword-nmt all their different words."""
 
 
 def make_tokens(
@@ -54,13 +55,19 @@ def make_bpe_subwords(
     """Learn joint BPE on the training part of `tokens`, and cut all parts by it.
 
     Returns:
-        The number of pieces in each file.
+        The lines that it was learnt from, and the number of pieces in each file.
+
+    Raises:
+        DataPrepError: the text is too small for so many merge operations.
     """
     log.info("learning %d merge operations", merges)
-    training = (read_text(tokens / f"train.{language}") for language in languages)
-    bpe.learn_codes(chain.from_iterable(training), merges, folder / CODES)
+    step, learnt_from = _sampling(tokens, languages)
+    bpe.learn_codes(_training(tokens, languages, step), merges, folder / CODES)
     encode = partial(bpe.encode_lines, folder / CODES)
-    return {"tokens": _encode(encode, tokens, folder, languages, workers)}
+    return {
+        "learnt_from_lines": learnt_from,
+        "tokens": _encode(encode, tokens, folder, languages, workers),
+    }
 
 
 def make_sentencepiece_subwords(
@@ -76,22 +83,28 @@ def make_sentencepiece_subwords(
         DataPrepError: the text is too small for such a vocabulary.
     """
     log.info("learning a joint vocabulary of %d pieces", vocab_size)
-    sides = [text / f"train.{language}" for language in languages]
-    total = sum(1 for side in sides for _ in read_text(side))
-    step = -(-total // LEARNING_LINES)
-    sentences = _every(step, chain.from_iterable(map(read_text, sides)))
+    step, learnt_from = _sampling(text, languages)
+    sentences = _training(text, languages, step)
     sentencepiece_model.train_model(sentences, vocab_size, folder / MODEL)
     pieces = sentencepiece_model.write_dictionary(folder / MODEL, folder / DICTIONARY)
     encode = partial(sentencepiece_model.encode_lines, folder / MODEL)
     return {
         "pieces": pieces,
-        "learnt_from_lines": -(-total // step),
+        "learnt_from_lines": learnt_from,
         "tokens": _encode(encode, text, folder, languages, workers),
     }
 
 
-def _every(step: int, lines: Iterable[str]) -> Iterator[str]:
-    return (line for number, line in enumerate(lines) if number % step == 0)
+def _sampling(folder: Path, languages: tuple[str, str]) -> tuple[int, int]:
+    """Every how many lines of the training text to learn from, and how many those are."""
+    total = sum(1 for _ in _training(folder, languages, 1))
+    step = max(1, -(-total // LEARNING_LINES))
+    return step, -(-total // step)
+
+
+def _training(folder: Path, languages: tuple[str, str], step: int) -> Iterator[str]:
+    sides = (read_text(folder / f"train.{language}") for language in languages)
+    return islice(chain.from_iterable(sides), 0, None, step)
 
 
 def _encode(

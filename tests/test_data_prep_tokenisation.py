@@ -1,0 +1,234 @@
+"""Moses's tokenisation and BPE for data preparation. What Perl prints was observed, not derived."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import moses_agreement
+import pytest
+from dataprep import DataPrepError, bpe
+from dataprep.bpe import Bpe, encode_lines, learn_codes
+from dataprep.moses import Moses, detokenise, tokenise
+from hypothesis import given
+from hypothesis import strategies as st
+from record import read
+from subword_nmt.learn_bpe import learn_bpe
+
+PLAIN = Moses()
+LOWERCASE = Moses(lowercase=True)
+HYPHENS = Moses(aggressive_hyphens=True)
+PUNCTUATION = Moses(normalise_punctuation=True)
+WMT = Moses(aggressive_hyphens=True, normalise_punctuation=True)
+SETTINGS = [PLAIN, LOWERCASE, HYPHENS, PUNCTUATION, WMT]
+
+CORPUS = [
+    "der kleine hund läuft über die straße , und der große hund läuft ihm nach .",
+    "the small dog runs across the street , and the large dog runs after it .",
+    "&quot; wir laufen &quot; , sagte sie , &quot; aber nicht mit dem hund &quot; .",
+] * 3
+MERGES = 40
+
+
+@pytest.fixture(scope="module")
+def codes(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("bpe") / "codes"
+    learn_codes(CORPUS, MERGES, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("language", "moses", "line", "perl"),
+    [
+        ("en", PLAIN, "Dr. Smith paid 1,000.50 dollars.", "Dr. Smith paid 1,000.50 dollars ."),
+        ("en", PLAIN, "It's Tom's, isn't it?", "It &apos;s Tom &apos;s , isn &apos;t it ?"),
+        ("en", PLAIN, "He said 'go.'", "He said &apos; go . &apos;"),
+        ("en", PLAIN, "The U.S. in 1990, etc.", "The U.S. in 1990 , etc ."),
+        ("en", PLAIN, "A,B and 5,300 in No. 5, No. Why", "A , B and 5,300 in No. 5 , No . Why"),
+        ("en", PLAIN, "Wait... (no) [sic]!", "Wait ... ( no ) &#91; sic &#93; !"),
+        ("en", PLAIN, '"A < B", x|y.', "&quot; A &lt; B &quot; , x &#124; y ."),
+        ("en", PLAIN, "See http://a.org/b?c=d&e", "See http : / / a.org / b ? c = d &amp; e"),
+        ("en", PLAIN, "mother-in-law", "mother-in-law"),
+        ("en", HYPHENS, "mother-in-law, x - y", "mother @-@ in @-@ law , x - y"),
+        ("de", PLAIN, "Das kostet z.B. 1.000,50 Euro.", "Das kostet z.B. 1.000,50 Euro ."),
+        ("de", PLAIN, "Dr. Weiß am 3. Mai usw.", "Dr. Weiß am 3. Mai usw ."),
+        ("de", PLAIN, "Er ging. Sie kam. bald", "Er ging . Sie kam. bald"),
+        ("de", PLAIN, "Wie geht's, „Ärzte“?", "Wie geht &apos; s , „ Ärzte “ ?"),
+        ("de", HYPHENS, "E-Mail-Adresse", "E @-@ Mail @-@ Adresse"),
+        ("de", LOWERCASE, "Dr. No, ÄRZTE UND ÖFEN", "dr. no , ärzte und öfen"),
+        ("de", PUNCTUATION, "Er sagte: „Ja.“", "Er sagte : &quot; Ja &quot; ."),
+        ("de", PUNCTUATION, "„Nein“, ( so ) .", "&quot; Nein &quot; , ( so ) ."),
+        ("de", PUNCTUATION, "«gut» … 5\u00a0000", "&quot; gut &quot; ... 5,000"),
+        ("de", PUNCTUATION, "50\u00a0% \u2013 \u20145", "50 % - - 5"),
+        ("de", WMT, "Nord-Süd-„Gefälle“", "Nord @-@ Süd- &quot; Gefälle &quot;"),
+        ("en", PUNCTUATION, "“Yes”, it\u2019s 10 %", "&quot; Yes , &quot; it &apos;s 10 %"),
+        ("en", PUNCTUATION, "Ko\u00adpie\u200bx", "Ko pie x"),
+        ("en", LOWERCASE, "ΟΔΟΣ", "οδοσ"),
+        ("en", PLAIN, "a\u00a0b\u2028c\u0085d\u3000e", "a b c d e"),
+        ("en", PLAIN, "a\x01b\x1cc\td", "abc d"),
+    ],
+)
+def test_a_line_is_tokenised_as_by_perl(language, moses, line, perl) -> None:
+    assert tokenise([line], language, moses) == [perl]
+
+
+@pytest.mark.parametrize(
+    ("language", "tokens", "perl"),
+    [
+        ("en", "It &apos;s Tom &apos;s part @-@ time job .", "It's Tom's part-time job."),
+        ("de", "&quot; Ja &quot; , ( so ) &#91; sic &#93; !", '"Ja", (so) [sic]!'),
+        ("de", "Er ging . Sie kam .", "Er ging. Sie kam."),
+    ],
+)
+def test_tokens_are_joined_as_by_perl(language, tokens, perl) -> None:
+    assert detokenise([tokens], language) == [perl]
+
+
+anything = st.lists(st.text(st.characters(codec="utf-8"), max_size=30), max_size=5)
+languages = st.sampled_from(["de", "en"])
+settings = st.sampled_from(SETTINGS)
+
+
+@given(anything, languages, settings)
+def test_every_line_gives_one_line_of_single_spaces(lines, language, moses) -> None:
+    tokenised = tokenise(lines, language, moses)
+    assert len(tokenised) == len(lines)
+    assert all(line == " ".join(line.split()) for line in tokenised)
+
+
+word = st.text("abcdefghijklmnopqrstuvwxyzäöüß", min_size=2, max_size=8)
+hyphenated = st.tuples(word, word).map("-".join)
+phrase = st.lists(word | hyphenated, min_size=1, max_size=5).map(" ".join)
+bracketed = phrase.map("({})".format) | phrase.map('"{}"'.format)
+
+
+@st.composite
+def sentences(draw) -> str:
+    phrases = draw(st.lists(phrase, min_size=1, max_size=3))
+    end = draw(st.sampled_from(["", ".", "?", "!", ":"]))
+    return f"{', '.join(phrases)} {draw(bracketed)}{end}"
+
+
+@given(st.lists(sentences(), max_size=3), languages, st.sampled_from([PLAIN, HYPHENS]))
+def test_text_survives_tokenisation(lines, language, moses) -> None:
+    assert detokenise(tokenise(lines, language, moses), language) == lines
+
+
+def test_processes_share_the_work() -> None:
+    lines = ["Ein Arzt-Termin.", "Dr. Weiß", ""] * 5
+    work = partial(tokenise, language="de", moses=WMT)
+    with ProcessPoolExecutor(2) as pool:
+        chunks = list(pool.map(work, [lines[:7], lines[7:]]))
+    assert [line for chunk in chunks for line in chunk] == work(lines)
+
+
+def test_codes_are_those_of_subword_nmt(codes) -> None:
+    theirs = io.StringIO()
+    learn_bpe(io.StringIO("\n".join(CORPUS)), theirs, MERGES)
+    assert codes.read_text(encoding="utf-8") == theirs.getvalue()
+
+
+def test_the_order_of_lines_does_not_matter(codes, tmp_path) -> None:
+    learn_codes(sorted(CORPUS), MERGES, tmp_path / "codes")
+    assert (tmp_path / "codes").read_bytes() == codes.read_bytes()
+
+
+def test_the_order_of_hashes_does_not_matter(codes, tmp_path) -> None:
+    script = (
+        "import sys; from pathlib import Path; from dataprep.bpe import learn_codes;"
+        f"learn_codes({CORPUS!r}, {MERGES}, Path(sys.argv[1]))"
+    )
+    for seed in ("1", "2"):
+        path = tmp_path / seed
+        folder = str(Path(bpe.__file__).parents[1])
+        environment = {**os.environ, "PYTHONPATH": folder, "PYTHONHASHSEED": seed}
+        subprocess.run([sys.executable, "-c", script, str(path)], env=environment, check=True)
+        assert path.read_bytes() == codes.read_bytes()
+
+
+def test_nothing_is_printed(tmp_path, capfd) -> None:
+    learn_codes(CORPUS, MERGES, tmp_path / "codes")
+    with pytest.raises(DataPrepError):
+        learn_codes(CORPUS, 10_000, tmp_path / "codes")
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("lines", [[], [""], ["a b c"], ["ab cd"]])
+def test_a_text_without_enough_merges_is_refused(lines, tmp_path) -> None:
+    with pytest.raises(DataPrepError, match="Only 0 merges can be learnt"):
+        learn_codes(lines, 1, tmp_path / "codes")
+
+
+def test_known_words_stay_whole_and_others_are_cut(codes) -> None:
+    assert encode_lines(codes, ["der hund", "hunderte"]) == ["der hund", "h@@ un@@ d@@ e@@ r@@ te"]
+
+
+@given(anything, languages, settings)
+def test_pieces_join_to_what_was_cut(codes, lines, language, moses) -> None:
+    tokenised = tokenise(lines, language, moses)
+    joined = [f"{line} ".replace("@@ ", "").rstrip() for line in encode_lines(codes, tokenised)]
+    assert joined == tokenised
+
+
+@given(anything)
+def test_white_space_of_any_kind_separates_words(codes, lines) -> None:
+    encoded = encode_lines(codes, lines)
+    assert len(encoded) == len(lines)
+    assert all(line == " ".join(line.split()) for line in encoded)
+
+
+def test_memory_for_words_is_bounded(codes, monkeypatch) -> None:
+    monkeypatch.setattr(bpe, "_REMEMBERED_WORDS", 3)
+    cutter = Bpe(codes)
+    lines = [f"wort{i} hund" for i in range(20)]
+    assert [cutter.encode(line) for line in lines] == encode_lines(codes, lines)
+    assert len(cutter._bpe.cache) <= 3 + 2
+
+
+@pytest.mark.parametrize("content", [b"#version: 0.2\na b c\n", b"\xff\xfe", b"#version: x\n"])
+def test_a_file_that_holds_no_codes_is_refused(content, tmp_path, capfd) -> None:
+    path = tmp_path / "codes"
+    path.write_bytes(content)
+    with pytest.raises(DataPrepError, match="does not hold BPE codes"):
+        Bpe(path)
+    assert capfd.readouterr() == ("", "")
+
+
+class OneDifference(moses_agreement.Scripts):
+    """In place of Perl: what data-prep gives, but Chinese words stay whole."""
+
+    def tokenise(self, lines, language, moses):
+        return [line.replace("中 国", "中国") for line in tokenise(lines, language, moses)]
+
+    def detokenise(self, lines, language):
+        return detokenise(lines, language)
+
+
+def test_the_benchmark_counts_lines_and_kinds() -> None:
+    text = moses_agreement.Text("name", "de", ["Haus.", "in 中国 .", "das 中国 und 中国"])
+    found = moses_agreement.compare(text, "IWSLT'14", OneDifference(Path()))
+    assert (found.lines, found.tokenised, found.detokenised) == (3, 1, 3)
+    assert found.kinds == [moses_agreement.Kind("L", "L L", 2, "中国 / 中 国")]
+
+
+def test_the_benchmark_does_not_round_up_to_all() -> None:
+    assert moses_agreement.percentage(99_999, 100_000) == "99.99 %"
+    assert moses_agreement.percentage(7, 7) == "100 %"
+
+
+def test_the_benchmark_says_what_it_needs(capsys) -> None:
+    with pytest.raises(SystemExit):
+        moses_agreement.main([])
+    assert "--moses" in capsys.readouterr().err
+
+
+def test_the_benchmark_prints_what_it_wrote(capsys) -> None:
+    moses_agreement.main(["--table"])
+    record = read(moses_agreement.RESULTS / "moses-agreement.json")
+    printed = capsys.readouterr().out
+    assert all(table["title"] in printed for table in record["results"]["tables"])
