@@ -403,7 +403,11 @@ def test_a_signal_ends_the_runs_too(tmp_path, prepared, fake_program, number) ->
     arguments = ["sgd", "--corpus", f"multi30k={prepared}", "--workers", "2"]
     arguments += ["--results", str(tmp_path), "--work", str(tmp_path / "work")]
     with subprocess.Popen(
-        [sys.executable, "-c", program, *arguments], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", program, *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        # Shells have what they start in the background ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         until = time.monotonic() + 30
         while len(pids := list(tmp_path.glob("*.pid"))) < 2 and time.monotonic() < until:
