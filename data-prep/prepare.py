@@ -16,7 +16,13 @@ from dataprep.splitting import HeldOut
 class _ListCorpora(argparse.Action):
     """Print the table of corpora and leave."""
 
-    def __call__(self, parser, namespace, values, option_string=None):
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> None:
         for corpus in CORPORA.values():
             print(f"{corpus.name}: {corpus.summary}")
             for licence in dict.fromkeys(terms.licence for terms in corpus.origin.terms()):
@@ -97,7 +103,7 @@ def _direction(
     if source is None and target is None:
         # Into English, if there is no better reason.
         source = corpus.default_source or other.get("en", first)
-    source = source or other.get(target, "")
+    source = source or other.get(target or "", "")
     target = target or other.get(source, "")
     if {source, target} != set(languages):
         raise DataPrepError(

@@ -12,7 +12,7 @@ import tarfile
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from dataprep import DataPrepError
 from dataprep.checksums import REFETCH
@@ -143,10 +143,12 @@ def _members(stream: _Metered) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInf
     """
     data, end = 0, 0  # the bytes in files so far; where the last member ends
     stream.expected = MAX_HEADER_BYTES
-    with tarfile.open(fileobj=stream, mode="r|", encoding="utf-8") as tar:
+    with tarfile.open(fileobj=cast(BinaryIO, stream), mode="r|", encoding="utf-8") as tar:
         for member in iter(tar.next, None):
-            tar.members.clear()  # kept for random access, they would fill the memory;
-            tar.pax_headers.clear()  # so would global headers, and they say nothing of members
+            # Kept for random access, they would fill the memory; so would global headers, and they
+            # say nothing of members.
+            vars(tar)["members"].clear()
+            vars(tar)["pax_headers"].clear()
             if member.issparse():
                 raise _refusal(stream.archive, f"{_shown(member.name)} in it is a sparse file")
             if member.size < 0:

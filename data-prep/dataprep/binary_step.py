@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dataprep import DataPrepError
 from dataprep.pairs import PARTS
+from dataprep.steps import Report
 
 
 def make_binary(
@@ -16,7 +17,7 @@ def make_binary(
     dictionary: Path | None,
     joined: bool,
     workers: int,
-) -> dict:
+) -> Report:
     """Have fairseq-preprocess binarise the parts in `subwords`.
 
     Args:

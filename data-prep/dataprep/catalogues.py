@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from dataprep import DataPrepError
 from dataprep.pairs import Pair
@@ -157,7 +157,7 @@ def _read_member(archive: zipfile.ZipFile, name: str) -> bytes:
     return archive.read(name)
 
 
-def _load_json(archive: zipfile.ZipFile, name: str) -> dict:
+def _load_json(archive: zipfile.ZipFile, name: str) -> dict[str, Any]:
     try:
         content = json.loads(_read_member(archive, name))
     except (ValueError, RecursionError) as error:  # a wrong encoding is a ValueError too
@@ -167,7 +167,9 @@ def _load_json(archive: zipfile.ZipFile, name: str) -> dict:
     return content
 
 
-def _leaves(node: dict, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
+def _leaves(
+    node: dict[str, Any], path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], str]]:
     """The texts of nested JSON objects with their key paths, in the file's order."""
     for key, value in node.items():
         if isinstance(value, dict):
@@ -185,7 +187,7 @@ def _load_mo(archive: zipfile.ZipFile, name: str) -> Iterator[tuple[str, str]]:
             f"{name} in {_name(archive)} is not a compiled gettext catalogue: {error}."
         ) from error
     # The public interface looks up single messages and cannot list them.
-    for key, translation in translations._catalog.items():
+    for key, translation in vars(translations)["_catalog"].items():
         if isinstance(key, tuple):
             message, plural_form = key
             if plural_form != 0:  # its English plural is not in the catalogue

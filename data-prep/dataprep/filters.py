@@ -9,7 +9,7 @@ import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cache
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 from dataprep.moses import Moses, tokenise
 from dataprep.normalising import PLACEHOLDER, match_key
@@ -35,6 +35,7 @@ class Filter(Protocol):
         name: what its pairs are counted under.
     """
 
+    __dataclass_fields__: ClassVar[dict[str, Any]]
     name: ClassVar[str]
 
     def removes(self, pair: Pair, languages: tuple[str, str]) -> bool:

@@ -92,7 +92,9 @@ def _read_package(path: Path, language: str) -> dict[str, _Page]:
     """The pages in a package by their path below the language's folder."""
     pages: defaultdict[str, dict[str, _Page]] = defaultdict(dict)
     for name, content in read_members(path, lambda name: bool(_PAGE.fullmatch(name))):
-        folder, page = _PAGE.fullmatch(name).groups()
+        match = _PAGE.fullmatch(name)
+        assert match is not None  # no others are read
+        folder, page = match.groups()
         try:
             pages[folder][page] = _read_page(content)
         except etree.ParserError as error:

@@ -86,7 +86,7 @@ def package_version(path: Path) -> str:
     version = _python_debian("deb822").Deb822(control).get("Version")
     if not version:
         raise DataPrepError(f"{path} is not a Debian package: its control data state no version.")
-    return version
+    return str(version)
 
 
 def read_members(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
@@ -173,7 +173,7 @@ def _check_versions(paths: Mapping[str, Path]) -> None:
 def _upstream(version: str) -> str:
     """A version without its epoch and the distribution's revision."""
     try:
-        return _python_debian("debian_support").Version(version).upstream_version
+        return str(_python_debian("debian_support").Version(version).upstream_version)
     except ValueError:  # not after Debian's rules
         return version
 
@@ -192,7 +192,9 @@ def _tar_members(
                 name = member.name.removeprefix("./")
                 # A sparse file is small in the archive and as large as it likes outside.
                 if member.isreg() and not member.issparse() and wanted(name):
-                    yield name, archive.extractfile(member).read()
+                    data = archive.extractfile(member)
+                    assert data is not None  # as for every regular file
+                    yield name, data.read()
     except (tarfile.TarError, OSError, ValueError, RecursionError) as error:
         raise _unreadable(path, error) from error
 
@@ -260,6 +262,7 @@ def _unzstd(compressed: bytes) -> bytes:
                 "which do without it, with --mirror."
             ) from error
         with process:
+            assert process.stdout is not None
             content = process.stdout.read(MAX_UNPACKED_BYTES + 1)
     if process.returncode != 0 and len(content) <= MAX_UNPACKED_BYTES:
         raise ValueError("unzstd reports damage")

@@ -147,7 +147,9 @@ def log_text(report: Mapping[str, Any]) -> None:
 # ---- The steps, each with all that decides its outcome.
 
 
-def _text(corpus: Corpus, options: Options, files: Files, inputs: list[dict]) -> StepRecord:
+def _text(
+    corpus: Corpus, options: Options, files: Files, inputs: list[dict[str, str]]
+) -> StepRecord:
     ingredients = {
         "code": code_fingerprint(),
         "inputs": inputs,
@@ -234,7 +236,9 @@ def _binary(corpus: Corpus, options: Options, subwords: StepRecord) -> StepRecor
 # ---- The manifest.
 
 
-def _manifest(corpus: Corpus, options: Options, inputs: list[dict], steps: Steps) -> dict:
+def _manifest(
+    corpus: Corpus, options: Options, inputs: list[dict[str, str]], steps: Steps
+) -> dict[str, Any]:
     """What makes a prepared corpus citable, and tells recipes how to undo its tokenisation."""
     text = steps.text.report
     moses = {"moses": asdict(corpus.moses)} if steps.tokens else {}

@@ -121,9 +121,10 @@ def overlap(
     keys = {sense: [_digests(pair, sense) for pair in held_out] for sense in MATCHES}
     found = {sense: _Common(set(), set(), set()) for sense in MATCHES}
     for common in ordered_map(partial(_in_common, keys), chunks(others), workers):
-        for sense, sets in common.items():
-            for total, part in zip(found[sense], sets, strict=True):
-                total.update(part)
+        for sense, new in common.items():
+            found[sense].first.update(new.first)
+            found[sense].second.update(new.second)
+            found[sense].pair.update(new.pair)
     return {
         sense: {
             languages[0]: sum(pair[0] in found[sense].first for pair in pairs),

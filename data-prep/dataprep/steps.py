@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from dataprep import DataPrepError
 from dataprep.checksums import file_sha256
@@ -20,6 +21,9 @@ from dataprep.checksums import file_sha256
 log = logging.getLogger(__name__)
 
 RECORD = "step.json"
+
+Report = dict[str, Any]
+"""What a step has to say about its work, in JSON's types."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +33,12 @@ class StepRecord:
     Attributes:
         fingerprint: a hash of everything that decided the outcome.
         files: the SHA-256 of each file of the folder, by its name.
-        report: what the step has to say about its work, in JSON's types.
+        report: what the step said.
     """
 
     fingerprint: str
     files: dict[str, str]
-    report: dict
+    report: Report
 
 
 def code_fingerprint() -> str:
@@ -51,7 +55,7 @@ def fingerprint(ingredients: Mapping[str, object]) -> str:
 
 
 def run_step(
-    folder: Path, ingredients: Mapping[str, object], work: Callable[[Path], dict]
+    folder: Path, ingredients: Mapping[str, object], work: Callable[[Path], Report]
 ) -> StepRecord:
     """Make sure that `folder` holds the outcome of a step, doing the step only if it must.
 

@@ -10,6 +10,7 @@ from dataprep import bpe, sentencepiece_model
 from dataprep.moses import Moses, tokenise
 from dataprep.pairs import PARTS
 from dataprep.parallel import chunks, ordered_map
+from dataprep.steps import Report
 from dataprep.texts import read_text
 
 log = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ in memory, and subword-nmt all their different words."""
 
 def make_tokens(
     folder: Path, text: Path, languages: tuple[str, str], moses: Moses, workers: int
-) -> dict:
+) -> Report:
     """Write the text of `text` as the Moses tokeniser divides it, in files of the same names.
 
     Returns:
@@ -51,7 +52,7 @@ def _tokenised(lines: list[str], language: str, moses: Moses) -> list[str]:
 
 def make_bpe_subwords(
     folder: Path, tokens: Path, languages: tuple[str, str], merges: int, workers: int
-) -> dict:
+) -> Report:
     """Learn joint BPE on the training part of `tokens`, and cut all parts by it.
 
     Returns:
@@ -72,7 +73,7 @@ def make_bpe_subwords(
 
 def make_sentencepiece_subwords(
     folder: Path, text: Path, languages: tuple[str, str], vocab_size: int, workers: int
-) -> dict:
+) -> Report:
     """Learn a joint vocabulary on the training part of `text`, and cut all parts by it.
 
     Returns:

@@ -17,6 +17,7 @@ from dataprep.corpora import Corpus
 from dataprep.origins import Files, Stretch
 from dataprep.pairs import PARTS, Pair
 from dataprep.splitting import Labelled, overlap
+from dataprep.steps import Report
 from dataprep.texts import read_text
 
 log = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ UNPACKED = "unpacked"
 
 def make_text(
     folder: Path, corpus: Corpus, languages: tuple[str, str], files: Files, seed: int, workers: int
-) -> dict:
+) -> Report:
     """Write {train,valid,test}.{language}, one sentence a line.
 
     Args:

@@ -1,13 +1,13 @@
 """Reads aligned pairs out of text files whose lines, or marked segments, correspond."""
 
 import gzip
+import io
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import IO
 
 from dataprep import DataPrepError
 from dataprep.pairs import Pair
@@ -102,11 +102,11 @@ def _sentences(source: TextSource, path: Path) -> Iterator[str]:
         raise DataPrepError(f"{path} cannot be read as text: {error}.") from error
 
 
-def _opened(path: Path) -> IO[bytes]:
+def _opened(path: Path) -> io.BufferedIOBase:
     return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
 
 
-def read_lines(stream: IO[bytes]) -> Iterator[str]:
+def read_lines(stream: io.BufferedIOBase) -> Iterator[str]:
     """The lines of a UTF-8 text without their ends, which may be those of Windows.
 
     They end at line feeds alone: Unicode has other characters that end lines in some programs, and
