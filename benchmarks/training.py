@@ -117,12 +117,16 @@ SGD = Options("sgd momentum 0.9", ("--optimizer", "sgd", "--momentum", "0.9", "-
 DEFAULT = Arm("default", "default, no warmup", "#c0392b")
 WARMUP = Arm("warmup", "default, warmup", "#1b3a6b")
 GRADINIT = Arm("gradinit", "GradInit, no warmup", "#e8a33d", ("--gradinit",))
+DEFAULT_SHORT = replace(DEFAULT, title="default, short warmup")
+GRADINIT_SHORT = replace(GRADINIT, title="GradInit, short warmup")
 
 SEEDS = (1, 2, 3)
 
 WARMUP_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 WARMUP_PARTS = (8, 4, 2)
 """The updates are divided by these."""
+
+SHORT_WARMUPS = (25, 50, 100)
 
 STABILITY_RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 STABILITY_BETA2S = (0.9, 0.95, 0.98, 0.999)
@@ -192,6 +196,9 @@ def variant_arms() -> list[Arm]:
 
 
 LENGTHS = Grid(lambda c: f"{c.corpus}, {c.model.name}", lambda c: str(c.warmup), "warmup updates")
+STARTS = Grid(
+    lambda c: f"{c.corpus}, {c.model.name}", lambda c: f"{c.arm.title} ({c.warmup})", "start"
+)
 BETAS = Grid(lambda c: c.arm.title, lambda c: c.optimizer.name, "optimizer")
 
 STUDIES = {
@@ -220,6 +227,21 @@ STUDIES = {
             ),
             settings_tables,
             loss_curves,
+        ),
+        Study(
+            "short",
+            "how short may warmup be at twice the best rate, with GradInit and without?",
+            with_seeds(
+                (
+                    case(setup, arm, lr=2 * setup.lr, warmup=updates)
+                    for setup in SETUPS
+                    for updates in SHORT_WARMUPS
+                    for arm in (DEFAULT_SHORT, GRADINIT_SHORT)
+                ),
+                SEEDS,
+            ),
+            partial(grid_tables, grid=STARTS),
+            partial(heat_maps, grid=STARTS),
         ),
         Study(
             "stability",
