@@ -133,11 +133,12 @@ def _write_tgz(path: Path, texts: dict[str, list[str]]) -> None:
 # ---- The measurement.
 
 
-def measure(archives: Path, out: Path, number: int, workers: int) -> Outcome:
+def measure(archives: Path, out: Path, number: int, workers: int, merges: int | None) -> Outcome:
     """Prepare the corpus in a process of its own."""
     program = Path(__file__).with_name("data_scale_prepare.py")
     command = [sys.executable, str(program), str(archives), str(number)]
     command += ["--out", str(out), "--workers", str(workers)]
+    command += ["--vocab-size", str(merges)] if merges else []
     start = time.monotonic()
     log: list[str] = []
     with subprocess.Popen(
@@ -242,6 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--pairs", type=int, nargs="+", default=[1_000_000])
     parser.add_argument("--text", type=Path, action="append", default=[], metavar="DIR")
+    parser.add_argument("--merges", type=int, help="of BPE, instead of the corpus's own")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--work", type=Path, help="folder for archives and outcome")
     parser.add_argument("--table", action="store_true", help="print what was measured")
@@ -264,7 +266,7 @@ def run(options: argparse.Namespace) -> Iterator[Outcome]:
             archives = Path(folder) / "archives"
             archives.mkdir()
             write_archives(archives, pairs_like_wmt(options.text), number)
-            yield measure(archives, Path(folder) / "out", number, options.workers)
+            yield measure(archives, Path(folder) / "out", number, options.workers, options.merges)
 
 
 if __name__ == "__main__":
