@@ -152,6 +152,8 @@ def main(arguments: list[str] | None = None) -> int:
         when interrupted.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s | %(message)s", stream=sys.stderr)
+    # It would tell of every attempt with all that went through its hands.
+    logging.getLogger("urllib3").setLevel(logging.ERROR)
     given = sys.argv[1:] if arguments is None else arguments
     parser = build_parser()
     parsed = parser.parse_args(given)

@@ -92,6 +92,7 @@ def obtain_files(
             log.info("file %s: already here", file.filename)
         else:
             address = file.address if mirror is None else f"{mirror.rstrip('/')}/{file.filename}"
+            log.info("file %s: asking for %s", file.filename, address)
             _download(address, file, cache)
             log.info("file %s: fetched from %s", file.filename, address)
     return {file.filename: cache / file.filename for file in files}
