@@ -365,9 +365,13 @@ def test_every_nth_pair_is_for_validation():
 def test_overlap_counts_sides_and_pairs(workers):
     train = [Pair("a b", "c d"), Pair("e f", "g 1")]
     exact, folded, masked = MATCHES
-    valid = overlap([Pair("a b", "g 1"), Pair("x", "y")], train, ("de", "en"), workers)
+    held_out = {
+        "valid": [Pair("a b", "g 1"), Pair("x", "y")],
+        "test": [Pair("E F!", "G 2")],
+    }
+    found = overlap(held_out, train, ("de", "en"), workers)
+    valid, test = found["valid"], found["test"]
     assert valid == {sense: {"de": 1, "en": 1, "pair": 0} for sense in MATCHES}
-    test = overlap([Pair("E F!", "G 2")], train, ("de", "en"), workers)
     assert test == {
         exact: {"de": 0, "en": 0, "pair": 0},
         folded: {"de": 1, "en": 0, "pair": 0},

@@ -101,7 +101,7 @@ def prepare(corpus: Corpus, options: Options) -> Path:
     log_text(text.report)
     moses = options.tokenisation == MOSES_BPE
     tokens = _tokens(corpus, options, text) if moses else None
-    subwords = _bpe(options, tokens) if tokens else _sentencepiece(options, text)
+    subwords = _subwords(options, tokens or text, moses)
     binary = _binary(corpus, options, subwords)
     manifest = options.out / "manifest.json"
     steps = Steps(text, tokens, subwords, binary)
@@ -182,34 +182,24 @@ def _tokens(corpus: Corpus, options: Options, text: StepRecord) -> StepRecord:
     )
 
 
-def _bpe(options: Options, tokens: StepRecord) -> StepRecord:
-    ingredients = {
-        "code": code_fingerprint(),
-        "text": tokens.files,
-        "merges": options.vocab_size,
-        "subword-nmt": importlib.metadata.version("subword-nmt"),
-    }
-    return run_step(
-        options.out / "subwords",
-        ingredients,
-        lambda folder: make_bpe_subwords(
-            folder, options.out / "tokens", options.languages, options.vocab_size, options.workers
-        ),
+def _subwords(options: Options, source: StepRecord, moses: bool) -> StepRecord:
+    """Cut what the step before made, text or tokens of Moses, into pieces."""
+    folder, tool, make = (
+        ("tokens", "subword-nmt", make_bpe_subwords)
+        if moses
+        else ("text", "sentencepiece", make_sentencepiece_subwords)
     )
-
-
-def _sentencepiece(options: Options, text: StepRecord) -> StepRecord:
     ingredients = {
         "code": code_fingerprint(),
-        "text": text.files,
+        "source": source.files,
         "vocab_size": options.vocab_size,
-        "sentencepiece": importlib.metadata.version("sentencepiece"),
+        tool: importlib.metadata.version(tool),
     }
     return run_step(
         options.out / "subwords",
         ingredients,
-        lambda folder: make_sentencepiece_subwords(
-            folder, options.out / "text", options.languages, options.vocab_size, options.workers
+        lambda partial: make(
+            partial, options.out / folder, options.languages, options.vocab_size, options.workers
         ),
     )
 

@@ -105,20 +105,27 @@ class _Common(NamedTuple):
 
 
 def overlap(
-    held_out: Sequence[Pair],
+    held_out: Mapping[str, Sequence[Pair]],
     others: Iterable[Pair],
     languages: tuple[str, str],
     workers: int = 1,
-) -> dict[str, dict[str, int]]:
+) -> dict[str, dict[str, dict[str, int]]]:
     """Count the held-out sentences that are among other pairs, language by language.
 
-    Memory grows with the held-out pairs alone.
+    The others are gone through once. Memory grows with the held-out pairs alone.
+
+    Args:
+        held_out: the pairs of each part.
 
     Returns:
-        For each sense in `MATCHES`, how many of the held-out pairs have their sentence in each of
-        the two languages among the others', and how many the whole pair.
+        For each part and each sense in `MATCHES`, how many of its pairs have their sentence in each
+        of the two languages among the others', and how many the whole pair.
     """
-    keys = {sense: [_digests(pair, sense) for pair in held_out] for sense in MATCHES}
+    parts = {
+        part: {sense: [_digests(pair, sense) for pair in pairs] for sense in MATCHES}
+        for part, pairs in held_out.items()
+    }
+    keys = {sense: [pair for part in parts.values() for pair in part[sense]] for sense in MATCHES}
     found = {sense: _Common(set(), set(), set()) for sense in MATCHES}
     for common in ordered_map(partial(_in_common, keys), chunks(others), workers):
         for sense, new in common.items():
@@ -126,12 +133,15 @@ def overlap(
             found[sense].second.update(new.second)
             found[sense].pair.update(new.pair)
     return {
-        sense: {
-            languages[0]: sum(pair[0] in found[sense].first for pair in pairs),
-            languages[1]: sum(pair[1] in found[sense].second for pair in pairs),
-            "pair": sum(pair in found[sense].pair for pair in pairs),
+        part: {
+            sense: {
+                languages[0]: sum(pair[0] in found[sense].first for pair in pairs),
+                languages[1]: sum(pair[1] in found[sense].second for pair in pairs),
+                "pair": sum(pair in found[sense].pair for pair in pairs),
+            }
+            for sense, pairs in senses.items()
         }
-        for sense, pairs in keys.items()
+        for part, senses in parts.items()
     }
 
 

@@ -19,6 +19,8 @@ MODEL = "joint.model"
 DICTIONARY = "dict.txt"
 CODES = "codes.bpe"
 
+MapLines = Callable[[list[str]], list[str]]
+
 LEARNING_LINES = 2_000_000
 """A vocabulary is learnt from no more lines than this, evenly spread: sentencepiece holds them all
 in memory, and subword-nmt all their different words."""
@@ -33,21 +35,14 @@ def make_tokens(
         The number of tokens in each file.
     """
     return {
-        "tokens": {
-            f"{part}.{language}": _map_lines(
-                partial(_tokenised, language=language, moses=moses),
-                text / f"{part}.{language}",
-                folder / f"{part}.{language}",
-                workers,
-            )
-            for part in PARTS
-            for language in languages
-        }
+        "tokens": _map_parts(
+            lambda language: partial(tokenise, language=language, moses=moses),
+            text,
+            folder,
+            languages,
+            workers,
+        )
     }
-
-
-def _tokenised(lines: list[str], language: str, moses: Moses) -> list[str]:
-    return tokenise(lines, language, moses)
 
 
 def make_bpe_subwords(
@@ -67,7 +62,7 @@ def make_bpe_subwords(
     encode = partial(bpe.encode_lines, folder / CODES)
     return {
         "learnt_from_lines": learnt_from,
-        "tokens": _encode(encode, tokens, folder, languages, workers),
+        "tokens": _map_parts(lambda _: encode, tokens, folder, languages, workers),
     }
 
 
@@ -92,7 +87,7 @@ def make_sentencepiece_subwords(
     return {
         "pieces": pieces,
         "learnt_from_lines": learnt_from,
-        "tokens": _encode(encode, text, folder, languages, workers),
+        "tokens": _map_parts(lambda _: encode, text, folder, languages, workers),
     }
 
 
@@ -108,22 +103,31 @@ def _training(folder: Path, languages: tuple[str, str], step: int) -> Iterator[s
     return islice(chain.from_iterable(sides), 0, None, step)
 
 
-def _encode(
-    encode: Callable[[list[str]], list[str]],
+def _map_parts(
+    function: Callable[[str], MapLines],
     source: Path,
     folder: Path,
     languages: tuple[str, str],
     workers: int,
 ) -> dict[str, int]:
+    """Write what the function for each language makes of its side of all parts.
+
+    Returns:
+        The number of words in each file that is written.
+    """
     return {
-        name: _map_lines(encode, source / name, folder / name, workers)
-        for name in (f"{part}.{language}" for part in PARTS for language in languages)
+        f"{part}.{language}": _map_lines(
+            function(language),
+            source / f"{part}.{language}",
+            folder / f"{part}.{language}",
+            workers,
+        )
+        for part in PARTS
+        for language in languages
     }
 
 
-def _map_lines(
-    function: Callable[[list[str]], list[str]], source: Path, target: Path, workers: int
-) -> int:
+def _map_lines(function: MapLines, source: Path, target: Path, workers: int) -> int:
     """Write what `function` makes of the lines of a file; returns the number of words in that."""
     words = 0
     with target.open("w", encoding="utf-8", newline="\n") as out:

@@ -120,14 +120,10 @@ def _in_both(
 ) -> dict[str, dict[str, dict[str, int]]]:
     """How much of the held-out parts is also in training, and of the test set in validation."""
     valid, test = (list(read_part(folder, part, languages)) for part in ("valid", "test"))
-
-    def training() -> Iterator[Pair]:
-        yield from read_part(folder, "train", languages)
-
+    training = read_part(folder, "train", languages)
     return {
-        "valid, in train": overlap(valid, training(), languages, workers),
-        "test, in train": overlap(test, training(), languages, workers),
-        "test, in valid": overlap(test, valid, languages),
+        **overlap({"valid, in train": valid, "test, in train": test}, training, languages, workers),
+        **overlap({"test, in valid": test}, valid, languages),
     }
 
 
