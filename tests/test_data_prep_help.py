@@ -13,10 +13,10 @@ from functools import partial
 import pytest
 from dataprep import DataPrepError, packages
 from dataprep.help_pages import read_pages
-from dataprep.packages import DebianPackage, obtain_packages, package_version, read_members
+from dataprep.packages import obtain_packages, package_version, read_members
 from dataprep.pairs import Pair
 
-DE, EN = DebianPackage("libreoffice-help-de"), DebianPackage("libreoffice-help-en-us")
+DE, EN = "libreoffice-help-de", "libreoffice-help-en-us"
 VERSION = "4:7.4.7-1+deb12u14"
 NOTHING_LEFT_OUT = {"unpaired": 0, "ambiguous": 0, "code": 0}
 
@@ -366,7 +366,7 @@ def test_packages_need_python_debian(tmp_path, monkeypatch):
 
 
 def deb_name(package, version=VERSION):
-    return f"{package.name}_{version.replace(':', '%3a')}_all.deb"
+    return f"{package}_{version.replace(':', '%3a')}_all.deb"
 
 
 def write_both(folder, versions=(VERSION, VERSION)):
@@ -380,17 +380,17 @@ def test_packages_of_a_folder(tmp_path, monkeypatch):
     folder = write_both(tmp_path / "folder")
     write_deb(folder / "libreoffice-help-de-extra_1_all.deb", {"a": b""})
     paths = obtain_packages([DE, EN], tmp_path / "cache", folder)
-    assert paths == {package.name: folder / deb_name(package) for package in (DE, EN)}
+    assert paths == {package: folder / deb_name(package) for package in (DE, EN)}
     assert not (tmp_path / "cache").exists()
 
 
 def test_a_folder_without_the_packages(tmp_path):
     folder = write_both(tmp_path / "folder")
-    write_deb(folder / f"{EN.name}_1_all.deb", {"a": b""})
-    with pytest.raises(DataPrepError, match=rf"holds 2 files of {EN.name}: .*Leave only one"):
+    write_deb(folder / f"{EN}_1_all.deb", {"a": b""})
+    with pytest.raises(DataPrepError, match=rf"holds 2 files of {EN}: .*Leave only one"):
         obtain_packages([DE, EN], tmp_path, folder)
     (folder / deb_name(DE)).unlink()
-    with pytest.raises(DataPrepError, match=rf"holds no {DE.name}_VERSION.*packages.debian.org"):
+    with pytest.raises(DataPrepError, match=rf"holds no {DE}_VERSION.*packages.debian.org"):
         obtain_packages([DE, EN], tmp_path, folder)
 
 
@@ -402,7 +402,7 @@ def test_versions_must_fit_together(tmp_path):
     mixed = write_both(tmp_path / "mixed", ("4:25.2.3-2", VERSION))
     with pytest.raises(DataPrepError) as caught:
         obtain_packages([DE, EN], tmp_path, mixed)
-    for shown in (f"{DE.name} 4:25.2.3-2", f"{EN.name} {VERSION}", str(mixed)):
+    for shown in (f"{DE} 4:25.2.3-2", f"{EN} {VERSION}", str(mixed)):
         assert shown in str(caught.value)
 
 
@@ -429,12 +429,12 @@ def test_packages_are_fetched_once(tmp_path, apt_get):
     archive, cache = write_both(tmp_path / "archive"), tmp_path / "cache"
     apt_get(f'shift; for name; do cp {archive}/"$name"_* .; done; echo "W: as root" >&2')
     paths = obtain_packages([DE, EN], cache)
-    assert paths == {package.name: cache / deb_name(package) for package in (DE, EN)}
+    assert paths == {package: cache / deb_name(package) for package in (DE, EN)}
     assert obtain_packages([DE, EN], cache) == paths
-    assert calls(tmp_path) == [f"download {DE.name} {EN.name}"]
-    paths[EN.name].unlink()
+    assert calls(tmp_path) == [f"download {DE} {EN}"]
+    paths[EN].unlink()
     assert obtain_packages([DE, EN], cache) == paths
-    assert calls(tmp_path)[1:] == [f"download {EN.name}"]
+    assert calls(tmp_path)[1:] == [f"download {EN}"]
     assert sorted(cache.iterdir()) == sorted(paths.values())
 
 
@@ -449,6 +449,6 @@ def test_what_apt_get_complains_of_is_said(tmp_path, apt_get):
 
 def test_without_apt_get(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    expected = rf"no apt-get .*fetch {DE.name} and {EN.name} from packages.debian.org .*--mirror"
+    expected = rf"no apt-get .*fetch {DE} and {EN} from packages.debian.org .*--mirror"
     with pytest.raises(DataPrepError, match=expected):
         obtain_packages([DE, EN], tmp_path / "cache")

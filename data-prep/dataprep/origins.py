@@ -11,7 +11,7 @@ from dataprep.catalogues import read_wheel
 from dataprep.checksums import file_sha256
 from dataprep.downloads import SourceFile, obtain_files
 from dataprep.help_pages import read_pages
-from dataprep.packages import DebianPackage, obtain_packages, package_version
+from dataprep.packages import obtain_packages, package_version
 from dataprep.pairs import Pair
 from dataprep.texts import TextSource, read_pairs
 from dataprep.wheels import Wheel, obtain_wheels
@@ -181,8 +181,8 @@ class HelpPackages:
 
     def obtain(self, languages: tuple[str, str], cache: Path, mirror: str | None) -> Files:
         """See `Origin.obtain`."""
-        packages = tuple(DebianPackage(_package(language)) for language in languages)
-        return obtain_packages(packages, cache, _folder(mirror, "apt-get fetches the packages"))
+        names = [_package(language) for language in languages]
+        return obtain_packages(names, cache, _folder(mirror, "apt-get fetches the packages"))
 
     def read(self, files: Files, languages: tuple[str, str], scratch: Path) -> Iterator[Stretch]:
         """See `Origin.read`."""

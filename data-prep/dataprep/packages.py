@@ -15,8 +15,7 @@ import sys
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -31,19 +30,8 @@ MAX_UNPACKED_BYTES = 256 * 1024 * 1024
 _ELSEWHERE = "from packages.debian.org or from any Debian or Ubuntu mirror"
 
 
-@dataclass(frozen=True)
-class DebianPackage:
-    """One binary package.
-
-    Attributes:
-        name: its name in Debian and Ubuntu.
-    """
-
-    name: str
-
-
 def obtain_packages(
-    packages: Iterable[DebianPackage], cache: Path, local: Path | None = None
+    names: Sequence[str], cache: Path, local: Path | None = None
 ) -> dict[str, Path]:
     """Return one file for each package, fetching what is not there.
 
@@ -52,7 +40,7 @@ def obtain_packages(
     taken as it is. The caller should write down which files they were.
 
     Args:
-        packages: parts of one program, whose upstream versions must be the same.
+        names: of parts of one program, whose upstream versions must be the same.
         cache: the folder that fetched packages are kept in.
         local: a folder that holds all of them, as NAME_VERSION_ARCHITECTURE.deb; nothing is
             fetched then.
@@ -64,7 +52,6 @@ def obtain_packages(
         DataPrepError: a package is missing from `local`, cannot be fetched or read, or is of
             another upstream version than the rest.
     """
-    names = [package.name for package in packages]
     missing = [name for name in names if local is None and not _files(cache, name)]
     if missing:
         _download(missing, cache)
