@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +130,7 @@ SHORT_WARMUPS = (25, 50, 100)
 
 STABILITY_RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 STABILITY_BETA2S = (0.9, 0.95, 0.98, 0.999)
+STABILITY_UPDATES = 800
 
 SGD_RATES = tuple(2.0**power for power in range(-5, 2))
 
@@ -146,6 +147,33 @@ VARIANTS = {
     "eta 3 lr": ("--gradinit-eta", f"{3 * MULTI30K.lr:g}"),
     "paper preset": ("--gradinit-preset", "paper"),
 }
+
+TRANSFER_SETUP = MULTI30K
+TRANSFER_SEEDS = (2, 3)
+TRANSFER_FROM = {
+    "seed 1": {"seed": 1},
+    "d 64": {"seed": 1, "model": transformer(layers=4, width=64, ffn=256, heads=4)},
+    "d 256": {"seed": 1, "model": transformer(layers=4, width=256, ffn=1024, heads=4)},
+    "the other corpus": {"seed": 1, "corpus": QUICKSTART.corpus},
+}
+TRANSFER_ITERATIONS = (200, 780)
+
+SIZES = (
+    replace(
+        MULTI30K,
+        model=transformer(layers=12, width=128, ffn=512, heads=4),
+        updates=1000,
+        lr=1e-3,
+        warmup=250,
+    ),
+    replace(
+        MULTI30K,
+        model=transformer(layers=6, width=512, ffn=2048, heads=8),
+        updates=600,
+        lr=5e-4,
+        warmup=150,
+    ),
+)
 
 QUICK_MODEL = transformer(layers=1, width=16, ffn=32, heads=2)
 QUICK_UPDATES = 4
@@ -193,6 +221,18 @@ def variant_arms() -> list[Arm]:
         Arm(name.replace(" ", "-"), f"GradInit, {name}", f"C{i}", ("--gradinit", *options))
         for i, (name, options) in enumerate(VARIANTS.items())
     ]
+
+
+def transfer_cases() -> Iterator[Case]:
+    """Scales that were learned for another run, and scales that took longer to learn."""
+    for i, (name, changes) in enumerate(TRANSFER_FROM.items()):
+        arm = Arm(f"scales-of-{name.replace(' ', '-')}", f"GradInit, scales of {name}", f"C{i}")
+        other = case(TRANSFER_SETUP, GRADINIT, **changes)
+        yield case(TRANSFER_SETUP, replace(arm, options=GRADINIT.options), scales_of=other)
+    for i, count in enumerate(TRANSFER_ITERATIONS, len(TRANSFER_FROM)):
+        arm = Arm(f"{count}-iterations", f"GradInit, {count} iterations", f"C{i}")
+        options = (*GRADINIT.options, "--gradinit-iterations", str(count))
+        yield case(TRANSFER_SETUP, replace(arm, options=options))
 
 
 LENGTHS = Grid(lambda c: f"{c.corpus}, {c.model.name}", lambda c: str(c.warmup), "warmup updates")
@@ -247,7 +287,7 @@ STUDIES = {
             "stability",
             "at which learning rates and beta2 does a model train without warmup?",
             tuple(
-                case(MULTI30K, arm, lr=rate, optimizer=adam(beta2))
+                case(MULTI30K, arm, lr=rate, optimizer=adam(beta2), updates=STABILITY_UPDATES)
                 for arm in (DEFAULT, GRADINIT)
                 for beta2, rate in product(STABILITY_BETA2S, STABILITY_RATES)
             ),
@@ -277,6 +317,20 @@ STUDIES = {
             settings_tables,
             loss_curves,
         ),
+        Study(
+            "transfer",
+            "do scales serve another seed, width or corpus, and does it pay to learn for longer?",
+            with_seeds(transfer_cases(), TRANSFER_SEEDS),
+            settings_tables,
+            loss_curves,
+        ),
+        Study(
+            "sizes",
+            "does it hold for deeper and for wider models?",
+            tuple(case(setup, arm) for setup in SIZES for arm in (WARMUP, GRADINIT, DEFAULT)),
+            settings_tables,
+            loss_curves,
+        ),
     )
 }
 
@@ -294,6 +348,7 @@ def _tiny(case: Case) -> Case:
     return replace(
         case,
         arm=replace(case.arm, options=(*case.arm.options, *fewer)),
+        scales_of=case.scales_of and _tiny(case.scales_of),
         model=QUICK_MODEL,
         warmup=min(case.warmup, QUICK_UPDATES // 2),
         updates=QUICK_UPDATES,
@@ -431,9 +486,10 @@ def run_missing(
     Raises:
         TrainingError: a run failed.
     """
-    for name in dict.fromkeys(case.corpus for case in chosen if case.corpus not in corpora):
+    needed = dict.fromkeys(chain.from_iterable(case.corpora for case in chosen))
+    for name in (name for name in needed if name not in corpora):
         log.info("no --corpus %s=DIR is given: its runs are left out", name)
-    todo = [case for case in chosen if case.corpus in corpora and case not in kept]
+    todo = [case for case in chosen if case.corpora <= corpora.keys() and case not in kept]
     log.info("%d runs, %d of them kept from before", len(chosen), len(kept & set(chosen)))
     file.repair()
     children = Children()

@@ -229,9 +229,9 @@ def _heat_map(axes: Axes, runs: Sequence[Run], grid: Grid, norm: Normalize) -> A
 
 
 def loss_curves(runs: Sequence[Run]) -> Figure:
-    """Validation loss over the updates: a row for each corpus, a column for each learning rate."""
-    corpora = by(runs, lambda run: run.case.corpus)
-    panels = [list(by(part, lambda run: run.case.lr).items()) for part in corpora.values()]
+    """Validation loss over the updates: a row for each model, a column for each learning rate."""
+    models = by(runs, lambda run: (run.case.corpus, run.case.model))
+    panels = [list(by(part, lambda run: run.case.lr).items()) for part in models.values()]
     columns = max(map(len, panels))
     figure = Figure(figsize=(5 * columns, 3.8 * len(panels)), layout="constrained")
     for all_axes, row in zip(
@@ -242,7 +242,8 @@ def loss_curves(runs: Sequence[Run]) -> Figure:
         for axes, (rate, part) in zip(all_axes, row, strict=False):
             for group in by(part, lambda run: settings(run.case)).values():
                 _draw_curves(axes, group)
-            axes.set_title(f"{part[0].case.corpus}, peak learning rate {rate:g}", fontsize=10)
+            case = part[0].case
+            axes.set_title(f"{case.corpus}, {case.model.name}, peak lr {rate:g}", fontsize=10)
             axes.set_xlabel("update")
             axes.set_ylabel(LOSS)
             axes.grid(alpha=0.3)

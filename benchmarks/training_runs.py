@@ -56,6 +56,7 @@ log = logging.getLogger("training")
 
 VALIDATIONS = 10
 LOG_LINES = 75
+SCALES = "gradinit_scales.json"
 
 # As in recipes/quickstart.py, but for what a Case says. No workers for the data: each run is to
 # stay on one core.
@@ -111,6 +112,8 @@ class Case:
         lr: the peak of the schedule, which falls to 0 in a line at the last update.
         warmup: updates in which the rate rises to the peak.
         scored: whether the test set is translated and scored.
+        scales_of: the run whose learned scales are applied, instead of learning; of it no more than
+            that is run.
     """
 
     corpus: str
@@ -123,12 +126,18 @@ class Case:
     max_tokens: int
     scored: bool = False
     seed: int = 1
+    scales_of: Case | None = None
 
     @property
     def label(self) -> str:
         """What `--only` searches, and what progress is reported with."""
         schedule = f"lr {self.lr:g} warmup {self.warmup}"
         return f"{self.corpus} {self.arm.name} {schedule} {self.optimizer.name} seed {self.seed}"
+
+    @property
+    def corpora(self) -> set[str]:
+        """The names of those that the run reads."""
+        return {self.corpus, *(self.scales_of.corpora if self.scales_of else ())}
 
     @property
     def folder_name(self) -> str:
@@ -143,7 +152,9 @@ def parse_case(row: Mapping[str, Any]) -> Case:
         return {**row[name], "options": tuple(row[name]["options"])}
 
     options = {name: Options(**parts(name)) for name in ("model", "optimizer")}
-    return Case(**{**row, "arm": Arm(**parts("arm")), **options})
+    other = row.get("scales_of")
+    scales_of = None if other is None else parse_case(other)
+    return Case(**{**row, "arm": Arm(**parts("arm")), **options, "scales_of": scales_of})
 
 
 @dataclass(frozen=True)
@@ -314,6 +325,11 @@ def training_command(case: Case, data: Path, save_dir: Path) -> list[str]:
     ]
 
 
+def learning_command(case: Case, data: Path, save_dir: Path) -> list[str]:
+    """Learns the scales of a case, and ends after the first update."""
+    return [*training_command(case, data, save_dir), "--max-update", "1", "--disable-validation"]
+
+
 class Stopped(Exception):
     """The user ends the program."""
 
@@ -387,27 +403,27 @@ class Runner:
         folder = self.work / case.folder_name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        checkpoints, data = folder / "checkpoints", corpus.folder / "data-bin"
-        commands = [training_command(case, data, checkpoints)]
-        if case.scored:
-            last = checkpoints / "checkpoint_last.pt"
-            commands.append(translation_command(corpus.folder, last, folder))
-        names = {str(corpus.folder): case.corpus, str(folder): folder.name}
+        checkpoints = folder / "checkpoints"
+        learn, train, translate = commands = self._commands(case, folder, checkpoints)
+        names = {str(each.folder): name for name, each in self.corpora.items()}
+        names[str(folder)] = folder.name
         run = Run(
             case,
             corpus.digest,
             corpus.plateau,
             _circumstances(),
-            [_readable(shlex.join([Path(c[0]).name, *c[1:]]), names) for c in commands],
+            [_readable(shlex.join([Path(c[0]).name, *c[1:]]), names) for c in commands if c],
             status="finished",
             reason=None,
             seconds=0.0,
         )
         start = time.monotonic()
         try:
-            run = self._train(run, commands[0], folder / "train.log")
-            if case.scored and run.status == "finished":
-                scores = self._translate(commands[1], folder, corpus.folder)
+            if learn:
+                run_quietly(learn, folder / "learn.log", self.children.start)
+            run = self._train(run, train, folder / "train.log")
+            if translate and run.status == "finished":
+                scores = self._translate(translate, folder, corpus.folder)
                 run = replace(run, **asdict(scores))
         except RunError as error:
             if self.children.stopped:
@@ -417,6 +433,21 @@ class Runner:
         finally:
             shutil.rmtree(checkpoints, ignore_errors=True)
         return replace(run, seconds=time.monotonic() - start)
+
+    def _commands(
+        self, case: Case, folder: Path, checkpoints: Path
+    ) -> tuple[list[str], list[str], list[str]]:
+        """What learns the scales of another run, trains, and translates; empty where not asked."""
+        corpus = self.corpora[case.corpus].folder
+        train = training_command(case, corpus / "data-bin", checkpoints)
+        learn, translate = [], []
+        if case.scales_of is not None:
+            data = self.corpora[case.scales_of.corpus].folder / "data-bin"
+            learn = learning_command(case.scales_of, data, folder / "learned")
+            train += ["--gradinit-scales", str(folder / "learned" / SCALES)]
+        if case.scored:
+            translate = translation_command(corpus, checkpoints / "checkpoint_last.pt", folder)
+        return learn, train, translate
 
     def _train(self, run: Run, command: Sequence[str], log_file: Path) -> Run:
         """Train; a run that diverges is one too.

@@ -33,7 +33,7 @@ from fairseq_gradinit.optimizers import settings, training_optimizer
 from fairseq_gradinit.options import CENTERING_SENTENCES, Plan
 from fairseq_gradinit.processes import Processes, ProcessGroup
 from fairseq_gradinit.quiet import quiet
-from fairseq_gradinit.scales import FILE_NAME, Scales
+from fairseq_gradinit.scales import FILE_NAME, Scales, size_changes
 from fairseq_gradinit.signals import StopSignals
 from fairseq_gradinit.state import StateFile
 from fairseq_gradinit.task_loss import TaskLoss, forward_autocast
@@ -114,9 +114,11 @@ def _blocks(trainer: Any, plan: Plan) -> list[Block]:
 
 def _apply(trainer: Any, plan: Plan) -> Scales:
     """Do with the scales in a file what learning them would have ended with."""
-    scales = Scales.load(Path(str(plan.scales_file)))
-    scales.apply(_blocks(trainer, plan))
+    learned = Scales.load(Path(str(plan.scales_file)))
+    scales = learned.apply(_blocks(trainer, plan))
     logger.info("applied the scales in %s", plan.scales_file)
+    if changes := size_changes(learned, scales):
+        logger.warning("these scales were learned at other sizes: %s", changes)
     if scales.centered if plan.centering is None else plan.centering:
         _center(trainer, _pairs(trainer, plan))
     return scales

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,17 +111,26 @@ class Scales:
             ) from error
         return _parse(document, path)
 
-    def apply(self, blocks: Sequence[Block]) -> None:
+    def apply(self, blocks: Sequence[Block]) -> Scales:
         """Multiply the model's freshly initialised tensors by these scales, in place.
 
+        The sizes of a tensor may be others than those it was learned for: a scale belongs to the
+        tensor's place in the model.
+
+        Returns:
+            These scales, with the shapes of this model.
+
         Raises:
-            GradInitError: the names or shapes are not those of the model; nothing is changed then.
+            GradInitError: the names or the numbers of dimensions are not those of the model;
+                nothing is changed then.
         """
         self._check_fits(blocks)
-        scale_of = {row.name: row.scale for row in self.blocks}
+        row_of = {row.name: row for row in self.blocks}
         as_learned = [Block(b.name, b.parameter, "learned") for b in blocks]
-        factors = torch.tensor([scale_of[b.name] for b in blocks], dtype=torch.float64)
+        factors = torch.tensor([row_of[b.name].scale for b in blocks], dtype=torch.float64)
         set_weights(as_learned, base_weights(as_learned), factors)
+        rows = (replace(row_of[b.name], shape=tuple(b.parameter.shape)) for b in blocks)
+        return replace(self, blocks=tuple(rows))
 
     def _check_fits(self, blocks: Sequence[Block]) -> None:
         file = {row.name: list(row.shape) for row in self.blocks}
@@ -131,13 +140,26 @@ class Scales:
         problems += [
             f"{name} has shape {file[name]} in the file and {model[name]} in the model"
             for name in file
-            if name in model and file[name] != model[name]
+            if name in model and len(file[name]) != len(model[name])
         ]
         if problems:
-            more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-            raise GradInitError(
-                f"the scales were learned for another model: {'; '.join(problems[:5])}{more}"
-            )
+            raise GradInitError(f"the scales were learned for another model: {_some(problems)}")
+
+
+def size_changes(learned: Scales, applied: Scales) -> str | None:
+    """What `Scales.apply` changed, in a few words; None if the shapes are those of the file."""
+    applied_shape = {row.name: row.shape for row in applied.blocks}
+    changes = [
+        f"{row.name} {list(row.shape)}, here {list(applied_shape[row.name])}"
+        for row in learned.blocks
+        if row.shape != applied_shape[row.name]
+    ]
+    return _some(changes) if changes else None
+
+
+def _some(items: Sequence[str]) -> str:
+    more = f"; and {len(items) - 5} more" if len(items) > 5 else ""
+    return "; ".join(items[:5]) + more
 
 
 def kinds_of_blocks(scales: Scales) -> dict[str, list[BlockScale]]:

@@ -127,15 +127,21 @@ def test_a_scales_file_of_another_model(corpus, scales_file, tmp_path):
     error = train_here(corpus.translation, tmp_path, *options).error()
     assert "the scales were learned for another model" in error
     assert "decoder.layers.1.self_attn.k_proj.weight is not in the model" in error
-    options = ["--gradinit", "--gradinit-scales", scales_file, "--encoder-ffn-embed-dim", "16"]
-    run = train_here(corpus.translation, tmp_path, *options)
-    expected = (
-        "encoder.layers.0.fc1.weight has shape [64, 32] in the file and [16, 32] in the model"
-    )
-    assert expected in run.error()
-    model = run.trainer.get_model()
-    assert all(torch.equal(p, run.initial[name]) for name, p in model.named_parameters())
     assert not list(tmp_path.glob("*"))
+
+
+def test_a_scales_file_of_other_sizes(corpus, scales_file, tmp_path, caplog):
+    usual = ["--encoder-ffn-embed-dim", "16", *QUICK, "--no-save", "--gradinit-scales"]
+    assert train_here(corpus.translation, tmp_path, *usual, scales_file).code == 0
+    assert (
+        "these scales were learned at other sizes: encoder.layers.0.fc1.weight [64, 32], here "
+        "[16, 32]; encoder.layers.0.fc1.bias [64], here [16]; "
+    ) in caplog.text
+    caplog.clear()
+    # The run has left the same scales with its own sizes.
+    own = tmp_path / "gradinit_scales.json"
+    assert train_here(corpus.translation, tmp_path / "again", *usual, own).code == 0
+    assert "other sizes" not in caplog.text
 
 
 def test_a_scales_file_that_is_none(corpus, scales_file, tmp_path):

@@ -343,6 +343,24 @@ def test_a_run_is_what_its_log_says(tmp_path, fake_program) -> None:
     assert (tmp_path / "work" / CASE.folder_name / "train.log").read_text().endswith("\n1\n")
 
 
+def test_scales_are_learned_for_another_run_first(tmp_path, fake_program) -> None:
+    fake_program('echo "$@"\n' + valid_line(100, 7.0))
+    other = replace(CASE, arm=GRADINIT, seed=4, corpus="other")
+    own = replace(CASE, arm=GRADINIT, scales_of=other)
+    assert own.corpora == {"multi30k", "other"}
+    corpora = {name: Corpus(tmp_path / name, "d1", 9.8) for name in own.corpora}
+    found = Runner(corpora, tmp_path / "work", Children())(own)
+    learn, train = found.commands
+    assert learn.startswith("fairseq-fake other/data-bin ")
+    assert "--seed 4 " in learn
+    assert learn.endswith("/learned --max-update 1 --disable-validation")
+    assert train.startswith("fairseq-fake multi30k/data-bin ")
+    assert train.endswith(f"--gradinit-scales {own.folder_name}/learned/gradinit_scales.json")
+    file = RunsFile(tmp_path / "runs.jsonl")
+    file.append(found)
+    assert file.read()[0].case == own
+
+
 @pytest.mark.parametrize(
     ("script", "reason"),
     [
