@@ -1,0 +1,102 @@
+"""When, where and with what a number was measured."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+FAIRSEQ_DISTRIBUTIONS = ("ve-fairseq", "fairseq", "fairseq-fixed")
+
+
+@dataclass(frozen=True)
+class Circumstances:
+    """What is needed to judge and repeat a measurement.
+
+    Attributes:
+        date: ISO 8601, in UTC, to the second.
+        git_revision: the commit that was checked out; None outside a repository.
+        git_dirty: whether tracked files had been changed.
+        fairseq: distribution and version, such as "ve-fairseq 0.12.3".
+        cores: that the process might use.
+        gpu: the name of one; None without any.
+        gpus: number of GPUs that the process might use.
+        workers: processes of the data-parallel run.
+    """
+
+    date: str
+    git_revision: str | None
+    git_dirty: bool
+    python: str
+    torch: str
+    fairseq: str
+    cpu: str
+    cores: int
+    gpu: str | None
+    gpus: int
+    workers: int
+
+
+def circumstances(repository: Path, workers: int = 1) -> Circumstances:
+    """Those of this process.
+
+    Args:
+        repository: a folder of the code that is measured.
+        workers: processes of the data-parallel run.
+    """
+    # It takes seconds, and readers of records do not need it.
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    name, number = fairseq_distribution() or ("fairseq", "of a checkout")
+    return Circumstances(
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        git_revision=_git(repository, "rev-parse", "HEAD"),
+        git_dirty=bool(_git(repository, "status", "--porcelain", "--untracked-files=no")),
+        python=platform.python_version(),
+        torch=str(torch.__version__),
+        fairseq=f"{name} {number}",
+        cpu=_cpu_name(),
+        cores=_cores(),
+        gpu=torch.cuda.get_device_name() if gpus else None,
+        gpus=gpus,
+        workers=workers,
+    )
+
+
+def fairseq_distribution() -> tuple[str, str] | None:
+    """Name and version of the installed fairseq; None if it is no installed distribution."""
+    for name in FAIRSEQ_DISTRIBUTIONS:
+        try:
+            return name, version(name)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def _git(repository: Path, *arguments: str) -> str | None:
+    """What git prints, or None where there is no git or no repository."""
+    command = ["git", "-C", str(repository), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

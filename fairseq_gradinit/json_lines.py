@@ -1,0 +1,109 @@
+"""Files of one JSON value a line, which only grow, and which several processes may write to."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fairseq_gradinit.errors import GradInitError
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+
+def read_lines(path: Path, parse: Callable[[Any], T], what: str) -> list[T]:
+    """Read every line; a last one that was not written to its end is left out.
+
+    Args:
+        parse: makes of the JSON value of a line what it stands for; raises KeyError, TypeError or
+            ValueError if it cannot.
+        what: a line is, for messages, such as "a run".
+
+    Raises:
+        GradInitError: the file cannot be read, or a line is not `what`.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise GradInitError(
+            f"cannot read {path}: {error.strerror or error}; name a file of results"
+        ) from error
+    # Behind the last newline stands what a killed writer left, or nothing.
+    return [
+        _parse_line(line, parse, f"line {i} of {path} is not {what}")
+        for i, line in enumerate(content.split(b"\n")[:-1], 1)
+    ]
+
+
+def _parse_line(line: bytes, parse: Callable[[Any], T], problem: str) -> T:
+    try:
+        return parse(json.loads(line))
+    except KeyError as error:
+        reason = f"{error} is missing"
+    except (TypeError, ValueError, RecursionError) as error:
+        reason = str(error)
+    raise GradInitError(f"{problem} ({reason}): mend or remove it")
+
+
+def append_line(path: Path, value: Any) -> None:
+    """Add a line with the JSON of `value`, behind the last that was written to its end.
+
+    It is one unbuffered write behind what others have written: in one piece, or torn where the
+    next writer finds it.
+
+    Raises:
+        GradInitError: the file cannot be written.
+        ValueError: `value` holds a float that is not finite.
+    """
+    line = (json.dumps(value, allow_nan=False) + "\n").encode()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(path) as file:
+            _repair(file, path)
+            if os.write(file, line) < len(line):
+                raise OSError("there is no room for the whole line")
+    except OSError as error:
+        raise GradInitError(
+            f"cannot append to {path}: {error.strerror or error}; choose a file that can be written"
+        ) from error
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[int]:
+    """The file, open to append, and to no other writer of this program."""
+    file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        # A line must not get lost for want of locks, which some network file systems do not have.
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield file
+    finally:
+        os.close(file)
+
+
+def _repair(file: int, path: Path) -> None:
+    """Cut off a last line that was not written to its end."""
+    size = os.fstat(file).st_size
+    end = _end_of_lines(file, size)
+    if end < size:
+        logger.warning("the last line of %s was not written to its end: removed", path)
+        os.truncate(file, end)
+
+
+def _end_of_lines(file: int, size: int, step: int = 1 << 16) -> int:
+    """Where the last newline ends, searched from the end of the file."""
+    while size > 0:
+        start = max(0, size - step)
+        found = os.pread(file, size - start, start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        size = start
+    return 0
