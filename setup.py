@@ -82,7 +82,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     license_files=["LICENSE"],
-    packages=["fairseq_gradinit", "hydra_plugins"],
+    packages=["fairseq_gradinit", "fairseq_gradinit.schemes", "hydra_plugins"],
     python_requires=">=3.11",
     install_requires=["numpy", "torch>=2.4"],
     extras_require={

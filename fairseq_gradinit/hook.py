@@ -1,13 +1,14 @@
 """Where the plugin takes hold of fairseq: the one file that changes fairseq's objects.
 
-Four places, each passing through to fairseq's own code when --gradinit is not given:
+Four places, each passing through to fairseq's own code when neither --gradinit nor --init-scheme
+is given:
 
 - the training parser gets the group of options (`--help` shows only what is there before the task
   adds its own);
 - every task's configuration gets the same options as fields, also when a user dir registers the
   task later: by the time the command line is read or the task is set up;
 - `call_main`, the entry of training on the command line and under hydra, checks the options
-  before anything is built;
+  before anything is built, and chooses the architecture that a scheme needs;
 - `Trainer.begin_epoch`, the first call after the checkpoint is (or is not) loaded, runs the phase.
 
 A GradInitError in the last two becomes a sentence and exit code 1.
@@ -33,6 +34,8 @@ from hydra.core.config_store import ConfigStore
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.options import GradInitOptions, make_plan
 from fairseq_gradinit.phase import require_writable, run_phase
+from fairseq_gradinit.schemes.options import SchemeOptions, read_scheme
+from fairseq_gradinit.schemes.phase import run_scheme
 
 logger = logging.getLogger("fairseq_gradinit")
 
@@ -60,17 +63,22 @@ def _with_option_group(add_optimization_args: Callable[..., Any]) -> Callable[..
         extend_tasks()
         result = add_optimization_args(parser)
         gen_parser_from_dataclass(parser.add_argument_group("GradInit"), GradInitOptions())
+        gen_parser_from_dataclass(
+            parser.add_argument_group("Other initialisations"), SchemeOptions()
+        )
         return result
 
     return wrapper
 
 
 def _add_fields(task_name: str) -> None:
-    """Give the configuration of a registered task the fields of GradInitOptions."""
+    """Give the configuration of a registered task the fields of our options."""
     plain = tasks.TASK_DATACLASS_REGISTRY[task_name]
     if issubclass(plain, GradInitOptions):
         return
-    extended = dataclasses.make_dataclass(plain.__name__, [], bases=(GradInitOptions, plain))
+    extended = dataclasses.make_dataclass(
+        plain.__name__, [], bases=(GradInitOptions, SchemeOptions, plain)
+    )
     extended.__module__, extended.__doc__ = plain.__module__, plain.__doc__
     tasks.TASK_DATACLASS_REGISTRY[task_name] = extended
     setattr(tasks.TASK_REGISTRY[task_name], "__dataclass", extended)
@@ -104,6 +112,9 @@ def _with_checks(call_main: Callable[..., Any]) -> Callable[..., Any]:
         with _errors_as_sentences():
             if make_plan(cfg) is not None:
                 require_writable(cfg.checkpoint.save_dir)
+            scheme = read_scheme(cfg)
+            if scheme is not None and scheme.configure is not None:
+                scheme.configure(cfg.model)
         return call_main(cfg, main, **kwargs)
 
     return wrapper
@@ -115,6 +126,9 @@ def _with_phase(begin_epoch: Callable[..., Any]) -> Callable[..., Any]:
         if not getattr(trainer, "_gradinit_done", False):
             # Here and not around all of training: this may be one of several processes.
             with _errors_as_sentences():
+                scheme = read_scheme(trainer.cfg)
+                if scheme is not None:
+                    run_scheme(trainer, scheme)
                 plan = make_plan(trainer.cfg)
                 if plan is not None:
                     run_phase(trainer, plan)

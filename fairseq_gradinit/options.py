@@ -322,7 +322,7 @@ def make_plan(cfg: Any) -> Plan | None:
                 f"{_flag(given[0])} was given without --gradinit: add --gradinit, or leave it out"
             )
         return None
-    _refuse_unsupported(cfg)
+    refuse_unsupported(cfg, "GradInit")
     if options.gradinit_save_interval < 0:
         raise GradInitError(
             "--gradinit-save-interval must be at least 0, which switches it off, not "
@@ -437,7 +437,15 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _refuse_unsupported(cfg: Any) -> None:
+def refuse_unsupported(cfg: Any, what: str) -> None:
+    """Refuse a run in which no process sees the whole model and its global gradient.
+
+    Args:
+        what: what does not work there, as the error says it.
+
+    Raises:
+        GradInitError: it is one.
+    """
     parallel = cfg.distributed_training
     apart = "its processes train apart, so there is no global gradient: use --ddp-backend"
     whole = "no process holds the whole model, whose gradient GradInit needs: leave one out"
@@ -458,4 +466,4 @@ def _refuse_unsupported(cfg: Any) -> None:
     }
     for name, (given, advice) in unsupported.items():
         if given:
-            raise GradInitError(f"GradInit does not work with {name}; {advice}")
+            raise GradInitError(f"{what} does not work with {name}; {advice}")

@@ -52,22 +52,19 @@ def run_phase(trainer: Any, plan: Plan) -> None:
     Raises:
         GradInitError: see `learn_scales`, `Scales.load` and `Scales.apply`.
     """
-    if trainer.get_num_updates() > 0 or trainer._optim_history:
+    if weights_come_from_checkpoint(trainer):
         logger.info(
             "skipping GradInit: the weights come from a checkpoint, which a new scale would spoil"
         )
         return
     path = Path(trainer.cfg.checkpoint.save_dir) / FILE_NAME
     start = time.monotonic()
-    # The optimizer, its fp32 copies, the data-parallel wrapper and the moving average hold the
-    # weights as they are. The trainer makes each of them anew when it is next asked for it.
-    trainer.reinitialize()
-    trainer._ema = None
-    modules = _modules(trainer)
+    drop_copies(trainer)
+    modules = trained_modules(trainer)
     frozen = frozen_names(modules)
     if frozen:
         logger.info("frozen, so kept at scale 1: %s", ", ".join(frozen))
-    with _full_precision(trainer), undone_on_error(list(modules.values())):
+    with full_precision(trainer), undone_on_error(list(modules.values())):
         scales = _learn(trainer, plan) if plan.scales_file is None else _apply(trainer, plan)
     if trainer.is_data_parallel_master:
         scales.save(path)
@@ -75,6 +72,21 @@ def run_phase(trainer: Any, plan: Plan) -> None:
         logger.info(line)
     logger.info("signature: %s", scales.signature)
     logger.info("scales saved in %s (%.1f s in all)", path, time.monotonic() - start)
+
+
+def weights_come_from_checkpoint(trainer: Any) -> bool:
+    """Whether the run resumes, or starts from another run's weights."""
+    return bool(trainer.get_num_updates() > 0 or trainer._optim_history)
+
+
+def drop_copies(trainer: Any) -> None:
+    """Have everything that holds the weights as they are made anew, once they have changed.
+
+    These are the optimizer, its fp32 copies, the data-parallel wrapper and the moving average; the
+    trainer makes each of them when it is next asked for it.
+    """
+    trainer.reinitialize()
+    trainer._ema = None
 
 
 def require_writable(save_dir: str) -> None:
@@ -95,13 +107,13 @@ def require_writable(save_dir: str) -> None:
         ) from error
 
 
-def _modules(trainer: Any) -> dict[str, nn.Module]:
+def trained_modules(trainer: Any) -> dict[str, nn.Module]:
     """All that training trains, by what the names of its tensors begin with."""
     return {"": trainer.get_model(), "criterion": trainer.get_criterion()}
 
 
 def _blocks(trainer: Any, plan: Plan) -> list[Block]:
-    modules = _modules(trainer)
+    modules = trained_modules(trainer)
     if plan.scales_file is not None:
         return collect_blocks(modules, plan.config.norm_gains)
     fixed = fixed_scales(modules, plan.encoder_branches, plan.require_encoder)
@@ -134,7 +146,8 @@ def _pairs(trainer: Any, plan: Plan) -> PairedBatches:
     )
 
 
-def _processes(trainer: Any) -> Processes | None:
+def data_parallel_processes(trainer: Any) -> Processes | None:
+    """The processes that train together; None for one alone."""
     if trainer.data_parallel_world_size > 1:
         return ProcessGroup(trainer.data_parallel_process_group)
     return None
@@ -142,10 +155,12 @@ def _processes(trainer: Any) -> Processes | None:
 
 def _center(trainer: Any, pairs: PairedBatches) -> None:
     start = time.monotonic()
-    modules = list(_modules(trainer).values())
+    modules = list(trained_modules(trainer).values())
     sentences = pairs.sentences(CENTERING_SENTENCES)
     with quiet(*modules):
-        count = center_layer_norms(modules, TaskLoss(trainer), sentences, _processes(trainer))
+        count = center_layer_norms(
+            modules, TaskLoss(trainer), sentences, data_parallel_processes(trainer)
+        )
     logger.info(
         "centered the outputs of %d LayerNorms on %d sentences (%.1f s)",
         *(count, len(sentences), time.monotonic() - start),
@@ -172,7 +187,7 @@ def _learn(trainer: Any, plan: Plan) -> Scales:
         len(blocks),
         plan.config.iterations,
     )
-    processes = _processes(trainer)
+    processes = data_parallel_processes(trainer)
     log = IterationLog(trainer.cfg, plan.config, tracked=trainer.is_data_parallel_master)
     with quiet(model, criterion), StopSignals() as signals, forward_autocast(model, plan.config):
         try:
@@ -237,12 +252,12 @@ def _leave(stopped: GradInitStopped, signals: StopSignals, plan: Plan) -> NoRetu
 
 
 @contextmanager
-def _full_precision(trainer: Any) -> Iterator[None]:
+def full_precision(trainer: Any) -> Iterator[None]:
     """Hold model and criterion in fp32, whatever precision the run trains in.
 
     The parameters keep their identity, so that everything that refers to them stays valid.
     """
-    modules = _modules(trainer).values()
+    modules = trained_modules(trainer).values()
     half = trainer.cfg.common.fp16
     if half:
         for module in modules:

@@ -1,0 +1,78 @@
+"""The residual branches of fairseq's Transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from fairseq.modules.transformer_layer import (
+    TransformerDecoderLayerBase,
+    TransformerEncoderLayerBase,
+)
+from torch import nn
+
+from fairseq_gradinit.errors import GradInitError
+
+LAYERS = (TransformerEncoderLayerBase, TransformerDecoderLayerBase)
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One sublayer f of x + f(x).
+
+    Attributes:
+        layer: fairseq's layer that it belongs to.
+        name: "self_attn", "encoder_attn" or "ffn".
+        readers: the linear layers that read x. In attention to an encoder, only the queries do.
+        values: the linear layers that the output is linear in, up to ReLU: v_proj and out_proj, or
+            fc1 and fc2. The output's scale is the product of theirs.
+        norm: the LayerNorm of this sublayer: after the addition in a post-LN model.
+    """
+
+    layer: nn.Module
+    name: str
+    readers: tuple[nn.Linear, ...]
+    values: tuple[nn.Linear, nn.Linear]
+    norm: nn.Module
+
+    @property
+    def last(self) -> nn.Linear:
+        """The layer whose output is f(x)."""
+        return self.values[1]
+
+
+def stacks(model: nn.Module) -> list[list[Branch]]:
+    """The branches of every encoder and every decoder, each in the order of the forward pass.
+
+    Raises:
+        GradInitError: the model has no layers of fairseq's Transformer.
+    """
+    found: dict[str, list[Branch]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LAYERS):
+            found.setdefault(name.rpartition(".")[0], []).extend(_branches(module))
+    if not found:
+        raise GradInitError(
+            f"--init-scheme needs layers of fairseq's Transformer, and {type(model).__name__} has "
+            "none: choose another --arch, or leave --init-scheme out"
+        )
+    return list(found.values())
+
+
+def _branches(layer: nn.Module) -> Iterator[Branch]:
+    for name in ("self_attn", "encoder_attn"):
+        attention = getattr(layer, name, None)
+        if attention is None:
+            continue
+        keys_too = (attention.k_proj, attention.v_proj) if name == "self_attn" else ()
+        yield Branch(
+            layer,
+            name,
+            readers=(attention.q_proj, *keys_too),
+            values=(attention.v_proj, attention.out_proj),
+            norm=getattr(layer, f"{name}_layer_norm"),
+        )
+    fc1, fc2 = layer.get_submodule("fc1"), layer.get_submodule("fc2")
+    assert isinstance(fc1, nn.Linear)
+    assert isinstance(fc2, nn.Linear)
+    yield Branch(layer, "ffn", (fc1,), (fc1, fc2), layer.get_submodule("final_layer_norm"))
