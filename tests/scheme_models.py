@@ -28,7 +28,7 @@ def build(arch: str, **given: Any) -> nn.Module:
     if "_lm" not in arch:
         ARCH_CONFIG_REGISTRY[arch](args)
         return ARCH_MODEL_REGISTRY[arch].build_model(args, task).eval()
-    args._name = arch
+    args._name, args.max_target_positions = arch, 64
     args.decoder_input_dim = args.decoder_output_dim = args.decoder_embed_dim
     return build_model(args, task).eval()
 

@@ -40,7 +40,7 @@ def test_it_trains_with_warmup_and_with_sgd(corpus, tmp_path, name):
     assert len(done.updates) == 2
 
 
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", [name for name in SCHEMES if name != "t-fixup"])
 def test_language_models(corpus, tmp_path, name):
     base = [
         *usual_options(*SMALL_MODEL[::2], "--criterion", "--label-smoothing"),

@@ -9,7 +9,7 @@ from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.options import read_options, refuse_unsupported
-from fairseq_gradinit.schemes import pre_ln, zero_branches
+from fairseq_gradinit.schemes import deepnorm, pre_ln, t_fixup, zero_branches
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class Scheme:
 SCHEMES = {
     "pre-ln": Scheme(configure=pre_ln.configure, sets_weights=False),
     "zero-branches": Scheme(initialise=zero_branches.initialise),
+    "deepnorm": Scheme(configure=deepnorm.configure),
+    "t-fixup": Scheme(configure=t_fixup.configure),
 }
 
 SchemeChoice = ChoiceEnum(list(SCHEMES))

@@ -6,7 +6,7 @@ Each has a name of its own, under which its checkpoints are loaded: they need
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,14 +32,18 @@ STOCK: dict[str, Any] = {
 """fairseq's models that have variants."""
 
 
-def register_variants(scheme: str, change: Callable[[nn.Module], None]) -> None:
+def register_variants(
+    scheme: str, change: Callable[[nn.Module], None], of: Sequence[str] = tuple(STOCK)
+) -> None:
     """Register `transformer_SCHEME` and `transformer_lm_SCHEME`.
 
     Args:
         scheme: its name, with underscores.
         change: what is done to each model when it is built.
+        of: the stock models that have this variant.
     """
-    for name, stock in STOCK.items():
+    for name in of:
+        stock = STOCK[name]
         variant = f"{name}_{scheme}"
         register_model(variant, dataclass=MODEL_DATACLASS_REGISTRY.get(name))(
             _subclass(stock, variant, change)
@@ -66,25 +70,26 @@ def switch(model: Any, scheme: str) -> None:
         scheme: as in `register_variants`.
 
     Raises:
-        GradInitError: it is of another class than those in STOCK.
+        GradInitError: it is of a class that has no such variant.
     """
     name = str(given(model, "_name") or given(model, "arch"))
     found = ARCH_MODEL_REGISTRY.get(name)
-    if any(found is MODEL_REGISTRY[f"{stock}_{scheme}"] for stock in STOCK):
+    variants = {key: f"{key}_{scheme}" for key in STOCK if f"{key}_{scheme}" in MODEL_REGISTRY}
+    if any(found is MODEL_REGISTRY[variant] for variant in variants.values()):
         return
-    stock = next((key for key, value in STOCK.items() if found is value), None)
+    stock = next((key for key in variants if found is STOCK[key]), None)
     if stock is None:
         raise GradInitError(
-            f"--init-scheme {scheme.replace('_', '-')} changes fairseq's Transformer models "
-            f"(--arch transformer..., transformer_lm...), and --arch {name} is another model: "
-            "choose one of these"
+            f"--init-scheme {scheme.replace('_', '-')} changes fairseq's models "
+            f"{' and '.join(variants)} (--arch {', '.join(f'{key}...' for key in variants)}), and "
+            f"--arch {name} is another model: choose one of these"
         )
     with writable(model):
         if stock not in MODEL_DATACLASS_REGISTRY:
             ARCH_CONFIG_REGISTRY[name](model)
         for key in ("_name", "arch"):
             if given(model, key) is not None:
-                setattr(model, key, f"{stock}_{scheme}")
+                setattr(model, key, variants[stock])
 
 
 def require_post_ln(model: Any, scheme: str) -> None:

@@ -7,7 +7,6 @@ the parameters that they add. Everything else is as fairseq draws it.
 
 from __future__ import annotations
 
-from itertools import chain
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ def initialise(trainer: Any) -> None:
 @torch.no_grad()
 def zero_branches(model: nn.Module) -> None:
     """Set weight and bias of `out_proj` and `fc2` to zero, so that each f in x + f(x) is zero."""
-    for branch in chain.from_iterable(stacks(model)):
-        for parameter in branch.last.parameters():
-            parameter.zero_()
+    for stack in stacks(model):
+        for branch in stack.branches:
+            for parameter in branch.last.parameters():
+                parameter.zero_()

@@ -1,0 +1,130 @@
+"""DeepNorm: the constants by depth, how weights are drawn, and the forward pass."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import train_here
+from scheme_models import build, outputs
+
+from fairseq_gradinit.schemes.deepnorm import constants
+
+
+@pytest.mark.parametrize(
+    ("layers", "encoder", "decoder"),
+    [
+        # By hand: 6^4 * 6 = 7776, whose 16th root is 1.75055.
+        ((6, 6), (1.41794, 0.49699), (2.05977, 0.34329)),
+        # 18^4 * 6 = 629856, whose 16th root is 2.30384.
+        ((18, 6), (1.86611, 0.37763), (2.05977, 0.34329)),
+        ((12, 0), (2.21336, 0.31947), None),
+        ((0, 8), None, (2.0, 0.35355)),
+    ],
+)
+def test_the_constants_of_the_paper(layers, encoder, decoder):
+    found = constants(*layers)
+    expected = {"encoder": encoder, "decoder": decoder}
+    assert found.keys() == {side for side, value in expected.items() if value}
+    for side, value in found.items():
+        assert (value.alpha, value.beta) == pytest.approx(expected[side], abs=1e-5)
+
+
+def test_a_layer_weighs_its_shortcuts_by_alpha():
+    model = build("transformer_deepnorm", encoder_layers=3, decoder_layers=2)
+    values = constants(3, 2)
+    x = torch.randn(5, 3, 32, generator=torch.Generator().manual_seed(1))
+    layer, alpha = model.encoder.layers[1], values["encoder"].alpha
+    h = layer.self_attn_layer_norm(alpha * x + layer.self_attn(x, x, x)[0])
+    expected = layer.final_layer_norm(alpha * h + layer.fc2(torch.relu(layer.fc1(h))))
+    torch.testing.assert_close(layer(x, None), expected)
+    layer, alpha = model.decoder.layers[1], values["decoder"].alpha
+    h = layer.self_attn_layer_norm(alpha * x + layer.self_attn(x, x, x)[0])
+    h = layer.encoder_attn_layer_norm(alpha * h + layer.encoder_attn(h, x, x)[0])
+    expected = layer.final_layer_norm(alpha * h + layer.fc2(torch.relu(layer.fc1(h))))
+    torch.testing.assert_close(layer(x, encoder_out=x)[0], expected)
+
+
+def test_gains_are_beta_for_values_and_feed_forward_and_1_for_queries_and_keys():
+    model = build(
+        "transformer_deepnorm",
+        decoder_layers=3,
+        encoder_embed_dim=128,
+        decoder_embed_dim=128,
+        encoder_ffn_embed_dim=512,
+        decoder_ffn_embed_dim=512,
+    )
+    values = constants(2, 3)
+    checked = 0
+    for name, weight in model.named_parameters():
+        if ".layers." in name and weight.dim() == 2:
+            gain = 1.0 if ("q_proj" in name or "k_proj" in name) else values[name[:7]].beta
+            expected = gain * (2 / sum(weight.shape)) ** 0.5
+            assert weight.std().item() == pytest.approx(expected, rel=0.05), name
+            checked += 1
+    assert checked == 2 * 6 + 3 * 10
+
+
+def test_a_decoder_alone_has_constants_of_its_own():
+    model = build("transformer_lm_deepnorm", decoder_layers=8)
+    assert model.decoder.layers[0].shortcuts.ffn.item() == 2.0
+
+
+def test_an_error_in_the_middle_of_a_layer_leaves_no_trace():
+    model = build("transformer_deepnorm")
+    layer = model.decoder.layers[0]
+    before = outputs(model)
+    fc1, layer.fc1 = layer.fc1, None
+    with pytest.raises(TypeError):
+        outputs(model)
+    layer.fc1 = fc1
+    assert torch.equal(outputs(model), before)
+
+
+def test_a_copy_is_independent():
+    """fairseq copies models for its moving average."""
+    model = build("transformer_deepnorm")
+    other = copy.deepcopy(model)
+    before = outputs(model)
+    for name, buffer in other.named_buffers():
+        if "shortcuts" in name:
+            buffer.fill_(9.0)
+    assert torch.equal(outputs(model), before)
+    assert not torch.allclose(outputs(other), before)
+
+
+def test_the_scheme_builds_it_from_a_stock_architecture(corpus, tmp_path):
+    done = train_here(corpus.translation, tmp_path, "--init-scheme", "deepnorm")
+    model = done.trainer.get_model()
+    assert type(model).__name__ == "transformer_deepnorm"
+    assert model.encoder.layers[0].fc1.in_features == 32
+    stock = build("transformer_iwslt_de_en")
+    extra = model.state_dict().keys() - stock.state_dict().keys()
+    assert extra
+    assert all(".shortcuts." in name for name in extra)
+    assert [n for n, _ in model.named_parameters()] == [n for n, _ in stock.named_parameters()]
+
+
+def test_its_checkpoint_is_not_taken_for_that_of_a_stock_model(corpus, tmp_path):
+    assert train_here(corpus.translation, tmp_path, "--init-scheme", "deepnorm").code == 0
+    with pytest.raises(Exception, match="architectures match"):
+        train_here(corpus.translation, tmp_path)
+
+
+def test_activation_checkpointing_changes_nothing(corpus, tmp_path):
+    options = ("--init-scheme", "deepnorm", "--dropout", "0")
+    plain = train_here(corpus.translation, tmp_path / "plain", *options)
+    saved = train_here(corpus.translation, tmp_path / "saved", *options, "--checkpoint-activations")
+    assert saved.code == 0, saved.output
+    assert plain.updates == saved.updates
+
+
+def test_pre_ln_and_other_models_are_refused(corpus, tmp_path):
+    done = train_here(
+        corpus.translation, tmp_path, "--init-scheme", "deepnorm", "--encoder-normalize-before"
+    )
+    assert done.error().startswith("--init-scheme deepnorm is for post-LN models, and this encoder")
+    base = ["--arch", "lstm", "--optimizer", "adam", "--cpu", "--max-tokens", "400"]
+    done = train_here(corpus.translation, tmp_path, "--init-scheme", "deepnorm", base=base)
+    assert "--arch lstm is another model" in done.error()
