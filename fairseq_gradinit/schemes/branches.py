@@ -85,6 +85,11 @@ def stacks(model: nn.Module) -> list[Stack]:
     return list(found.values())
 
 
+def branch_names(layer: nn.Module) -> list[str]:
+    """The names of a layer's branches, in the order of the forward pass."""
+    return [branch.name for branch in _branches(layer)]
+
+
 def _branches(layer: nn.Module) -> Iterator[Branch]:
     for name in ("self_attn", "encoder_attn"):
         attention = getattr(layer, name, None)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fairseq_gradinit.schemes.branches import stacks
+from fairseq_gradinit.schemes.branches import branch_names, stacks
 from fairseq_gradinit.schemes.shortcuts import attach
 from fairseq_gradinit.schemes.variants import register_variants, require_post_ln, switch
 
@@ -72,8 +72,7 @@ def deepnorm(model: nn.Module) -> None:
     values = constants(depth.get("encoder", 0), depth.get("decoder", 0))
     for side, stack in found.items():
         for layer in stack.layers:
-            names = [branch.name for branch in stack.branches if branch.layer is layer]
-            attach(layer, {name: torch.tensor(values[side].alpha) for name in names})
+            attach(layer, {name: torch.tensor(values[side].alpha) for name in branch_names(layer)})
         for branch in stack.branches:
             for linear in branch.queries_and_keys:
                 nn.init.xavier_normal_(linear.weight)

@@ -9,7 +9,7 @@ from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.options import read_options, refuse_unsupported
-from fairseq_gradinit.schemes import deepnorm, pre_ln, t_fixup, zero_branches
+from fairseq_gradinit.schemes import admin, deepnorm, pre_ln, t_fixup, zero_branches
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ SCHEMES = {
     "zero-branches": Scheme(initialise=zero_branches.initialise),
     "deepnorm": Scheme(configure=deepnorm.configure),
     "t-fixup": Scheme(configure=t_fixup.configure),
+    "admin": Scheme(configure=admin.configure, initialise=admin.initialise),
+    "admin-folded": Scheme(configure=admin.configure_folded, initialise=admin.initialise_folded),
 }
 
 SchemeChoice = ChoiceEnum(list(SCHEMES))

@@ -50,3 +50,8 @@ def attach(layer: nn.Module, weights: Mapping[str, Tensor]) -> Shortcuts:
     # A forward pass that an error broke off leaves the count where it was.
     layer.register_forward_pre_hook(shortcuts.restart)
     return shortcuts
+
+
+def weights_of(layer: nn.Module) -> dict[str, Tensor]:
+    """The weights of a layer's shortcuts, by the branch's name."""
+    return dict(layer.get_submodule(NAME).named_parameters())
