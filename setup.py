@@ -97,5 +97,6 @@ setup(
             *("ruff>=0.8", "sacrebleu>=2.4", "scikit-learn>=1.4"),
         ],
     },
+    entry_points={"console_scripts": ["fairseq-gradinit = fairseq_gradinit.command:main"]},
     cmdclass={"editable_wheel": EditableUserDir},
 )

@@ -53,6 +53,8 @@ from training_runs import (
     run_all,
 )
 
+from fairseq_gradinit.errors import GradInitError
+
 log = logging.getLogger("training")
 
 WORK = REPOSITORY / "quickstart-run" / "training"
@@ -444,7 +446,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with interruptible():
             conduct(STUDIES[options.study], options)
-    except TrainingError as error:
+    except (TrainingError, GradInitError) as error:
         log.error("training: %s", error)
         return 1
     except KeyboardInterrupt:
@@ -457,7 +459,7 @@ def conduct(study: Study, options: argparse.Namespace) -> None:
     """Do what the command line asks for.
 
     Raises:
-        TrainingError: a run failed, or a file cannot be used.
+        GradInitError, TrainingError: a run failed, or a file cannot be used.
     """
     cases = quick(study.cases) if options.quick else study.cases
     chosen = with_seeds(cases, options.seeds) if options.seeds else cases
@@ -491,7 +493,6 @@ def run_missing(
         log.info("no --corpus %s=DIR is given: its runs are left out", name)
     todo = [case for case in chosen if case.corpora <= corpora.keys() and case not in kept]
     log.info("%d runs, %d of them kept from before", len(chosen), len(kept & set(chosen)))
-    file.repair()
     children = Children()
     runner = Runner(corpora, options.work.resolve(), children)
     run_all(todo, runner, file, options.workers, children.stop)

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from statistics import fmean, stdev
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from statistics import fmean
 
 from matplotlib.axes import Axes
-from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from record import Table, markdown_table
 from training_runs import Case, Run
 
-T = TypeVar("T")
-K = TypeVar("K", bound=Hashable)
+from fairseq_gradinit.circumstances import Circumstances
+from fairseq_gradinit.circumstances import source as shared_source
+from fairseq_gradinit.heat_map import LOSS, Panel, Point, draw, mean_loss
+from fairseq_gradinit.results import MARGIN
+from fairseq_gradinit.tables import by, count, ratio, seeds, spread
 
 POINTS = (0.1, 0.2, 0.5, 1.0)
 """Parts of training after which tables show the validation loss."""
-
-MARGIN = 1.5
-"""Bits below the unigram plateau that a run has to reach, see `trains`."""
-
-LOSS = "Validation loss, base 2"
 
 
 @dataclass(frozen=True)
@@ -40,37 +36,9 @@ class Grid:
     row_label: str
 
 
-def by(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
-    """Groups in the order in which they first appear."""
-    groups: dict[K, list[T]] = {}
-    for item in items:
-        groups.setdefault(key(item), []).append(item)
-    return groups
-
-
 def settings(case: Case) -> Case:
     """What the runs of several seeds have in common."""
     return replace(case, seed=0)
-
-
-def trains(run: Run) -> bool:
-    """Whether the run got MARGIN bits below the unigram plateau of its corpus."""
-    return run.valid_loss is not None and run.valid_loss < run.plateau - MARGIN
-
-
-def spread(values: Iterable[float | None], digits: int = 2) -> str:
-    """Mean and standard deviation of those that are there."""
-    found = [value for value in values if value is not None]
-    if not found:
-        return ""
-    deviation = f" ± {stdev(found):.{digits}f}" if len(found) > 1 else ""
-    return f"{fmean(found):.{digits}f}{deviation}"
-
-
-def mean_loss(runs: Iterable[Run]) -> float:
-    """After the last update, over the runs that did not diverge; nan if all did."""
-    losses = [run.valid_loss for run in runs if run.valid_loss is not None]
-    return fmean(losses) if losses else math.nan
 
 
 def loss_at(run: Run, part: float) -> float | None:
@@ -79,31 +47,18 @@ def loss_at(run: Run, part: float) -> float | None:
     return known[-1] if known else None
 
 
-def gradinit_cost(run: Run) -> float | None:
-    """GradInit's time, in updates of the run."""
-    if run.gradinit_seconds is None or run.seconds_per_update is None:
-        return None
-    return run.gradinit_seconds / run.seconds_per_update
-
-
 def source(runs: Sequence[Run], command: str) -> str:
     """Where the numbers come from: command, machines, dates, versions, revisions of the code."""
-
-    def each(*names: str) -> str:
-        found = {" ".join(str(run.circumstances[name]) for name in names) for run in runs}
-        return ", ".join(sorted(found))
-
-    days = sorted({run.circumstances["date"][:10] for run in runs})
-    revisions = {
-        f"{str(run.circumstances['git_revision'])[:7]}"
-        f"{' with changes' if run.circumstances['git_dirty'] else ''}"
+    names = {field.name for field in fields(Circumstances)}
+    found = [
+        Circumstances(
+            **{name: value for name, value in run.circumstances.items() if name in names},
+            gpus=int(run.circumstances["gpu"] is not None),
+            workers=1,
+        )
         for run in runs
-    }
-    return (
-        f"`{command}`, {len(runs)} run{'s' if len(runs) > 1 else ''} on {each('cpu')}, one thread "
-        f"each, {' to '.join(dict.fromkeys((days[0], days[-1])))}, torch {each('torch')}, "
-        f"{each('fairseq')}, revision {', '.join(sorted(revisions))}"
-    )
+    ]
+    return shared_source(command, f"{count(runs)} of one thread each", found)
 
 
 def report(tables: Iterable[Table], runs: Sequence[Run], command: str) -> str:
@@ -116,116 +71,89 @@ def settings_tables(runs: Sequence[Run]) -> list[Table]:
     rows = [_settings_row(group) for group in by(runs, lambda run: settings(run.case)).values()]
     # Scores, for one, are not there in every study.
     header = [name for name in rows[0] if any(row[name] for row in rows)]
-    title = f"{LOSS}; mean ± standard deviation over the seeds that did not diverge"
+    title = f"{LOSS.capitalize()}; mean ± standard deviation over the seeds that did not diverge"
     return [Table(title, header, [[row[name] for name in header] for row in rows])]
 
 
 def _settings_row(runs: Sequence[Run]) -> dict[str, str]:
     case = runs[0].case
     finished = [run for run in runs if run.status == "finished"]
-    diverged = len(runs) - len(finished)
     return {
         "corpus": f"{case.corpus}, {case.model.name}",
         "optimizer": case.optimizer.name,
         "peak lr": f"{case.lr:g}",
         "start": case.arm.title,
         "warmup": str(case.warmup),
-        "seeds": f"{len(runs)}" + (f", {diverged} diverged" if diverged else ""),
+        "seeds": seeds([run.status for run in runs]),
         **{
             f"loss at {part:.0%}": spread(loss_at(run, part) for run in finished) for part in POINTS
         },
         "BLEU": spread((run.bleu for run in finished), 1),
         "chrF2": spread((run.chrf for run in finished), 1),
-        "cost of GradInit, updates": spread(map(gradinit_cost, runs), 0),
+        "cost of GradInit, updates": spread(
+            (ratio(run.gradinit_seconds, run.seconds_per_update) for run in runs), 0
+        ),
     }
+
+
+def panels(runs: Sequence[Run], grid: Grid) -> list[Panel]:
+    """The runs laid out."""
+    return [
+        Panel(
+            title,
+            grid.row_label,
+            [Point(grid.row(r.case), r.case.lr, r.valid_loss, r.plateau) for r in part],
+        )
+        for title, part in by(runs, lambda run: grid.panel(run.case)).items()
+    ]
 
 
 def grid_tables(runs: Sequence[Run], grid: Grid) -> list[Table]:
     """A table for each panel, the best cell bold."""
     tables = []
-    for panel, part in by(runs, lambda run: grid.panel(run.case)).items():
-        rows, rates, cells = _cells(part, grid)
-        best = min((run.valid_loss for run in part if run.valid_loss is not None), default=math.nan)
+    for panel in panels(runs, grid):
+        rates, cells, best = panel.rates, panel.cells, _lowest(panel)
         tables.append(
             Table(
-                f"{panel}: {LOSS.lower()}, after the last update; mean over the seeds",
+                f"{panel.title}: {LOSS}, after the last update; mean over the seeds",
                 [f"{grid.row_label} \\ peak lr", *(f"{rate:g}" for rate in rates)],
-                [[row, *(_cell(cells.get((row, r), []), best) for r in rates)] for row in rows],
+                [
+                    [r, *(_cell(cells.get((r, rate), []), best) for rate in rates)]
+                    for r in panel.rows
+                ],
             )
         )
     return tables
 
 
-def _cell(runs: Sequence[Run], best: float) -> str:
-    if not runs:
-        return ""
-    diverged = sum(run.status == "diverged" for run in runs)
-    text = spread(run.valid_loss for run in runs)
-    text = f"**{text}**" if any(run.valid_loss == best for run in runs) else text
-    note = "diverged" if diverged == len(runs) else f"({diverged} of {len(runs)} diverged)"
+def _lowest(panel: Panel) -> float:
+    return min((p.loss for p in panel.points if p.loss is not None), default=math.inf)
+
+
+def _cell(points: Sequence[Point], best: float) -> str:
+    losses = [point.loss for point in points]
+    diverged = losses.count(None)
+    text = spread(losses)
+    text = f"**{text}**" if best in losses else text
+    note = "diverged" if diverged == len(losses) else f"({diverged} of {len(losses)} diverged)"
     return f"{text} {note}".strip() if diverged else text
-
-
-def _cells(
-    runs: Sequence[Run], grid: Grid
-) -> tuple[list[str], list[float], dict[tuple[str, float], list[Run]]]:
-    """Rows, columns and what stands in them."""
-    rows = list(by(runs, lambda run: grid.row(run.case)))
-    rates = sorted({run.case.lr for run in runs})
-    return rows, rates, by(runs, lambda run: (grid.row(run.case), run.case.lr))
 
 
 def share_tables(runs: Sequence[Run], grid: Grid) -> list[Table]:
     """For runs on one corpus: which share of each panel trains, then the panels themselves."""
     plateau = runs[0].plateau
-    rows = []
-    for panel, part in by(runs, lambda run: grid.panel(run.case)).items():
-        count = sum(map(trains, part))
-        share = f"{count} of {len(part)} ({count / len(part):.0%})"
-        rows.append([panel, share, f"{min(map(_or_infinite, part)):.2f}"])
+    rows = [[panel.title, panel.share, f"{_lowest(panel):.2f}"] for panel in panels(runs, grid)]
     title = (
-        f"Share of the runs that train: validation loss below {plateau - MARGIN:.2f} at the end, "
-        f"{MARGIN} bits less than the unigram plateau of {plateau:.2f}"
+        f"Share of the cells that train: validation loss of all seeds at most "
+        f"{plateau - MARGIN:.2f} at the end, {MARGIN} bits less than the unigram plateau of "
+        f"{plateau:.2f}"
     )
-    return [Table(title, ["", "train", "lowest loss"], rows), *grid_tables(runs, grid)]
-
-
-def _or_infinite(run: Run) -> float:
-    return math.inf if run.valid_loss is None else run.valid_loss
+    return [Table(title, ["", "share", "lowest loss"], rows), *grid_tables(runs, grid)]
 
 
 def heat_maps(runs: Sequence[Run], grid: Grid) -> Figure:
     """The panels side by side, on one scale of colours, which ends at the unigram plateau."""
-    panels = by(runs, lambda run: grid.panel(run.case))
-    figure = Figure(figsize=(1.5 + 4 * len(panels), 3.4), layout="constrained")
-    all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    plateau = max(run.plateau for run in runs)
-    norm = Normalize(min(plateau, *map(_or_infinite, runs)), plateau, clip=True)
-    for axes, (panel, part) in zip(all_axes, panels.items(), strict=True):
-        image = _heat_map(axes, part, grid, norm)
-        axes.set_title(panel, fontsize=10)
-    figure.colorbar(image, ax=list(all_axes), label=LOSS)
-    return figure
-
-
-def _heat_map(axes: Axes, runs: Sequence[Run], grid: Grid, norm: Normalize) -> Any:
-    rows, rates, cells = _cells(runs, grid)
-    values = [[mean_loss(cells.get((row, rate), [])) for rate in rates] for row in rows]
-    image = axes.imshow(values, cmap="viridis", norm=norm, aspect="auto")
-    axes.set_facecolor("0.85")
-    for y, row in enumerate(rows):
-        for x, rate in enumerate(rates):
-            missing = "diverged" if (row, rate) in cells else ""
-            value = values[y][x]
-            label = missing if math.isnan(value) else f"{value:.2f}"
-            dark = not math.isnan(value) and norm(value) < 0.6
-            colour = "white" if dark else "black"
-            axes.text(x, y, label, ha="center", va="center", fontsize=8, color=colour)
-    axes.set_yticks(range(len(rows)), rows)
-    axes.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
-    axes.set_xlabel("peak learning rate")
-    axes.set_ylabel(grid.row_label)
-    return image
+    return draw(panels(runs, grid))
 
 
 def loss_curves(runs: Sequence[Run]) -> Figure:
@@ -289,7 +217,8 @@ def rate_curves(runs: Sequence[Run]) -> Figure:
 
 def _draw_rates(axes: Axes, runs: Sequence[Run]) -> None:
     arm = runs[0].case.arm
-    means = {rate: mean_loss(group) for rate, group in by(runs, lambda r: r.case.lr).items()}
+    groups = by(runs, lambda run: run.case.lr)
+    means = {rate: mean_loss(run.valid_loss for run in part) for rate, part in groups.items()}
     rates = sorted(means)
     axes.plot(rates, [means[rate] for rate in rates], "o-", color=arm.colour, label=arm.title)
     for run in runs:

@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import re
 import shlex
 import shutil
@@ -30,6 +29,9 @@ from statistics import median
 from typing import Any, Literal
 
 from record import REPOSITORY, circumstances
+
+from fairseq_gradinit.json_lines import append_line, read_lines
+from fairseq_gradinit.results import curve
 
 # The recipes are no package: they are programs beside each other, as the benchmarks are.
 sys.path += [str(REPOSITORY / "recipes"), str(REPOSITORY / "data-prep")]
@@ -201,46 +203,28 @@ class Run:
         return f"validation loss {self.valid_loss:.3f}{bleu}"
 
 
+@dataclass(frozen=True)
 class RunsFile:
-    """Runs in a file, one line of JSON each."""
+    """Runs in a file, one line of JSON each; it need not exist before the first."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    path: Path
 
     def read(self) -> list[Run]:
-        """All runs; a last line that was not written to its end is left out.
+        """All runs.
 
         Raises:
-            TrainingError: another line is not of this program.
+            GradInitError: a line is not of this program.
         """
-        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
-        # Behind the last newline stands what a killed writer left, or nothing.
-        return [self._parse(number, line) for number, line in enumerate(text.split("\n")[:-1], 1)]
-
-    def _parse(self, number: int, line: str) -> Run:
-        try:
-            row = json.loads(line)
-            return Run(**{**row, "case": parse_case(row["case"])})
-        except (ValueError, TypeError, KeyError) as error:
-            raise TrainingError(
-                f"line {number} of {self.path} is not a run as this program writes them "
-                f"({type(error).__name__}: {error}): mend or remove it"
-            ) from error
-
-    def repair(self) -> None:
-        """Cut off a last line that was not written to its end."""
-        whole = self.path.read_bytes() if self.path.exists() else b""
-        end = whole.rfind(b"\n") + 1
-        if end < len(whole):
-            log.warning("the last line of %s was not written to its end: removed", self.path)
-            os.truncate(self.path, end)
+        if not self.path.exists():
+            return []
+        return read_lines(self.path, _parse_run, "a run as this program writes them")
 
     def append(self, run: Run) -> None:
-        line = json.dumps(asdict(run), allow_nan=False) + "\n"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        # Unbuffered: in one piece, or torn where `repair` finds it.
-        with self.path.open("ab", buffering=0) as file:
-            file.write(line.encode())
+        append_line(self.path, asdict(run))
+
+
+def _parse_run(row: Mapping[str, Any]) -> Run:
+    return Run(**{**row, "case": parse_case(row["case"])})
 
 
 @dataclass(frozen=True)
@@ -510,15 +494,10 @@ def with_log(run: Run, log_file: Path, reason: str | None) -> Run:
         reason=reason,
         gradinit_seconds=float(taken[1]) if taken else None,
         seconds_per_update=1 / median(speeds) if speeds and median(speeds) > 0 else None,
-        valid=_finite(losses.valid),
-        training=_finite(losses.training),
+        valid=curve(losses.valid),
+        training=curve(losses.training),
         valid_loss=valid_loss if reason is None else None,
     )
-
-
-def _finite(curve: Iterable[tuple[int, float]]) -> list[tuple[int, float | None]]:
-    """JSON has no number for the others."""
-    return [(update, loss if math.isfinite(loss) else None) for update, loss in curve]
 
 
 def run_all(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -76,6 +77,40 @@ def fairseq_distribution() -> tuple[str, str] | None:
         except PackageNotFoundError:
             continue
     return None
+
+
+def source(command: str, runs: str, found: Sequence[Circumstances]) -> str:
+    """Where numbers come from, in a line: command, machines, dates, versions, revisions.
+
+    Args:
+        runs: how many there are and what they are, such as "3 runs".
+        found: of each of them.
+    """
+    days = sorted({each.date[:10] for each in found})
+    texts = {
+        "on": {_machine(each) for each in found},
+        "torch": {each.torch for each in found},
+        "": {each.fairseq for each in found},
+        "revision": {_revision(each) for each in found},
+    }
+    machines, *others = (f"{name} {' and '.join(sorted(t))}".strip() for name, t in texts.items())
+    period = " to ".join(dict.fromkeys((days[0], days[-1])))
+    return f"`{command}`: {runs} {machines}, {period}, {', '.join(others)}"
+
+
+def _machine(found: Circumstances) -> str:
+    cores = f"{found.cpu}, {found.cores} core{'s' if found.cores > 1 else ''}"
+    machine = cores if found.gpu is None else _several(found.gpus, found.gpu)
+    return f"{machine}, {found.workers} workers" if found.workers > 1 else machine
+
+
+def _several(count: int, name: str) -> str:
+    return f"{count} x {name}" if count > 1 else name
+
+
+def _revision(found: Circumstances) -> str:
+    changes = " with changes" if found.git_dirty else ""
+    return f"{(found.git_revision or 'unknown')[:7]}{changes}"
 
 
 def _git(repository: Path, *arguments: str) -> str | None:

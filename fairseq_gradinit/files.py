@@ -13,8 +13,8 @@ from fairseq_gradinit.errors import GradInitError
 T = TypeVar("T")
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace the content of `path` by `text`, through a temporary file beside it.
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace what is in `path` by `content`, through a temporary file beside it.
 
     Raises:
         GradInitError: a file cannot be written there.
@@ -22,10 +22,10 @@ def write_atomically(path: Path, text: str) -> None:
     temporary = None
     try:
         with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
+            dir=path.parent, prefix=f".{path.name}.", delete=False
         ) as file:
             temporary = file.name
-            file.write(text)
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
 from fairseq_gradinit import __version__
+from fairseq_gradinit.circumstances import fairseq_distribution
 from fairseq_gradinit.history import Iteration
 from fairseq_gradinit.optimizers import settings
 from fairseq_gradinit.options import Plan
 from fairseq_gradinit.scales import BlockScale, Scales, kinds_of_blocks
-
-FAIRSEQ_DISTRIBUTIONS = ("ve-fairseq", "fairseq", "fairseq-fixed")
 
 
 def iteration_stats(iteration: Iteration, gamma: float) -> dict[str, Any]:
@@ -106,9 +104,5 @@ def task_name(cfg: Any) -> str:
 
 def fairseq_version() -> str:
     """Version of the installed fairseq and the distribution it came from."""
-    for name in FAIRSEQ_DISTRIBUTIONS:
-        try:
-            return f"{version(name)} ({name})"
-        except PackageNotFoundError:
-            continue
-    return "checkout"
+    found = fairseq_distribution()
+    return f"{found[1]} ({found[0]})" if found else "checkout"

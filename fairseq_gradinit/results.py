@@ -15,7 +15,7 @@ from fairseq_gradinit.typed_json import parse
 VERSION = 1
 
 MARGIN = 1.5
-"""Bits below the unigram plateau that a run has to reach to count as one that trains."""
+"""Bits below the unigram plateau that a run has to reach, see `trains`."""
 
 Status = Literal["finished", "diverged"]
 
@@ -26,6 +26,11 @@ Curve = tuple[tuple[int, float | None], ...]
 def curve(pairs: Iterable[tuple[int, float]]) -> Curve:
     """Losses as records keep them: JSON has no number for what is not finite."""
     return tuple((update, loss if math.isfinite(loss) else None) for update, loss in pairs)
+
+
+def trains(valid_loss: float | None, plateau: float) -> bool:
+    """Whether a run that ended at this loss got MARGIN bits below the unigram plateau."""
+    return valid_loss is not None and valid_loss <= plateau - MARGIN
 
 
 @dataclass(frozen=True)
@@ -138,11 +143,6 @@ class RunRecord:
     def key(self) -> tuple[str, str, Settings, int]:
         """What tells runs apart: a later record with the same one replaces an earlier one."""
         return self.recipe, self.corpus_digest, self.settings, self.seed
-
-    @property
-    def trains(self) -> bool:
-        """Whether the run got MARGIN bits below the unigram plateau of its corpus."""
-        return self.valid_loss is not None and self.valid_loss <= self.plateau - MARGIN
 
 
 def append_run(path: Path, run: RunRecord) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
@@ -10,6 +11,8 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get
 from fairseq_gradinit.files import number, typed
 
 T = TypeVar("T")
+
+_hints = functools.cache(get_type_hints)
 
 
 def parse(kind: type[T], row: Any) -> T:
@@ -36,7 +39,7 @@ def _dataclass(kind: Any, row: Any, place: str) -> Any:
         what = [f"{name} is missing" for name in missing]
         what += [f"{name} is unknown" for name in unknown]
         raise _wrong(place, ", ".join(what))
-    hints = get_type_hints(kind)
+    hints = _hints(kind)
     dot = f"{place}." if place else ""
     return kind(**{name: _value(hints[name], row[name], f"{dot}{name}") for name in names})
 

@@ -1,0 +1,7 @@
+"""`python -m fairseq_gradinit` is the program `fairseq-gradinit`."""
+
+import sys
+
+from fairseq_gradinit.command import main
+
+sys.exit(main())

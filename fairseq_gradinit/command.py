@@ -1,0 +1,139 @@
+"""The program `fairseq-gradinit`: what came of training runs, shown.
+
+A subcommand is a function that adds its parser to the others, with what it does as the default of
+`run`, and stands in SUBCOMMANDS. What takes long to import is imported by what it does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shlex
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fairseq_gradinit.errors import GradInitError
+from fairseq_gradinit.results import MARGIN, RunRecord, read_runs
+
+PROGRAM = "fairseq-gradinit"
+
+# argparse does not give a name to the type of what `add_subparsers` returns.
+Subparsers = Any
+
+
+def add_table(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser(
+        "table",
+        help="print Markdown tables of runs",
+        description=(
+            "Print a Markdown table for each corpus and model: a row for each recipe and its "
+            "settings, with mean and standard deviation over the seeds."
+        ),
+    )
+    add_results(parser)
+    parser.add_argument(
+        "--published",
+        type=Path,
+        metavar="FILE",
+        help=(
+            'figures of papers to stand beside the runs of a recipe: a JSON array of {"corpus": '
+            '"iwslt14-de-en", "recipe": "iwslt14-de-en/gradinit-adam", "metric": "BLEU", "value": '
+            '..., "source": "https://..., Table ..."}; a source must have a link'
+        ),
+    )
+    parser.set_defaults(run=print_tables)
+
+
+def print_tables(options: Namespace) -> None:
+    """Print the tables.
+
+    Raises:
+        GradInitError: a file cannot be used.
+    """
+    from fairseq_gradinit import tables
+
+    published = tables.read_published(options.published) if options.published else []
+    print(tables.report(runs_in(options.results), published, options.command), end="")
+
+
+def add_heat_map(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser(
+        "heat-map",
+        help="draw the runs of sweeps",
+        description=(
+            "Draw validation loss over learning rates and beta2 or momentum, a panel for each "
+            "recipe, and say which share of its cells trains: in those each run ends at least "
+            f"{MARGIN} bits below the unigram plateau of its corpus."
+        ),
+    )
+    add_results(parser)
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.png")
+    parser.set_defaults(run=draw_heat_map)
+
+
+def draw_heat_map(options: Namespace) -> None:
+    """Write the picture.
+
+    Raises:
+        GradInitError: a file cannot be used, or matplotlib is missing.
+    """
+    runs = runs_in(options.results)
+    try:
+        from fairseq_gradinit import heat_map
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        raise GradInitError(
+            "matplotlib, which draws heat maps, is not installed: run "
+            "`pip install 'fairseq-gradinit[plot]'`"
+        ) from error
+    heat_map.save(heat_map.draw(heat_map.panels_of(runs)), options.out)
+
+
+SUBCOMMANDS: tuple[Callable[[Subparsers], None], ...] = (add_table, add_heat_map)
+
+
+def add_results(parser: argparse.ArgumentParser) -> None:
+    """The argument of subcommands that read runs."""
+    parser.add_argument(
+        "results",
+        type=Path,
+        nargs="+",
+        metavar="RESULTS",
+        help="a file that recipes append their runs to; a later run replaces an earlier like it",
+    )
+
+
+def runs_in(paths: Sequence[Path]) -> list[RunRecord]:
+    """The runs of all files, at least one.
+
+    Raises:
+        GradInitError: there is none, or a file cannot be read.
+    """
+    runs = read_runs(paths)
+    if not runs:
+        raise GradInitError(f"there is no run in {', '.join(map(str, paths))}: train one first")
+    return runs
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program; returns its exit status."""
+    logging.basicConfig(level=logging.INFO, format=f"{PROGRAM}: %(message)s")
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    parser = argparse.ArgumentParser(PROGRAM, description="What came of training runs, shown.")
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in SUBCOMMANDS:
+        add(subparsers)
+    options = parser.parse_args(words)
+    # Files in the folder where one is are what they are on every machine.
+    here = f"{Path.cwd()}/"
+    options.command = shlex.join([PROGRAM, *(word.removeprefix(here) for word in words)])
+    try:
+        options.run(options)
+    except GradInitError as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return 1
+    return 0
