@@ -20,7 +20,7 @@ quickstart-compare: $(STAMP)
 	PYTHONPATH=data-prep $(BIN)/python recipes/quickstart.py --compare $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

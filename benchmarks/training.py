@@ -47,9 +47,9 @@ from training_runs import (
     Corpus,
     Options,
     Run,
+    RunError,
     Runner,
     RunsFile,
-    TrainingError,
     run_all,
 )
 
@@ -446,7 +446,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with interruptible():
             conduct(STUDIES[options.study], options)
-    except (TrainingError, GradInitError) as error:
+    except (RunError, GradInitError) as error:
         log.error("training: %s", error)
         return 1
     except KeyboardInterrupt:

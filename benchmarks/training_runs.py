@@ -10,22 +10,19 @@ import hashlib
 import json
 import logging
 import math
-import re
 import shlex
 import shutil
 import subprocess
 import sys
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from importlib.metadata import version
-from itertools import chain
 from pathlib import Path
-from statistics import median
 from typing import Any, Literal
 
 from record import REPOSITORY, circumstances
@@ -39,15 +36,14 @@ sys.path += [str(REPOSITORY / "recipes"), str(REPOSITORY / "data-prep")]
 from fairseq_runs import (
     ALL_SENTENCES,
     CRITERION,
-    LABEL_SMOOTHING,
     MODEL,
     PLUGIN,
-    TARGET,
     TASK,
+    Corpus,
     RunError,
     Scores,
+    TrainingLog,
     program,
-    read_training,
     read_translations,
     run_quietly,
     score,
@@ -69,15 +65,10 @@ COMMON = [
     *("--validate-interval", "100000", "--save-interval", "100000"),
 ]
 
-# Of fairseq, when a gradient is not finite, and of GradInit, when too many losses are not.
-DIVERGED = re.compile(
-    r"^FloatingPointError.*|GradInit: .* more than may be skipped.*", re.MULTILINE
-)
-
 Status = Literal["finished", "diverged", "failed"]
 
 
-class TrainingError(Exception):
+class TrainingError(RunError):
     """What the user has to mend; the message is a sentence."""
 
 
@@ -225,74 +216,6 @@ class RunsFile:
 
 def _parse_run(row: Mapping[str, Any]) -> Run:
     return Run(**{**row, "case": parse_case(row["case"])})
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """A folder that data-prep/prepare.py made.
-
-    Attributes:
-        digest: a hash of the files that training and scoring read.
-        plateau: see `unigram_plateau`.
-    """
-
-    folder: Path
-    digest: str
-    plateau: float
-
-    @classmethod
-    def read(cls, folder: Path) -> Corpus:
-        """Look at a folder.
-
-        Raises:
-            TrainingError: it is not such a folder.
-        """
-        try:
-            outputs = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["outputs"]
-            digest = hashlib.sha256(json.dumps(outputs, sort_keys=True).encode()).hexdigest()
-            dictionary = (folder / "data-bin" / f"dict.{TARGET}.txt").read_text(encoding="utf-8")
-            entries = [line.rpartition(" ")[0] for line in dictionary.splitlines()]
-            train, valid = (_sentences(folder, part) for part in ("train", "valid"))
-        except (OSError, ValueError, KeyError) as error:
-            what = f"{type(error).__name__}: {error}"
-            raise TrainingError(
-                f"{folder} is no corpus of data-prep/prepare.py ({what})"
-            ) from error
-        return cls(folder, digest, unigram_plateau(train, valid, entries))
-
-
-def _sentences(folder: Path, part: str) -> list[list[str]]:
-    text = (folder / "subwords" / f"{part}.{TARGET}").read_text(encoding="utf-8")
-    return [line.split() for line in text.removesuffix("\n").split("\n")]
-
-
-def unigram_plateau(
-    train: Iterable[Sequence[str]], valid: Iterable[Sequence[str]], dictionary: Collection[str]
-) -> float:
-    """The validation loss of the best model that sees neither source nor context.
-
-    Fairseq's loss of predicting q where y is right, with e = LABEL_SMOOTHING, V entries in the
-    vocabulary and e' = e / (V - 1), is
-
-        (1 - e - e') * -log2 q(y)  +  e' * sum over all v of -log2 q(v).
-
-    Its mean over the training tokens, with relative frequencies p, is lowest for
-    q(v) = (1 - e - e') p(v) + e'. This is the mean of the loss of that q over the validation
-    tokens. Each sentence ends with </s>, and what is not in the dictionary is <unk>.
-    """
-    vocabulary = {"<s>", "<pad>", "</s>", "<unk>", *dictionary}
-
-    def frequencies(sentences: Iterable[Sequence[str]]) -> dict[str, float]:
-        tokens = chain.from_iterable([*sentence, "</s>"] for sentence in sentences)
-        counts = Counter(token if token in vocabulary else "<unk>" for token in tokens)
-        return {token: count / counts.total() for token, count in counts.items()}
-
-    rest = LABEL_SMOOTHING / (len(vocabulary) - 1)
-    main = 1 - LABEL_SMOOTHING - rest
-    p = frequencies(train)
-    bits = {token: -math.log2(main * p.get(token, 0.0) + rest) for token in vocabulary}
-    right = sum(share * bits[token] for token, share in frequencies(valid).items())
-    return main * right + rest * sum(bits.values())
 
 
 def training_command(case: Case, data: Path, save_dir: Path) -> list[str]:
@@ -443,16 +366,15 @@ class Runner:
         try:
             run_quietly(command, log_file, self.children.start)
         except RunError:
-            found = DIVERGED.search(log_file.read_text(errors="replace"))
-            if found is None:
+            reason = TrainingLog.read(log_file).diverged
+            if reason is None:
                 raise
-            reason = found[0]
         return with_log(run, log_file, reason)
 
     def _translate(self, command: Sequence[str], folder: Path, corpus: Path) -> Scores:
         run_quietly(command, folder / "translate.log", self.children.start)
         rows = read_translations(folder / "generate-test.txt", corpus)
-        return score(corpus, [row[1] for row in rows], [row[2] for row in rows])
+        return score(corpus, [row.reference for row in rows], [row.translation for row in rows])
 
 
 def _circumstances() -> dict[str, Any]:
@@ -478,24 +400,21 @@ def with_log(run: Run, log_file: Path, reason: str | None) -> Run:
     Raises:
         RunError: it ended well, but before its last update.
     """
-    text = log_file.read_text(errors="replace")
-    losses = read_training(log_file)
-    last, valid_loss = losses.valid[-1] if losses.valid else (0, math.nan)
+    log = TrainingLog.read(log_file)
+    last, valid_loss = log.valid[-1] if log.valid else (0, math.nan)
     if reason is None:
         if last != run.case.updates:
             raise RunError(f"no validation loss after the last update in {log_file}")
         if not math.isfinite(valid_loss):
             reason = "the validation loss is not finite"
-    taken = re.search(r"scales saved in .* \(([\d.]+) s in all\)", text)
-    speeds = [float(ups) for ups in re.findall(r'\| train_inner \| .*?"ups": "([\d.]+)"', text)]
     return replace(
         run,
         status="finished" if reason is None else "diverged",
         reason=reason,
-        gradinit_seconds=float(taken[1]) if taken else None,
-        seconds_per_update=1 / median(speeds) if speeds and median(speeds) > 0 else None,
-        valid=curve(losses.valid),
-        training=curve(losses.training),
+        gradinit_seconds=log.gradinit_seconds,
+        seconds_per_update=log.seconds_per_update,
+        valid=curve(log.valid),
+        training=curve(log.training),
         valid_loss=valid_loss if reason is None else None,
     )
 

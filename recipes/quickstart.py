@@ -32,12 +32,13 @@ from fairseq_runs import (
     SOURCE,
     TARGET,
     TASK,
+    Row,
     RunError,
     Scores,
+    TrainingLog,
     environment,
     failure,
     program,
-    read_training,
     read_translations,
     run_quietly,
     score,
@@ -145,7 +146,7 @@ class Result:
         scores: of the test set.
         train_seconds, translate_seconds: wall time.
         curve: (update, base-2 training loss).
-        rows: of the test set: source, reference, translation.
+        rows: of the test set.
     """
 
     arm: Arm
@@ -154,7 +155,7 @@ class Result:
     train_seconds: float
     translate_seconds: float
     curve: list[tuple[int, float]]
-    rows: list[tuple[str, str, str]]
+    rows: list[Row]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -233,7 +234,9 @@ def run_arm(arm: Arm, settings: Settings) -> Result:
         lambda: run_quietly(command, folder / "translate.log"),
     )
     rows = read_translations(folder / "generate-test.txt", settings.corpus)
-    scores = score(settings.corpus, [row[1] for row in rows], [row[2] for row in rows])
+    scores = score(
+        settings.corpus, [row.reference for row in rows], [row.translation for row in rows]
+    )
     return Result(
         arm=arm,
         valid_loss=trained["valid_loss"],
@@ -262,7 +265,7 @@ def train(arm: Arm, settings: Settings) -> dict[str, Any]:
     def work() -> dict[str, Any]:
         with tqdm(total=settings.updates, desc=arm.title, unit="update", mininterval=5) as bar:
             follow_training(command, folder / "train.log", bar)
-        losses = read_training(folder / "train.log")
+        losses = TrainingLog.read(folder / "train.log")
         if not losses.valid:
             raise RunError(f"no validation loss in {folder / 'train.log'}")
         return {"curve": losses.training, "valid_loss": losses.valid[-1][1]}
@@ -310,8 +313,8 @@ def show_examples(result: Result) -> None:
     """Sentences at even distances through the test set, so that none is picked."""
     log.info("\n== %d translations of: %s", EXAMPLES, result.arm.title)
     for row in result.rows[:: max(1, len(result.rows) // EXAMPLES)][:EXAMPLES]:
-        for label, sentence in zip(("source", "reference", "translation"), row, strict=True):
-            log.info("%-11s  %s", label, sentence)
+        for label in ("source", "reference", "translation"):
+            log.info("%-11s  %s", label, getattr(row, label))
         log.info("")
 
 

@@ -111,7 +111,11 @@ class Corpus:
 def write_manifest(corpus: Path, text_digest: str, **moses: bool) -> None:
     """As much of data-prep's manifest as is read by others; with `moses`, its settings."""
     tokenisation = {"name": "moses+bpe", "moses": moses} if moses else {"name": "sentencepiece"}
-    manifest = {"outputs": {"text/train.de": text_digest}, "tokenisation": tokenisation}
+    manifest = {
+        "direction": ["de", "en"],
+        "outputs": {"text/train.de": text_digest},
+        "tokenisation": tokenisation,
+    }
     (corpus / "manifest.json").write_text(json.dumps(manifest))
 
 

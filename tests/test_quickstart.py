@@ -132,7 +132,7 @@ def test_moses_and_bpe_are_undone_before_scoring(tmp_path):
     generated.write_text("H-0\t-0.5\tshe said , &quot; yes , i &apos;m well . &quot;\n")
     command = quickstart.translation_command(tmp_path, tmp_path / "x.pt", tmp_path)
     assert command[command.index("--remove-bpe") + 1] == "subword_nmt"
-    ((_, reference, translation),) = quickstart.read_translations(generated, tmp_path)
+    ((_, reference, translation, _),) = quickstart.read_translations(generated, tmp_path)
     assert translation == 'she said, "yes, i\'m well."'
     scores = quickstart.score(tmp_path, [reference], [translation])
     assert scores.bleu == pytest.approx(100)

@@ -1,0 +1,256 @@
+# shellcheck shell=bash
+# What the recipes share: a recipe sets its variables, reads this file, and calls `recipe "$@"`.
+# For each seed: prepare the corpus, train, average checkpoints, translate, score. Each step that
+# has ended well is left out when the same command is given again; training goes on from its last
+# checkpoint. Everything lies in RUNS; the scores are lines of RESULTS.
+
+LIB=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+ROOT=$(dirname "$LIB")
+
+: "${RUNS:=$ROOT/runs}"              # checkpoints, logs, translations
+: "${DATA:=$RUNS/data}"              # corpora, a folder each
+: "${RESULTS:=$RUNS/results.jsonl}"  # a line for each run
+: "${MIRROR:=}"                      # folder or address to take the corpus's files from
+: "${STEPS:=prepare train average translate score}"
+: "${EXTRA:=}"                       # more options for fairseq-train, in words
+: "${GPUS:=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)}"  # of this machine; 0 is the CPU
+: "${NODES:=1}"                      # machines with as many GPUs
+: "${NODE_RANK:=0}"                  # of this machine; only the first one does more than train
+: "${WORKERS:=$((GPUS > 0 ? NODES * GPUS : 1))}"  # processes that train
+: "${LAUNCH:=}"                      # what starts several processes, such as launch/torchrun.sh
+: "${FP16:=$((GPUS > 0))}"           # train in fp16: 1 or 0
+export NODES NODE_RANK WORKERS GPUS_PER_NODE=$GPUS
+
+# glibc returns freed memory at every step unless told otherwise: 10 to 30 % of the time on a CPU.
+for limit in MMAP_THRESHOLD TRIM_THRESHOLD TOP_PAD; do
+    export "MALLOC_${limit}_=$((1 << 30))"
+done
+
+# The programs here use data-prep's modules.
+export PYTHONPATH=$ROOT/data-prep${PYTHONPATH:+:$PYTHONPATH}
+
+DRY_RUN=0
+SMOKE=0
+
+# Outside a virtual environment, the one that make has made.
+if ! command -v fairseq-train >/dev/null && [[ -x $ROOT/.venv/bin/fairseq-train ]]; then
+    PATH=$ROOT/.venv/bin:$PATH
+fi
+
+say() { printf '%s\n' "$*"; }
+
+die() {
+    printf '%s: %s\n' "$(basename "$0")" "$*" >&2
+    exit 1
+}
+
+# A command as one would type it.
+quoted() {
+    local word text=
+    for word in "$@"; do
+        [[ $word =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]] || word=${word@Q}
+        text+="$word "
+    done
+    printf '%s' "${text% }"
+}
+
+wanted() { [[ " $STEPS " == *" $1 "* ]]; }
+
+# usage: print the comment at the top of the recipe and its variables.
+usage() {
+    sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p}' "$0"
+    say
+    say "Variables, and what they are when not given:"
+    # shellcheck disable=SC2016
+    grep -h '^: "\${' "$0" "$(dirname "$0")/corpus.sh" "$LIB/lib.sh" |
+        sed -E 's/^: "\$\{([A-Z0-9_]+):=(.*)\}" *(#? ?.*)$/  \1=\2  \3/'
+}
+
+# once NAME KEY COMMAND...: run a command with its output in $RUN/NAME.log, unless it ended well
+# before with the same key. A key is the command and those of the steps before it.
+once() {
+    local name=$1 key=$2
+    shift 2
+    if [[ -e $RUN/$name.done && $(<"$RUN/$name.done") == "$key" ]]; then
+        say "$name: done before"
+        return
+    fi
+    quoted "$@"
+    say " >> $RUN/$name.log"
+    ((DRY_RUN)) && return
+    "$@" >>"$RUN/$name.log" 2>&1 || return
+    # Written under another name first: a stamp is there or not, never half.
+    if ((NODE_RANK == 0)); then
+        printf '%s' "$key" >"$RUN/$name.done.partial"
+        mv "$RUN/$name.done.partial" "$RUN/$name.done"
+    fi
+}
+
+failed() {
+    die "$1 failed: $(grep -v '^ *$' "$RUN/$1.log" | tail -n 1) (all of it: $RUN/$1.log)"
+}
+
+# ---- The steps.
+
+prepare() {
+    local command=(python3 "$ROOT/data-prep/prepare.py" "$CORPUS" --out "$DATA/$CORPUS"
+        --source-lang "$SOURCE" --target-lang "$TARGET" ${MIRROR:+--mirror "$MIRROR"})
+    quoted "${command[@]}"
+    say
+    ((DRY_RUN)) && return
+    mkdir -p "$DATA"
+    # Recipes side by side wait for the first one.
+    flock "$DATA/$CORPUS.lock" "${command[@]}" || die "the corpus could not be prepared"
+}
+
+# Sets UPDATE_FREQ so that an update learns from BATCH_TOKENS on whatever trains.
+choose_update_freq() {
+    local once_around=$((MAX_TOKENS * WORKERS))
+    UPDATE_FREQ=$((BATCH_TOKENS / once_around))
+    ((UPDATE_FREQ >= 1 && UPDATE_FREQ * once_around == BATCH_TOKENS)) ||
+        die "BATCH_TOKENS=$BATCH_TOKENS is no multiple of MAX_TOKENS=$MAX_TOKENS times the" \
+            "$WORKERS processes that train: choose another MAX_TOKENS"
+}
+
+# Sets SETTINGS, all that decides what is trained but for the corpus's bytes and the seed.
+choose_settings() {
+    local extra log_every=$((UPDATES > 75 ? UPDATES / 75 : 1))
+    read -ra extra <<<"$EXTRA"
+    choose_update_freq
+    SETTINGS=(
+        --user-dir fairseq_gradinit --task translation
+        --source-lang "$SOURCE" --target-lang "$TARGET"
+        "${MODEL[@]}" "${ARM[@]}"
+        --criterion label_smoothed_cross_entropy --label-smoothing 0.1
+        --lr "$LR" --warmup-updates "$WARMUP" "${SCHEDULE[@]}" --max-update "$UPDATES"
+        # With fairseq's default of 8, ve-fairseq 0.12.3 leaves sentences out.
+        --max-tokens "$MAX_TOKENS" --update-freq "$UPDATE_FREQ" --required-batch-size-multiple 1
+        --save-interval-updates "$SAVE_EVERY" --keep-interval-updates "$AVERAGE"
+        --no-epoch-checkpoints --save-interval 1000000 --validate-interval 1000000
+        --log-format json --log-interval "$log_every"
+    )
+    ((FP16)) && SETTINGS+=(--fp16)
+    ((GPUS > 0)) && [[ -z $LAUNCH ]] && SETTINGS+=(--distributed-world-size "$WORKERS")
+    SETTINGS+=(${extra[@]+"${extra[@]}"})
+}
+
+# What smoke runs change: a tiny corpus, model and length, in a folder of its own.
+shrink() {
+    RUNS=$RUNS/smoke
+    DATA=$RUNS/data
+    RESULTS=$RUNS/results.jsonl
+    CORPUS=numbers PIECES=subword_nmt MIRROR='' SEEDS=1 SUBSETS=(test)
+    [[ $SOURCE == en ]] && TARGET=de
+    choose_update_freq
+    MAX_TOKENS=500
+    BATCH_TOKENS=$((MAX_TOKENS * WORKERS * (UPDATE_FREQ > 1 ? 2 : 1)))
+    UPDATES=12 SAVE_EVERY=4 AVERAGE=2 BEAM=2 WARMUP=$((WARMUP > 0 ? 4 : 0))
+    local side
+    for side in encoder decoder; do
+        MODEL+=("--$side-layers" 1 "--$side-embed-dim" 32 "--$side-ffn-embed-dim" 64
+            "--$side-attention-heads" 2)
+    done
+    [[ " ${ARM[*]} " == *" --gradinit "* ]] && ARM+=(--gradinit-iterations 2)
+    return 0
+}
+
+# train_and_score SEED: all that is done for a seed.
+train_and_score() {
+    local seed=$1 data=$DATA/$CORPUS name digest subset key
+    digest=$(quoted "${SETTINGS[@]}" | sha256sum)
+    name=lr-$LR-${digest:0:8}
+    RUN=$RUNS/$RECIPE/$name/seed-$seed
+    local checkpoints=$RUN/checkpoints
+    local train=(fairseq-train "$data/data-bin" "${SETTINGS[@]}" --seed "$seed"
+        --save-dir "$checkpoints")
+    local average=(python3 "$LIB/average_checkpoints.py" "$checkpoints" --last "$AVERAGE"
+        --output "$RUN/average.pt")
+
+    say
+    say "== $RECIPE, seed $seed"
+    if ((!DRY_RUN)); then
+        mkdir -p "$RUN"
+        if ((NODE_RANK == 0)); then
+            # What it starts holds the lock too: nothing that outlived a kill is disturbed.
+            exec {LOCK}>"$RUN/lock"
+            flock -n "$LOCK" || die "another program is at work in $RUN: wait for it, or end it"
+        fi
+        same_corpus "$data/data-bin"
+    fi
+    if wanted train; then
+        ((DRY_RUN || NODE_RANK > 0)) || about begin "$seed" "$(quoted "${train[@]}")"
+        key=$(quoted "${train[@]}")
+        once train "$key" ${LAUNCH:+bash "$LIB/$LAUNCH"} "${train[@]}" || not_trained "$key"
+    fi
+    ((NODE_RANK > 0)) && return
+    if [[ ! -e $RUN/diverged ]]; then
+        key+=$'\n'$(quoted "${average[@]}")
+        ! wanted average || once average "$key" "${average[@]}" || failed average
+        for subset in "${SUBSETS[@]}"; do
+            local translate=(fairseq-generate "$data/data-bin" --user-dir fairseq_gradinit
+                --task translation --source-lang "$SOURCE" --target-lang "$TARGET"
+                --gen-subset "$subset" --path "$RUN/average.pt" --results-path "$RUN"
+                --beam "$BEAM" --lenpen "$LENPEN" --max-len-a "$MAX_LEN_A" --max-len-b "$MAX_LEN_B"
+                --remove-bpe "$PIECES" --max-tokens 8000 --required-batch-size-multiple 1)
+            ((FP16)) && translate+=(--fp16)
+            ! wanted translate ||
+                once "translate-$subset" "$key"$'\n'"$(quoted "${translate[@]}")" \
+                    "${translate[@]}" || failed "translate-$subset"
+        done
+    fi
+    wanted score || return 0
+    quoted bash "$LIB/score.sh" "$RUN"
+    say
+    ((DRY_RUN)) || RESULTS=$RESULTS bash "$LIB/score.sh" "$RUN" || die "$RUN could not be scored"
+    ((DRY_RUN)) || exec {LOCK}>&-
+}
+
+# A run is of one corpus: what was trained on other bytes must not go on, and is not thrown away.
+same_corpus() {
+    local digest
+    digest=$(cat "$1"/dict.* "$1"/*.idx "$1"/*.bin | sha256sum) || die "there is no corpus in $1"
+    [[ -e $RUN/corpus.sha256 ]] || printf '%s' "$digest" >"$RUN/corpus.sha256"
+    [[ $(<"$RUN/corpus.sha256") == "$digest" ]] ||
+        die "the corpus in $1 is another one than when $RUN was begun: remove that folder, or" \
+            "choose another one with RUNS"
+}
+
+# about begin SEED COMMAND: write down what the run is, for score.sh.
+about() {
+    python3 "$LIB/run_record.py" begin "$RUN" --recipe "$RECIPE" --title "$TITLE" \
+        --model "$MODEL_NAME" --corpus "$DATA/$CORPUS" --seed "$2" --command "$3" \
+        --workers "$WORKERS" --batch-tokens "$BATCH_TOKENS" --subsets "${SUBSETS[@]}" \
+        ${COMPOUNDS:+--split-compounds} --baseline "$BASELINE" ||
+        die "$RUN/run.json could not be written"
+}
+
+# not_trained KEY: a run that diverged is a result, anything else an error.
+not_trained() {
+    python3 "$LIB/run_record.py" diverged "$RUN" || failed train
+    say "diverged: $(<"$RUN/diverged")"
+    printf '%s' "$1" >"$RUN/train.done"
+}
+
+recipe() {
+    RECIPE=$(basename "$(cd "$(dirname "$0")" && pwd)")/$(basename "$0" .sh)
+    local word seed
+    for word in "$@"; do
+        case $word in
+            --dry-run) DRY_RUN=1 ;;
+            --smoke) SMOKE=1 ;;
+            --help | -h) usage && exit ;;
+            *) die "$word is no option: --dry-run prints the commands, --smoke tries them on a" \
+                "tiny corpus, --help lists the variables" ;;
+        esac
+    done
+    ((!SMOKE)) || shrink
+    command -v fairseq-train >/dev/null || ((DRY_RUN)) ||
+        die "fairseq-train is not on PATH: run make test once, or pip install '.[fairseq,quickstart]'"
+    choose_settings
+    ! wanted prepare || ((NODE_RANK > 0)) || prepare
+    for seed in $SEEDS; do
+        train_and_score "$seed"
+    done
+    ((DRY_RUN || NODE_RANK > 0)) || ! wanted score ||
+        fairseq-gradinit table "$RESULTS" --published "$LIB/published.json"
+}

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Multi30k German-English: post-LN, from the GradInit initialisation, with SGD, without warmup.
+#
+#     [VARIABLE=value ...] bash recipes/multi30k/gradinit-sgd.sh [--dry-run] [--smoke]
+set -euo pipefail
+
+: "${PRESET:=default}"      # of GradInit; paper is the setting of its authors
+: "${LR:=0.0625}"           # peak learning rate
+: "${WARMUP:=0}"            # updates in which the learning rate rises to its peak
+: "${MOMENTUM:=0.9}"        # of SGD
+
+TITLE="GradInit"
+ARM=(--optimizer sgd --momentum "$MOMENTUM" --gradinit --gradinit-preset "$PRESET")
+
+# shellcheck source=recipes/multi30k/corpus.sh
+source "$(dirname "$0")/corpus.sh"
+recipe "$@"

@@ -1,0 +1,76 @@
+#!/usr/bin/env bash
+# Recipes over learning rates, beta2 and seeds: a table and heat maps of where they train.
+#
+#     [VARIABLE=value ...] bash recipes/sweep.sh [--dry-run] [--smoke]
+#     sbatch --array=0-N [...] recipes/sweep.sh        (N: see --count, less one)
+#     bash recipes/sweep.sh --count
+#
+# Runs that are finished are not run again; one that diverges is a result. What the recipes take
+# (UPDATES, DATA, EXTRA, ...) can be set for the sweep too. The stability figure of the GradInit
+# paper is: RECIPES="iwslt14_de_en/default-no-warmup iwslt14_de_en/gradinit-adam" bash sweep.sh
+set -euo pipefail
+
+: "${RECIPES:=multi30k/default-no-warmup multi30k/gradinit-adam}"
+: "${LRS:=5e-4 1e-3 2e-3 4e-3 8e-3}"    # peak learning rates
+: "${BETA2S:=0.9 0.95 0.98 0.999}"      # of Adam
+: "${SEEDS:=1}"
+: "${JOBS:=1}"                          # runs at a time; with GPUs, each has one of its own
+
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# Slurm runs a copy of this file from elsewhere.
+[[ -e $HERE/lib.sh ]] || HERE=$SLURM_SUBMIT_DIR/recipes
+export RUNS=${RUNS:-$HERE/../runs/sweep}
+
+points() {
+    local seed recipe beta2 lr
+    for seed in $SEEDS; do
+        for recipe in $RECIPES; do
+            for beta2 in $BETA2S; do
+                for lr in $LRS; do
+                    echo "$seed $recipe $beta2 $lr"
+                done
+            done
+        done
+    done
+}
+
+# point SEED RECIPE BETA2 LR: one run.
+point() {
+    if [[ -n ${SLOT:-} ]] && command -v nvidia-smi >/dev/null; then
+        export CUDA_VISIBLE_DEVICES=$SLOT GPUS=1
+    fi
+    SEEDS=$1 BETA2=$3 LR=$4 bash "$HERE/$2.sh" ${OPTIONS[@]+"${OPTIONS[@]}"} || {
+        echo "sweep.sh: $2 with SEEDS=$1 BETA2=$3 LR=$4 failed, for the reason above" >&2
+        return 1
+    }
+}
+
+OPTIONS=()
+for word in "$@"; do
+    case $word in
+        --dry-run) OPTIONS+=("$word") ;;
+        --smoke) OPTIONS+=("$word") && results=$RUNS/smoke/results.jsonl ;;
+        --count) points | wc -l && exit ;;
+        --point) point "${@: -4}" && exit ;;
+        *) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0" && exit ;;
+    esac
+done
+: "${results:=${RESULTS:-$RUNS/results.jsonl}}"
+
+if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
+    read -ra chosen < <(points | sed -n "$((SLURM_ARRAY_TASK_ID + 1))p")
+    ((${#chosen[@]} == 4)) || { echo "sweep.sh: there are $(points | wc -l) points" >&2 && exit 1; }
+    point "${chosen[@]}"
+    exit
+fi
+
+status=0
+# A point that fails does not keep the others from being run.
+points | xargs -P "$JOBS" --process-slot-var=SLOT -L 1 \
+    bash "$HERE/sweep.sh" ${OPTIONS[@]+"${OPTIONS[@]}"} --point || status=1
+[[ " ${OPTIONS[*]-} " != *" --dry-run "* ]] || exit "$status"
+PATH=$PATH:$HERE/../.venv/bin
+fairseq-gradinit table "$results"
+fairseq-gradinit heat-map "$results" --out "$RUNS/heat-map.png"
+echo "picture: $RUNS/heat-map.png"
+exit "$status"

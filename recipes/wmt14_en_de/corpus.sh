@@ -1,0 +1,37 @@
+# shellcheck shell=bash
+# WMT'14 English-German, as all recipes of this folder train on it: read by them, not run.
+# The schedule is linear in all arms: fairseq's inverse_sqrt is not defined without warmup.
+
+: "${LANGUAGES:=en-de}"       # or en-fr
+: "${SIZE:=base}"             # or big
+: "${LAYERS:=6}"              # of encoder and of decoder: 6, 12 or 18
+: "${SEEDS:=1 2 3}"
+: "${UPDATES:=100000}"
+: "${MAX_TOKENS:=4096}"       # what a process takes at a time
+: "${BATCH_TOKENS:=32768}"    # what an update learns from, of all processes: 8 x 4096; or 524288
+: "${SAVE_EVERY:=1000}"       # updates between two checkpoints
+: "${AVERAGE:=10}"            # the last so many are averaged
+: "${BEAM:=4}"
+: "${LENPEN:=0.6}"
+
+SOURCE=en TARGET=${LANGUAGES#en-}
+CORPUS=wmt14-$LANGUAGES
+PIECES=subword_nmt
+SUBSETS=(valid test)          # newstest2013 and newstest2014
+MAX_LEN_A=1 MAX_LEN_B=50
+BASELINE=wmt14_en_de/default-warmup
+# Papers score English-German after cutting words at their hyphens.
+COMPOUNDS=
+[[ $TARGET != de ]] || COMPOUNDS=1
+
+case $SIZE in
+    base) MODEL=(--arch transformer_wmt_en_de --dropout 0.1) WIDTHS="d 512, ffn 2048" ;;
+    big) MODEL=(--arch transformer_wmt_en_de_big --dropout 0.3) WIDTHS="d 1024, ffn 4096" ;;
+    *) echo "SIZE=$SIZE is neither base nor big" >&2 && exit 1 ;;
+esac
+MODEL_NAME="$LAYERS+$LAYERS layers, $WIDTHS"
+MODEL+=(--encoder-layers "$LAYERS" --decoder-layers "$LAYERS" --share-all-embeddings)
+SCHEDULE=(--lr-scheduler polynomial_decay --total-num-update "$UPDATES")
+
+# shellcheck source=recipes/lib.sh
+source "$(dirname "$0")/../lib.sh"

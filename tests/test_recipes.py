@@ -1,0 +1,210 @@
+"""The recipes as a user runs them, on the tiny corpus of --smoke."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import run_record
+from conftest import BIN, ROOT
+
+from fairseq_gradinit.results import RunRecord, read_runs
+
+FOLDER = ROOT / "recipes"
+# Of a corpus the baseline first, so that the others can be compared with it.
+ARMS = ("default-warmup", "default-no-warmup", "gradinit-adam", "gradinit-sgd", "pre-ln")
+CORPORA = ("multi30k", "libreoffice", "iwslt14_de_en", "wmt14_en_de")
+RECIPES = [f"{corpus}/{arm}" for corpus in CORPORA for arm in ARMS]
+
+
+def environment(runs: Path, **knobs: str) -> dict[str, str]:
+    """Of a user whose virtual environment is active."""
+    path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "RUNS": str(runs), **knobs}
+
+
+def bash(script: str, *options: str, runs: Path, **knobs: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", str(FOLDER / script), *options],
+        env=environment(runs, **knobs),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+def records(runs: Path) -> dict[str, RunRecord]:
+    return {run.recipe: run for run in read_runs([runs / "smoke" / "results.jsonl"])}
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the smoke runs lie, with the corpus that they share."""
+    return tmp_path_factory.mktemp("runs")
+
+
+def test_scripts_are_clean_for_shellcheck():
+    scripts = sorted(map(str, FOLDER.rglob("*.sh")))
+    assert len(scripts) > len(RECIPES)
+    done = subprocess.run(
+        [BIN / "shellcheck", "-x", *scripts], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.stdout == ""
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_smoke_run(smoke, recipe):
+    done = bash(f"{recipe}.sh", "--smoke", runs=smoke)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = records(smoke)[recipe]
+    assert (run.status, run.corpus, run.settings.updates) == ("finished", "numbers", 12)
+    assert [part.name for part in run.scores] == ["test"]
+    assert run.scores[0].tokenised_bleu is not None
+    assert (run.gradinit_seconds is not None) == ("gradinit" in recipe)
+    assert (run.comparison is None) == recipe.endswith("default-warmup")
+    assert f"| {run.title} |" in done.stdout
+
+
+def test_what_is_done_is_not_done_again(smoke):
+    bash("multi30k/gradinit-adam.sh", "--smoke", runs=smoke)
+    before = (smoke / "smoke/results.jsonl").read_bytes()
+    done = bash("multi30k/gradinit-adam.sh", "--smoke", runs=smoke)
+    for step in ("train", "average", "translate-test"):
+        assert f"{step}: done before" in done.stdout
+    assert (smoke / "smoke/results.jsonl").read_bytes() == before
+    # What translates otherwise is translated again, and nothing else.
+    done = bash("multi30k/gradinit-adam.sh", "--smoke", runs=smoke, LENPEN="0.5")
+    assert "average: done before" in done.stdout
+    assert "translate-test: done before" not in done.stdout
+
+
+def killed_after(seconds: float, runs: Path) -> None:
+    with subprocess.Popen(
+        ["bash", str(FOLDER / "multi30k/gradinit-adam.sh"), "--smoke"],
+        env=environment(runs),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    ) as process:
+        time.sleep(seconds)
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_a_killed_recipe_goes_on_to_the_same_scores(smoke, tmp_path):
+    bash("multi30k/gradinit-adam.sh", "--smoke", runs=smoke)
+    unbroken = records(smoke)["multi30k/gradinit-adam"]
+    for seconds in (1, 4, 7, 10, 13, 16):
+        killed_after(seconds, tmp_path)
+    done = bash("multi30k/gradinit-adam.sh", "--smoke", runs=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    broken = records(tmp_path)["multi30k/gradinit-adam"]
+    assert broken.valid == unbroken.valid
+    assert broken.scores == unbroken.scores
+
+
+def test_a_run_that_diverges_is_a_result(smoke):
+    knobs = {"LR": "1e20", "SEEDS": "1"}
+    done = bash("multi30k/default-no-warmup.sh", "--smoke", runs=smoke, **knobs)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "diverged: FloatingPointError" in done.stdout
+    runs = read_runs([smoke / "smoke/results.jsonl"])
+    (run,) = (run for run in runs if run.settings.lr == 1e20)
+    assert (run.status, run.valid_loss, run.scores) == ("diverged", None, ())
+    again = bash("multi30k/default-no-warmup.sh", "--smoke", runs=smoke, **knobs)
+    assert "train: done before" in again.stdout
+
+
+def test_several_processes_train_as_one_batch(smoke):
+    knobs = {"LAUNCH": "launch/gloo.sh", "WORKERS": "2"}
+    done = bash("multi30k/gradinit-adam.sh", "--smoke", runs=smoke, **knobs)
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs = read_runs([smoke / "smoke/results.jsonl"])
+    (run,) = (run for run in runs if run.circumstances.workers == 2)
+    assert run.settings.tokens_per_batch == 1000
+    assert run.status == "finished"
+
+
+def test_sweep_ends_in_a_table_and_a_picture(smoke, tmp_path):
+    shutil.copytree(smoke / "smoke/data", tmp_path / "smoke/data", dirs_exist_ok=True)
+    knobs = {"LRS": "1e-3 1e20", "BETA2S": "0.98", "RECIPES": "multi30k/default-no-warmup"}
+    assert bash("sweep.sh", "--count", runs=tmp_path, **knobs).stdout.strip() == "2"
+    done = bash("sweep.sh", "--smoke", runs=tmp_path, JOBS="2", **knobs)
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs = read_runs([tmp_path / "smoke/results.jsonl"])
+    assert {run.settings.lr: run.status for run in runs} == {1e-3: "finished", 1e20: "diverged"}
+    assert (tmp_path / "heat-map.png").stat().st_size > 5_000
+    array = bash("sweep.sh", "--dry-run", runs=tmp_path, SLURM_ARRAY_TASK_ID="1", **knobs)
+    assert "--lr 1e20 " in array.stdout
+    assert "--lr 1e-3 " not in array.stdout
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_dry_run_prints_the_commands_and_does_nothing(tmp_path, recipe):
+    done = bash(f"{recipe}.sh", "--dry-run", runs=tmp_path / "runs", SEEDS="7")
+    assert done.returncode == 0, done.stderr
+    train = next(line for line in done.stdout.splitlines() if line.startswith("fairseq-train "))
+    assert "--seed 7 " in train
+    assert ("--gradinit " in train) == ("gradinit" in recipe)
+    assert ("--warmup-updates 0 " in train) == (not recipe.endswith("default-warmup"))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_paper_preset_has_the_authors_single_update_of_warmup(tmp_path):
+    done = bash("iwslt14_de_en/gradinit-adam.sh", "--dry-run", runs=tmp_path, PRESET="paper")
+    assert "--gradinit-preset paper " in done.stdout
+    assert "--lr 5e-4 --warmup-updates 1 " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"MAX_TOKENS": "3000"}, "choose another MAX_TOKENS"),
+        ({"WORKERS": "16"}, "BATCH_TOKENS=32768 is no multiple of MAX_TOKENS=4096 times the 16"),
+        ({"SIZE": "huge"}, "SIZE=huge is neither base nor big"),
+    ],
+    ids=str,
+)
+def test_a_mistake_is_answered_by_a_sentence(tmp_path, knobs, message):
+    done = bash("wmt14_en_de/default-warmup.sh", "--dry-run", runs=tmp_path, **knobs)
+    assert done.returncode != 0
+    assert message in done.stderr
+
+
+def test_batches_are_the_same_on_any_number_of_processes(tmp_path):
+    for workers, update_freq in ((1, 8), (2, 4), (8, 1)):
+        knobs = {"WORKERS": str(workers), "SEEDS": "1"}
+        done = bash("wmt14_en_de/gradinit-adam.sh", "--dry-run", runs=tmp_path, **knobs)
+        assert f"--max-tokens 4096 --update-freq {update_freq} " in done.stdout
+
+
+def test_another_corpus_under_a_run_is_refused(smoke):
+    bash("multi30k/pre-ln.sh", "--smoke", runs=smoke)
+    (stamp,) = smoke.glob("smoke/multi30k/pre-ln/*/seed-1/corpus.sha256")
+    before = stamp.read_text()
+    stamp.write_text("other")
+    done = bash("multi30k/pre-ln.sh", "--smoke", runs=smoke)
+    stamp.write_text(before)
+    assert done.returncode == 1
+    assert "is another one than when" in done.stderr
+
+
+def test_scoring_what_has_not_ended_is_refused(smoke, tmp_path, capsys):
+    bash("multi30k/pre-ln.sh", "--smoke", runs=smoke)
+    (run,) = smoke.glob("smoke/multi30k/pre-ln/*/seed-1")
+    copy = shutil.copytree(run, tmp_path / "run")
+    lines = (copy / "train.log").read_text().splitlines()
+    kept = [line for line in lines if '"valid_num_updates": "12"' not in line]
+    (copy / "train.log").write_text("\n".join(kept))
+    results = tmp_path / "results.jsonl"
+    assert run_record.main(["score", str(copy), "--results", str(results)]) == 1
+    assert "after 8 of 12 updates; give the recipe again" in capsys.readouterr().err
+    assert not results.exists()
+    assert run_record.main(["score", str(tmp_path), "--results", str(results)]) == 1
+    assert "is no run of a recipe" in capsys.readouterr().err
