@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -75,7 +76,9 @@ def test_processes_stop_together_and_go_on_together(tmp_path):
         assert has_file == (rank == 0)
 
 
-def train_on_two_ranks(data: Path, save_dir: Path, *arguments: object) -> list[Outcome]:
+def train_on_two_ranks(
+    data: Path, save_dir: Path, *arguments: object, how: Sequence[str] = GRADINIT
+) -> list[Outcome]:
     """fairseq-train as two processes; fairseq itself starts them only where there are GPUs."""
     save_dir.mkdir(parents=True, exist_ok=True)
     base = usual_options("--max-update")
@@ -83,7 +86,7 @@ def train_on_two_ranks(data: Path, save_dir: Path, *arguments: object) -> list[O
     def rank(number: int) -> Outcome:
         return run_command(
             "fairseq-train",
-            *(data, *base, *PLUGIN, *GRADINIT, "--save-dir", save_dir, "--max-update", "2"),
+            *(data, *base, *PLUGIN, *how, "--save-dir", save_dir, "--max-update", "2"),
             *("--distributed-world-size", "2", "--distributed-rank", number),
             *("--distributed-init-method", f"file://{save_dir}/rendezvous"),
             *("--distributed-no-spawn", "--distributed-backend", "gloo"),

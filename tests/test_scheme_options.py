@@ -6,9 +6,10 @@ import pytest
 import torch
 from conftest import GRADINIT, PLUGIN, ROOT, SMALL_MODEL, run_command, train_here, usual_options
 
+from fairseq_gradinit.schemes.metainit import MetaInitConfig
 from fairseq_gradinit.schemes.options import SCHEMES
 
-SHORT: dict[str, list[str]] = {}
+SHORT = {"metainit": ["--init-scheme-iterations", "2"]}
 """Options that make a scheme short."""
 
 
@@ -103,7 +104,22 @@ def test_processes_that_train_apart_are_refused(corpus, tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ((), "--init-scheme-iterations is for --init-scheme metainit alone: leave it out"),
+        (("--init-scheme", "admin"), "--init-scheme-iterations is for --init-scheme metainit"),
+        (("--init-scheme", "metainit"), "--init-scheme-iterations must be at least 1, not 0"),
+    ],
+)
+def test_iterations_that_make_no_sense_are_refused(corpus, tmp_path, options, error):
+    done = train_here(corpus.translation, tmp_path, *options, "--init-scheme-iterations", "0")
+    assert done.error().startswith(error)
+
+
 def test_the_readme_and_the_documentation_name_it():
-    assert "| `--init-scheme` |" in (ROOT / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
+    assert "| `--init-scheme` |" in readme
+    assert f"| `--init-scheme-iterations` | {MetaInitConfig().iterations} |" in readme
     text = (ROOT / "docs" / "rivals.md").read_text()
     assert all(f"`{name}`" in text for name in SCHEMES)

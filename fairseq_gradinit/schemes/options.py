@@ -2,14 +2,15 @@
 # No postponed annotations here: fairseq reads the types of dataclass fields as objects.
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Optional
 
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.options import read_options, refuse_unsupported
-from fairseq_gradinit.schemes import admin, deepnorm, pre_ln, t_fixup, zero_branches
+from fairseq_gradinit.schemes import admin, deepnorm, metainit, pre_ln, t_fixup, zero_branches
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ SCHEMES = {
     "t-fixup": Scheme(configure=t_fixup.configure),
     "admin": Scheme(configure=admin.configure, initialise=admin.initialise),
     "admin-folded": Scheme(configure=admin.configure_folded, initialise=admin.initialise_folded),
+    "metainit": Scheme(initialise=partial(metainit.initialise, iterations=metainit.ITERATIONS)),
 }
 
 SchemeChoice = ChoiceEnum(list(SCHEMES))
@@ -51,6 +53,13 @@ class SchemeOptions(FairseqDataclass):
             "is not stock fairseq's"
         },
     )
+    init_scheme_iterations: Optional[int] = field(
+        default=None,
+        metadata={
+            "help": "how often metainit moves the norms of the weight matrices "
+            f"(default: {metainit.ITERATIONS})"
+        },
+    )
 
 
 def read_scheme(cfg: Any) -> Scheme | None:
@@ -62,10 +71,11 @@ def read_scheme(cfg: Any) -> Scheme | None:
     # Programs of other projects pass through here too, with configurations of their own.
     task = getattr(cfg, "task", None)
     chosen = getattr(task, "init_scheme", None)
-    if chosen is None:
-        return None
     # hydra gives members of an enumeration, fairseq's command line their names.
-    name = str(chosen)
+    name = None if chosen is None else str(chosen)
+    iterations = _iterations(task, name)
+    if name is None:
+        return None
     scheme = SCHEMES[name]
     if not scheme.sets_weights:
         return scheme
@@ -75,4 +85,19 @@ def read_scheme(cfg: Any) -> Scheme | None:
             "the later would undo the earlier: leave one of the two out"
         )
     refuse_unsupported(cfg, f"--init-scheme {name}")
+    if iterations is not None:
+        return replace(scheme, initialise=partial(metainit.initialise, iterations=iterations))
     return scheme
+
+
+def _iterations(task: Any, name: str | None) -> int | None:
+    iterations: int | None = getattr(task, "init_scheme_iterations", None)
+    if iterations is None:
+        return None
+    if name != "metainit":
+        raise GradInitError(
+            "--init-scheme-iterations is for --init-scheme metainit alone: leave it out"
+        )
+    if iterations < 1:
+        raise GradInitError(f"--init-scheme-iterations must be at least 1, not {iterations}")
+    return iterations
