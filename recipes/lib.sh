@@ -12,6 +12,7 @@ ROOT=$(dirname "$LIB")
 : "${RESULTS:=$RUNS/results.jsonl}"  # a line for each run
 : "${MIRROR:=}"                      # folder or address to take the corpus's files from
 : "${STEPS:=prepare train average translate score}"
+: "${PUBLISHED:=}"                   # file of published figures, to stand beside our own
 : "${EXTRA:=}"                       # more options for fairseq-train, in words
 : "${GPUS:=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)}"  # of this machine; 0 is the CPU
 : "${NODES:=1}"                      # machines with as many GPUs
@@ -122,7 +123,8 @@ choose_settings() {
         --source-lang "$SOURCE" --target-lang "$TARGET"
         "${MODEL[@]}" "${ARM[@]}"
         --criterion label_smoothed_cross_entropy --label-smoothing 0.1
-        --lr "$LR" --warmup-updates "$WARMUP" "${SCHEDULE[@]}" --max-update "$UPDATES"
+        --lr "$LR" --warmup-updates "$WARMUP" "${SCHEDULE[@]}"
+        --total-num-update "$UPDATES" --max-update "$UPDATES"
         # With fairseq's default of 8, ve-fairseq 0.12.3 leaves sentences out.
         --max-tokens "$MAX_TOKENS" --update-freq "$UPDATE_FREQ" --required-batch-size-multiple 1
         --save-interval-updates "$SAVE_EVERY" --keep-interval-updates "$AVERAGE"
@@ -252,5 +254,5 @@ recipe() {
         train_and_score "$seed"
     done
     ((DRY_RUN || NODE_RANK > 0)) || ! wanted score ||
-        fairseq-gradinit table "$RESULTS" --published "$LIB/published.json"
+        fairseq-gradinit table "$RESULTS" ${PUBLISHED:+--published "$PUBLISHED"}
 }

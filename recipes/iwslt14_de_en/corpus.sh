@@ -23,7 +23,7 @@ MODEL_NAME="6+6 layers, d 512, ffn 1024"
 MODEL=(--arch transformer_iwslt_de_en --share-decoder-input-output-embed
     --dropout 0.3 --attention-dropout 0.1 --activation-dropout 0.1
     --weight-decay 0.0001 --clip-norm 0)
-SCHEDULE=(--lr-scheduler polynomial_decay --total-num-update "$UPDATES" --end-learning-rate 1e-9)
+SCHEDULE=(--lr-scheduler polynomial_decay --end-learning-rate 1e-9)
 
 # shellcheck source=recipes/lib.sh
 source "$(dirname "$0")/../lib.sh"

@@ -24,7 +24,7 @@ for side in encoder decoder; do
     MODEL+=("--$side-layers" 4 "--$side-embed-dim" 128 "--$side-ffn-embed-dim" 512
         "--$side-attention-heads" 4)
 done
-SCHEDULE=(--lr-scheduler polynomial_decay --total-num-update "$UPDATES")
+SCHEDULE=(--lr-scheduler polynomial_decay)
 
 # shellcheck source=recipes/lib.sh
 source "$(dirname "$0")/../lib.sh"

@@ -31,7 +31,7 @@ case $SIZE in
 esac
 MODEL_NAME="$LAYERS+$LAYERS layers, $WIDTHS"
 MODEL+=(--encoder-layers "$LAYERS" --decoder-layers "$LAYERS" --share-all-embeddings)
-SCHEDULE=(--lr-scheduler polynomial_decay --total-num-update "$UPDATES")
+SCHEDULE=(--lr-scheduler polynomial_decay)
 
 # shellcheck source=recipes/lib.sh
 source "$(dirname "$0")/../lib.sh"
