@@ -143,9 +143,9 @@ shrink() {
     RESULTS=$RUNS/results.jsonl
     CORPUS=numbers PIECES=subword_nmt MIRROR='' SEEDS=1 SUBSETS=(test)
     [[ $SOURCE == en ]] && TARGET=de
-    choose_update_freq
+    # With update-freq where the recipe has it.
+    BATCH_TOKENS=$((500 * WORKERS * (BATCH_TOKENS > MAX_TOKENS * WORKERS ? 2 : 1)))
     MAX_TOKENS=500
-    BATCH_TOKENS=$((MAX_TOKENS * WORKERS * (UPDATE_FREQ > 1 ? 2 : 1)))
     UPDATES=12 SAVE_EVERY=4 AVERAGE=2 BEAM=2 WARMUP=$((WARMUP > 0 ? 4 : 0))
     local side
     for side in encoder decoder; do

@@ -20,7 +20,7 @@ from dataprep.filters import (
     WrongScript,
 )
 from dataprep.moses import Moses
-from dataprep.origins import HelpPackages, Origin, PublishedTexts, Terms, Wheels
+from dataprep.origins import HelpPackages, NumberWords, Origin, PublishedTexts, Terms, Wheels
 from dataprep.splitting import AsPublished, EveryNth, HeldOut, Split
 from dataprep.texts import TextSource
 from dataprep.wheels import Wheel
@@ -131,9 +131,9 @@ QUICKSTART = Corpus(
 )
 
 
-def _sides(name: str) -> tuple[str, str]:
-    """The names of a text's two files, German first."""
-    return name.format("de"), name.format("en")
+def _sides(name: str, other: str = "de") -> tuple[str, str]:
+    """The names of a text's two files, the one that is not English first."""
+    return name.format(other), name.format("en")
 
 
 # The commit that added the files, and the last one that touched them.
@@ -261,79 +261,145 @@ IWSLT14_DE_EN = Corpus(
 
 _STATMT = "http://www.statmt.org"
 
+# The sums of training texts and of the development sets as TensorFlow Datasets recorded them
+# (url_checksums/wmt14_translate.txt and wmt15_translate.txt), that of the test sets as sacrebleu
+# has it for its set wmt14/full.
+_EUROPARL = SourceFile(
+    f"{_STATMT}/wmt13/training-parallel-europarl-v7.tgz",
+    "sha256:0224c7c710c8a063dfd893b0cc0830202d61f4c75c17eb8e31836103d27d96e7",
+    size=657_632_379,
+)
+_COMMON_CRAWL = SourceFile(
+    f"{_STATMT}/wmt13/training-parallel-commoncrawl.tgz",
+    "sha256:c7a74e2ea01ac6c920123108627e35278d4ccb5701e15428ffa34de86fa3a9e5",
+    size=918_311_367,
+)
+_UNITED_NATIONS = SourceFile(
+    f"{_STATMT}/wmt13/training-parallel-un.tgz",
+    "sha256:29141b5c1eba149a94f7a59d3b1a834b2e47fe0f8758d68dcd77a3d3f497ee47",
+    size=2_365_634_246,
+)
+_NEWS_COMMENTARY = SourceFile(
+    f"{_STATMT}/wmt14/training-parallel-nc-v9.tgz",
+    "sha256:cb8953f292298e6877ae433c98912b927cb0766b303f4540512ddd286c748485",
+    size=80_418_416,
+)
+_GIGA_FREN = SourceFile(
+    f"{_STATMT}/wmt10/training-giga-fren.tar",
+    "sha256:3ff8319f6919393520559bfbc7ad6a747ec81b3abc7be9993b338d4b017b4d9a",
+    size=2_595_102_720,
+)
+_WMT_DEVELOPMENT = SourceFile(
+    "http://data.statmt.org/wmt19/translation-task/dev.tgz",
+    "sha256:7a7deccf82ebb05ba508dba5eb21356492224e8f630ec4f992132b029b4b25e7",
+    size=38_654_961,
+)
+_WMT14_TEST = SourceFile(
+    "https://statmt.org/wmt14/test-full.tgz", "md5:a8cd784e006feb32ac6f3d9ec7eb389a"
+)
+_WMT14_TERMS = Terms(
+    licence="each text's own; no one licence for all",
+    licence_evidence="statmt.org/wmt14/translation-task.html and the pages it leads to",
+    citation=(
+        "O. Bojar and others: Findings of the 2014 Workshop on Statistical Machine Translation. "
+        "Proceedings of the Ninth Workshop on Statistical Machine Translation, 2014, pages 12-58"
+    ),
+)
+_WMT14_MOSES = Moses(aggressive_hyphens=True, normalise_punctuation=True)
+
 WMT14_EN_DE = Corpus(
     name="wmt14-en-de",
     summary="WMT'14 English-German: Europarl, Common Crawl, news commentary; newstest2013 and 2014",
     languages=("de", "en"),
     default_source="en",
     origin=PublishedTexts(
-        # The first four sums as TensorFlow Datasets recorded them (url_checksums/
-        # wmt14_translate.txt), the last as sacrebleu has it for its set wmt14/full.
-        files=(
-            SourceFile(
-                f"{_STATMT}/wmt13/training-parallel-europarl-v7.tgz",
-                "sha256:0224c7c710c8a063dfd893b0cc0830202d61f4c75c17eb8e31836103d27d96e7",
-                size=657_632_379,
-            ),
-            SourceFile(
-                f"{_STATMT}/wmt13/training-parallel-commoncrawl.tgz",
-                "sha256:c7a74e2ea01ac6c920123108627e35278d4ccb5701e15428ffa34de86fa3a9e5",
-                size=918_311_367,
-            ),
-            SourceFile(
-                f"{_STATMT}/wmt14/training-parallel-nc-v9.tgz",
-                "sha256:cb8953f292298e6877ae433c98912b927cb0766b303f4540512ddd286c748485",
-                size=80_418_416,
-            ),
-            SourceFile(
-                "http://data.statmt.org/wmt19/translation-task/dev.tgz",
-                "sha256:7a7deccf82ebb05ba508dba5eb21356492224e8f630ec4f992132b029b4b25e7",
-                size=38_654_961,
-            ),
-            SourceFile(
-                "https://statmt.org/wmt14/test-full.tgz", "md5:a8cd784e006feb32ac6f3d9ec7eb389a"
-            ),
-        ),
+        files=(_EUROPARL, _COMMON_CRAWL, _NEWS_COMMENTARY, _WMT_DEVELOPMENT, _WMT14_TEST),
         sources=(
             *(
-                TextSource("train", _sides(name), archive=archive)
-                for archive, name in (
-                    ("training-parallel-europarl-v7.tgz", "training/europarl-v7.de-en.{}"),
-                    ("training-parallel-commoncrawl.tgz", "commoncrawl.de-en.{}"),
-                    ("training-parallel-nc-v9.tgz", "training/news-commentary-v9.de-en.{}"),
+                TextSource("train", _sides(name), archive=file.filename)
+                for file, name in (
+                    (_EUROPARL, "training/europarl-v7.de-en.{}"),
+                    (_COMMON_CRAWL, "commoncrawl.de-en.{}"),
+                    (_NEWS_COMMENTARY, "training/news-commentary-v9.de-en.{}"),
                 )
             ),
-            TextSource("valid", _sides("dev/newstest2013.{}"), archive="dev.tgz"),
+            TextSource("valid", _sides("dev/newstest2013.{}"), archive=_WMT_DEVELOPMENT.filename),
             TextSource(
                 "test",
                 (
                     "test-full/newstest2014-deen-ref.de.sgm",
                     "test-full/newstest2014-deen-src.en.sgm",
                 ),
-                archive="test-full.tgz",
+                archive=_WMT14_TEST.filename,
                 form="segments",
             ),
         ),
-        licensed=Terms(
-            licence="each text's own; no one licence for all",
-            licence_evidence="statmt.org/wmt14/translation-task.html and the pages it leads to",
-            citation=(
-                "O. Bojar and others: Findings of the 2014 Workshop on Statistical Machine "
-                "Translation. Proceedings of the Ninth Workshop on Statistical Machine "
-                "Translation, 2014, pages 12-58"
-            ),
-        ),
+        licensed=_WMT14_TERMS,
     ),
     # clean-corpus-n.perl's usual ratio, and the length of fairseq's prepare-wmt14en2de.sh.
     cleaning=Cleaning("single spaces", (Empty(), TooLong(words=250), WordRatio(ratio=9.0))),
     split=AsPublished(),
     vocab_size=32_000,
     tokenisation=MOSES_BPE,
-    moses=Moses(aggressive_hyphens=True, normalise_punctuation=True),
+    moses=_WMT14_MOSES,
     # Pairs with text on both sides, as counted for wmt/wmt14, "de-en", on huggingface.co/datasets.
     with_text={"train": 4_508_785, "valid": 3_000, "test": 3_003},
     expected={"valid": 3_000, "test": 3_003},
     disk_bytes=8_000 * MB,
+)
+
+WMT14_EN_FR = Corpus(
+    name="wmt14-en-fr",
+    summary="WMT'14 English-French, as of fairseq's prepare-wmt14en2fr.sh; newstest2013 and 2014",
+    languages=("fr", "en"),
+    default_source="en",
+    origin=PublishedTexts(
+        files=(
+            _EUROPARL,
+            _COMMON_CRAWL,
+            _UNITED_NATIONS,
+            _NEWS_COMMENTARY,
+            _GIGA_FREN,
+            _WMT_DEVELOPMENT,
+            _WMT14_TEST,
+        ),
+        sources=(
+            *(
+                TextSource("train", _sides(name, "fr"), archive=file.filename)
+                for file, name in (
+                    (_EUROPARL, "training/europarl-v7.fr-en.{}"),
+                    (_COMMON_CRAWL, "commoncrawl.fr-en.{}"),
+                    (_UNITED_NATIONS, "un/undoc.2000.fr-en.{}"),
+                    (_NEWS_COMMENTARY, "training/news-commentary-v9.fr-en.{}"),
+                    (_GIGA_FREN, "giga-fren.release2.fixed.{}.gz"),
+                )
+            ),
+            TextSource(
+                "valid", _sides("dev/newstest2013.{}", "fr"), archive=_WMT_DEVELOPMENT.filename
+            ),
+            TextSource(
+                "test",
+                (
+                    "test-full/newstest2014-fren-ref.fr.sgm",
+                    "test-full/newstest2014-fren-src.en.sgm",
+                ),
+                archive=_WMT14_TEST.filename,
+                form="segments",
+            ),
+        ),
+        licensed=_WMT14_TERMS,
+    ),
+    # The script's limits. It applies them to the pieces of BPE, which are learnt later here.
+    cleaning=Cleaning(
+        "single spaces", (Empty(), TokenLengths(most=250, ratio=1.5, moses=_WMT14_MOSES))
+    ),
+    split=AsPublished(),
+    vocab_size=40_000,
+    tokenisation=MOSES_BPE,
+    moses=_WMT14_MOSES,
+    with_text={"valid": 3_000, "test": 3_003},
+    expected={"valid": 3_000, "test": 3_003},
+    disk_bytes=70_000 * MB,
 )
 
 LIBREOFFICE_HELP = Corpus(
@@ -371,7 +437,35 @@ LIBREOFFICE_HELP = Corpus(
     disk_bytes=60 * MB,
 )
 
+NUMBERS = Corpus(
+    name="numbers",
+    summary="numbers up to 999,999 in German and English words, for trying things out in seconds",
+    languages=("de", "en"),
+    default_source="de",
+    origin=NumberWords(
+        Terms(
+            licence="MIT",
+            licence_evidence="LICENSE of this project, which makes them",
+            citation="fairseq-gradinit, data-prep/dataprep/number_words.py",
+        ),
+    ),
+    cleaning=Cleaning("single spaces"),
+    split=AsPublished(),
+    vocab_size=200,
+    tokenisation=MOSES_BPE,
+    expected={"train": 2_000, "valid": 50, "test": 50},
+    disk_bytes=2 * MB,
+)
+
 CORPORA = {
     corpus.name: corpus
-    for corpus in (QUICKSTART, MULTI30K_DE_EN, IWSLT14_DE_EN, WMT14_EN_DE, LIBREOFFICE_HELP)
+    for corpus in (
+        NUMBERS,
+        QUICKSTART,
+        MULTI30K_DE_EN,
+        IWSLT14_DE_EN,
+        WMT14_EN_DE,
+        WMT14_EN_FR,
+        LIBREOFFICE_HELP,
+    )
 }

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Protocol
 
-from dataprep import DataPrepError
+from dataprep import DataPrepError, number_words
 from dataprep.archives import unpack
 from dataprep.catalogues import read_wheel
 from dataprep.checksums import file_sha256
@@ -151,7 +151,11 @@ class PublishedTexts:
     ) -> tuple[Path, ...]:
         """Where the texts of a source lie; the first one of an archive has all of it unpacked."""
         members = [name for s in self.sources if s.archive == archive for name in s.names]
-        places = {name: folder / f"{number}.txt" for number, name in enumerate(members)}
+        places = {
+            # The ending tells whether the text is compressed within the archive too.
+            name: folder / f"{number}{PurePosixPath(name).suffix}"
+            for number, name in enumerate(members)
+        }
         if not folder.exists():
             folder.mkdir(parents=True)
             unpack(files[archive], places)
@@ -167,6 +171,34 @@ class PublishedTexts:
             }
             for file in self.files
         ]
+
+
+@dataclass(frozen=True)
+class NumberWords:
+    """Numbers in German and English words, made by `number_words` without any file."""
+
+    licensed: Terms
+
+    def terms(self) -> tuple[Terms, ...]:
+        """See `Origin.terms`."""
+        return (self.licensed,)
+
+    def obtain(self, languages: tuple[str, str], cache: Path, mirror: str | None) -> Files:
+        """See `Origin.obtain`."""
+        if mirror is not None:
+            raise DataPrepError("This corpus is not fetched but made: --mirror has no use for it.")
+        return {}
+
+    def read(self, files: Files, languages: tuple[str, str], scratch: Path) -> Iterator[Stretch]:
+        """See `Origin.read`."""
+        first, second = (number_words.SPELL[language] for language in languages)
+        for part, numbers in number_words.choose().items():
+            yield Stretch(part, f"numbers for {part}", (Pair(first(n), second(n)) for n in numbers))
+
+    def inputs(self, files: Files) -> list[dict[str, str]]:
+        """See `Origin.inputs`."""
+        generator = Path(number_words.__file__)
+        return [{"generator": generator.name, "sha256": file_sha256(generator)}]
 
 
 @dataclass(frozen=True)

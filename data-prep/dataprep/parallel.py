@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
-from itertools import islice
+from itertools import chain, islice
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -40,7 +40,7 @@ def ordered_map(function: Callable[[T], R], items: Iterable[T], workers: int) ->
 
     Args:
         function: picklable, as are items and results.
-        workers: with 1, everything happens in this process.
+        workers: with 1, or with a single item, everything happens in this process.
 
     Raises:
         Exception: whatever `function` raises; what is not begun then is not begun.
@@ -48,12 +48,17 @@ def ordered_map(function: Callable[[T], R], items: Iterable[T], workers: int) ->
     if workers == 1:
         yield from map(function, items)
         return
+    remaining = iter(items)
+    begun = list(islice(remaining, 2))
+    if len(begun) < 2:  # processes take longer to start than to work on one chunk
+        yield from map(function, begun)
+        return
     pool = ProcessPoolExecutor(
         workers, mp_context=multiprocessing.get_context("spawn"), initializer=_end_with_parent
     )
     waiting: deque[Future[R]] = deque()
     try:
-        for item in items:
+        for item in chain(begun, remaining):
             with _interrupts_held_back():
                 waiting.append(pool.submit(function, item))
             if len(waiting) >= 2 * workers:

@@ -15,6 +15,9 @@ from dataprep.pairs import Pair
 MAX_LINE_BYTES = 1 << 20
 """The longest line that may be one sentence; without a limit, one could fill the memory."""
 
+MAX_CHARACTERS = 16 * 1024**3
+"""The longest text; without a limit, a small file could decompress until the disk is full."""
+
 
 def lines(texts: Iterable[str]) -> Iterator[str]:
     """Every line is a sentence."""
@@ -96,10 +99,24 @@ def _sentences(source: TextSource, path: Path) -> Iterator[str]:
     replacements = str.maketrans(dict(source.replacements))
     try:
         with _opened(path) as stream:
-            for sentence in FORMS[source.form](read_lines(stream)):
+            for sentence in FORMS[source.form](_limited(read_lines(stream))):
                 yield sentence.translate(replacements)
     except (OSError, EOFError, zlib.error, DataPrepError) as error:
         raise DataPrepError(f"{path} cannot be read as text: {error}.") from error
+
+
+def _limited(texts: Iterable[str]) -> Iterator[str]:
+    """The same lines, as long as they are not too many.
+
+    Raises:
+        DataPrepError: there are more characters than a text may have.
+    """
+    characters = 0
+    for text in texts:
+        characters += len(text) + 1
+        if characters > MAX_CHARACTERS:
+            raise DataPrepError(f"it has more than {MAX_CHARACTERS:,} characters")
+        yield text
 
 
 def _opened(path: Path) -> io.BufferedIOBase:
