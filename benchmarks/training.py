@@ -158,7 +158,7 @@ TRANSFER_FROM = {
     "d 256": {"seed": 1, "model": transformer(layers=4, width=256, ffn=1024, heads=4)},
     "the other corpus": {"seed": 1, "corpus": QUICKSTART.corpus},
 }
-TRANSFER_ITERATIONS = (200, 780)
+TRANSFER_ITERATIONS = (15, 30, 200, 780)
 
 SIZES = (
     replace(
@@ -226,7 +226,7 @@ def variant_arms() -> list[Arm]:
 
 
 def transfer_cases() -> Iterator[Case]:
-    """Scales that were learned for another run, and scales that took longer to learn."""
+    """Scales that were learned for another run, and scales that took more or fewer iterations."""
     for i, (name, changes) in enumerate(TRANSFER_FROM.items()):
         arm = Arm(f"scales-of-{name.replace(' ', '-')}", f"GradInit, scales of {name}", f"C{i}")
         other = case(TRANSFER_SETUP, GRADINIT, **changes)
@@ -321,7 +321,7 @@ STUDIES = {
         ),
         Study(
             "transfer",
-            "do scales serve another seed, width or corpus, and does it pay to learn for longer?",
+            "do scales serve another seed, width or corpus, and how long does it pay to learn?",
             with_seeds(transfer_cases(), TRANSFER_SEEDS),
             settings_tables,
             loss_curves,
