@@ -18,6 +18,7 @@ import training
 import training_report as shown
 import training_runs
 from conftest import ROOT, binarise, write_corpus, write_manifest
+from fairseq_runs import unigram_plateau
 from training import ADAM, DEFAULT, GRADINIT, MULTI30K, STUDIES, WARMUP, adam, case, kept_runs
 from training_runs import (
     Case,
@@ -29,7 +30,6 @@ from training_runs import (
     RunsFile,
     TrainingError,
     run_all,
-    unigram_plateau,
 )
 
 from fairseq_gradinit.errors import GradInitError
