@@ -35,7 +35,7 @@ def trains(valid_loss: float | None, plateau: float) -> bool:
 
 @dataclass(frozen=True)
 class Settings:
-    """How a run was trained, but for its corpus and seed: runs with the same ones trained alike.
+    """How a run was trained and its model used, but for corpus and seed: with the same ones, alike.
 
     Attributes:
         model: a short name, such as "4+4 layers, d 128, ffn 512".
@@ -45,7 +45,8 @@ class Settings:
         warmup: updates in which the learning rate rises to the peak.
         updates: length of training.
         tokens_per_batch: max-tokens times update-freq times workers.
-        options: everything else on the command line of fairseq-train that is no path.
+        options: everything else on the command line of fairseq-train that is no path, and what
+            decides how the test sets are translated.
     """
 
     model: str

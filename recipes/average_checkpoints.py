@@ -28,19 +28,25 @@ class NothingToAverage(Exception):
     """The message says what is missing."""
 
 
+def interval_checkpoints(folder: Path) -> list[Path]:
+    """Those of --save-interval-updates, in the order of their updates."""
+    found = {int(m[1]): path for path in folder.glob("*.pt") if (m := NAME.fullmatch(path.name))}
+    return [found[update] for update in sorted(found)]
+
+
 def last_checkpoints(folder: Path, count: int) -> list[Path]:
     """The checkpoints of the most updates, in the order of their updates.
 
     Raises:
         NothingToAverage: there are fewer.
     """
-    found = {int(m[1]): path for path in folder.glob("*.pt") if (m := NAME.fullmatch(path.name))}
+    found = interval_checkpoints(folder)
     if len(found) < count:
         raise NothingToAverage(
             f"{folder} holds {len(found)} checkpoints named checkpoint_EPOCH_UPDATE.pt, and "
             f"{count} are to be averaged: train for longer, save more often, or average fewer"
         )
-    return [found[update] for update in sorted(found)[-count:]]
+    return found[-count:]
 
 
 def average(paths: Sequence[Path]) -> dict[str, Any]:

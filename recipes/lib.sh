@@ -80,11 +80,14 @@ once() {
     say " >> $RUN/$name.log"
     ((DRY_RUN)) && return
     "$@" >>"$RUN/$name.log" 2>&1 || return
-    # Written under another name first: a stamp is there or not, never half.
-    if ((NODE_RANK == 0)); then
-        printf '%s' "$key" >"$RUN/$name.done.partial"
-        mv "$RUN/$name.done.partial" "$RUN/$name.done"
-    fi
+    stamp "$name" "$key"
+}
+
+# stamp NAME KEY: this step has ended. Written under another name first, never half.
+stamp() {
+    ((NODE_RANK == 0)) || return 0
+    printf '%s' "$2" >"$RUN/$1.done.partial"
+    mv "$RUN/$1.done.partial" "$RUN/$1.done"
 }
 
 failed() {
@@ -159,7 +162,8 @@ shrink() {
 # train_and_score SEED: all that is done for a seed.
 train_and_score() {
     local seed=$1 data=$DATA/$CORPUS name digest subset key
-    digest=$(quoted "${SETTINGS[@]}" | sha256sum)
+    # As many tokens on more processes are the same options, and another batch.
+    digest=$(quoted "${SETTINGS[@]}" "$BATCH_TOKENS" | sha256sum)
     name=lr-$LR-${digest:0:8}
     RUN=$RUNS/$RECIPE/$name/seed-$seed
     local checkpoints=$RUN/checkpoints
@@ -179,9 +183,11 @@ train_and_score() {
         fi
         same_corpus "$data/data-bin"
     fi
+    key=$(quoted "${train[@]}")
+    ((DRY_RUN || NODE_RANK > 0)) || about "$seed" "$key"
     if wanted train; then
-        ((DRY_RUN || NODE_RANK > 0)) || about begin "$seed" "$(quoted "${train[@]}")"
-        key=$(quoted "${train[@]}")
+        # fairseq-train would add an update to a training that ended before its stamp was written.
+        ! ended "$checkpoints" || stamp train "$key"
         once train "$key" ${LAUNCH:+bash "$LIB/$LAUNCH"} "${train[@]}" || not_trained "$key"
     fi
     ((NODE_RANK > 0)) && return
@@ -207,6 +213,14 @@ train_and_score() {
     ((DRY_RUN)) || exec {LOCK}>&-
 }
 
+# ended CHECKPOINTS: whether they are of the last update.
+ended() {
+    [[ -e $1 ]] && ((!DRY_RUN)) || return 1
+    local updates
+    updates=$(python3 "$LIB/resume.py" "$1") || die "$RUN cannot go on, for the reason above"
+    ((updates >= UPDATES))
+}
+
 # A run is of one corpus: what was trained on other bytes must not go on, and is not thrown away.
 same_corpus() {
     local digest
@@ -217,10 +231,12 @@ same_corpus() {
             "choose another one with RUNS"
 }
 
-# about begin SEED COMMAND: write down what the run is, for score.sh.
+# about SEED COMMAND: write down what the run is, for score.sh.
 about() {
     python3 "$LIB/run_record.py" begin "$RUN" --recipe "$RECIPE" --title "$TITLE" \
-        --model "$MODEL_NAME" --corpus "$DATA/$CORPUS" --seed "$2" --command "$3" \
+        --model "$MODEL_NAME" --corpus "$DATA/$CORPUS" --seed "$1" --command "$2" \
+        --decoding "average $AVERAGE" "beam $BEAM" "lenpen $LENPEN" \
+        "max-len-a $MAX_LEN_A" "max-len-b $MAX_LEN_B" \
         --workers "$WORKERS" --batch-tokens "$BATCH_TOKENS" --subsets "${SUBSETS[@]}" \
         ${COMPOUNDS:+--split-compounds} --baseline "$BASELINE" ||
         die "$RUN/run.json could not be written"
@@ -230,7 +246,7 @@ about() {
 not_trained() {
     python3 "$LIB/run_record.py" diverged "$RUN" || failed train
     say "diverged: $(<"$RUN/diverged")"
-    printf '%s' "$1" >"$RUN/train.done"
+    stamp train "$1"
 }
 
 recipe() {

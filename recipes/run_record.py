@@ -61,6 +61,7 @@ class About:
         recipe, title, model: see `fairseq_gradinit.results`.
         corpus: the folder that data-prep/prepare.py made.
         command: of fairseq-train.
+        decoding: what decides the translations, such as "beam 5".
         tokens_per_batch: max-tokens times update-freq times workers.
         subsets: parts of the corpus that are translated.
         split_compounds: whether tokenised BLEU is of words cut at their hyphens.
@@ -73,6 +74,7 @@ class About:
     corpus: str
     seed: int
     command: str
+    decoding: tuple[str, ...]
     workers: int
     tokens_per_batch: int
     subsets: tuple[str, ...]
@@ -94,7 +96,7 @@ class About:
 
     @property
     def settings(self) -> Settings:
-        """What decides the training, from its command."""
+        """What decides the training, from its command, and the translations."""
         options = _options(shlex.split(self.command)[2:])
         values = dict(options)
         optimizer = values["--optimizer"]
@@ -107,8 +109,9 @@ class About:
             warmup=int(values["--warmup-updates"]),
             updates=int(values["--max-update"]),
             tokens_per_batch=self.tokens_per_batch,
-            options=tuple(
-                f"{name} {value}".strip() for name, value in options if name not in ELSEWHERE
+            options=(
+                *(f"{name} {value}".strip() for name, value in options if name not in ELSEWHERE),
+                *(f"--{word}" for word in self.decoding),
             ),
         )
 
@@ -126,14 +129,16 @@ def _options(words: Iterable[str]) -> list[tuple[str, str]]:
 
 
 def begin(run: Path, about: About) -> None:
-    """Write down what is going to be run; the circumstances stay those of the first start.
+    """Write down what is going to be run; the circumstances stay those of the start of training.
 
     Raises:
         GradInitError: the file cannot be written.
     """
     try:
         before = About.read(run)
-        if replace(before, circumstances=about.circumstances) == about:
+        if before.command == about.command:
+            about = replace(about, circumstances=before.circumstances)
+        if about == before:
             return
     except RunError:
         pass
@@ -301,7 +306,8 @@ def _parser() -> argparse.ArgumentParser:
         start.add_argument(f"--{name}", required=True)
     for name in ("seed", "workers", "batch-tokens"):
         start.add_argument(f"--{name}", type=int, required=True)
-    start.add_argument("--subsets", nargs="+", required=True)
+    for name in ("decoding", "subsets"):
+        start.add_argument(f"--{name}", nargs="+", required=True)
     start.add_argument("--split-compounds", action="store_true")
     start.set_defaults(run_command=_begin)
     diverged = commands.add_parser("diverged", help="whether that is why training failed")
@@ -322,6 +328,7 @@ def _begin(options: argparse.Namespace) -> int:
         corpus=options.corpus,
         seed=options.seed,
         command=options.command,
+        decoding=tuple(options.decoding),
         workers=options.workers,
         tokens_per_batch=options.batch_tokens,
         subsets=tuple(options.subsets),

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import resume
 import run_record
 from conftest import BIN, ROOT
 
@@ -59,17 +60,19 @@ def test_scripts_are_clean_for_shellcheck():
     assert done.returncode == 0
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_smoke_run(smoke, recipe):
-    done = bash(f"{recipe}.sh", "--smoke", runs=smoke)
-    assert done.returncode == 0, done.stdout + done.stderr
-    run = records(smoke)[recipe]
-    assert (run.status, run.corpus, run.settings.updates) == ("finished", "numbers", 12)
-    assert [part.name for part in run.scores] == ["test"]
-    assert run.scores[0].tokenised_bleu is not None
-    assert (run.gradinit_seconds is not None) == ("gradinit" in recipe)
-    assert (run.comparison is None) == recipe.endswith("default-warmup")
-    assert f"| {run.title} |" in done.stdout
+@pytest.mark.parametrize("corpus", CORPORA)
+def test_smoke_runs(smoke, corpus):
+    for arm in ARMS:
+        recipe = f"{corpus}/{arm}"
+        done = bash(f"{recipe}.sh", "--smoke", runs=smoke)
+        assert done.returncode == 0, done.stdout + done.stderr
+        run = records(smoke)[recipe]
+        assert (run.status, run.corpus, run.settings.updates) == ("finished", "numbers", 12)
+        assert [part.name for part in run.scores] == ["test"]
+        assert run.scores[0].tokenised_bleu is not None
+        assert (run.gradinit_seconds is not None) == ("gradinit" in recipe)
+        assert (run.comparison is None) == recipe.endswith("default-warmup")
+        assert f"| {run.title}" in done.stdout
 
 
 def test_what_is_done_is_not_done_again(smoke):
@@ -83,6 +86,8 @@ def test_what_is_done_is_not_done_again(smoke):
     done = bash("multi30k/gradinit-adam.sh", "--smoke", runs=smoke, LENPEN="0.5")
     assert "average: done before" in done.stdout
     assert "translate-test: done before" not in done.stdout
+    longer = read_runs([smoke / "smoke/results.jsonl"])[-1]
+    assert "--lenpen 0.5" in longer.settings.options
 
 
 def killed_after(seconds: float, runs: Path) -> None:
@@ -99,14 +104,38 @@ def killed_after(seconds: float, runs: Path) -> None:
 
 def test_a_killed_recipe_goes_on_to_the_same_scores(smoke, tmp_path):
     bash("multi30k/gradinit-adam.sh", "--smoke", runs=smoke)
-    unbroken = records(smoke)["multi30k/gradinit-adam"]
     for seconds in (1, 4, 7, 10, 13, 16):
         killed_after(seconds, tmp_path)
     done = bash("multi30k/gradinit-adam.sh", "--smoke", runs=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     broken = records(tmp_path)["multi30k/gradinit-adam"]
+    runs = read_runs([smoke / "smoke/results.jsonl"])
+    unbroken = next(run for run in runs if run.settings == broken.settings)
     assert broken.valid == unbroken.valid
     assert broken.scores == unbroken.scores
+
+
+@pytest.mark.parametrize("kept", [0.5, 1.0])
+def test_a_kill_around_the_last_checkpoint_adds_no_update(smoke, kept):
+    """While it was copied, and after it before the stamp that says that training has ended."""
+    bash("multi30k/pre-ln.sh", "--smoke", runs=smoke)
+    results = (smoke / "smoke/results.jsonl").read_bytes()
+    (stamp,) = smoke.glob("smoke/multi30k/pre-ln/*/seed-1/train.done")
+    stamp.unlink()
+    last = stamp.parent / "checkpoints/checkpoint_last.pt"
+    whole = last.read_bytes()
+    last.write_bytes(whole[: int(kept * len(whole))])
+    done = bash("multi30k/pre-ln.sh", "--smoke", runs=smoke)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "train: done before" in done.stdout
+    assert last.read_bytes() == whole
+    assert (smoke / "smoke/results.jsonl").read_bytes() == results
+
+
+def test_nothing_to_go_on_from_is_said(tmp_path, capsys):
+    (tmp_path / "checkpoint_last.pt").write_bytes(b"PK")
+    assert resume.main([str(tmp_path)]) == 1
+    assert "no other checkpoint is there to go on from: remove it" in capsys.readouterr().err
 
 
 def test_a_run_that_diverges_is_a_result(smoke):

@@ -1,0 +1,84 @@
+"""How far a run was trained, by its checkpoints.
+
+    python recipes/resume.py CHECKPOINTS
+
+Prints the updates of the last checkpoint, 0 without one. fairseq-train writes each checkpoint under
+another name first, and then copies it to checkpoint_last.pt; a kill during that copy leaves a file
+that cannot be read. It is replaced by the newest checkpoint of --save-interval-updates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from average_checkpoints import interval_checkpoints
+
+from fairseq_gradinit.checkpoints import allow_fairseq_checkpoints
+
+
+class CannotResume(Exception):
+    """The message says why, and what to do."""
+
+
+def updates_of(checkpoint: Path) -> int | None:
+    """After how many updates it was written; None if the file is not whole.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    allow_fairseq_checkpoints()
+    try:
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        return int(state["optimizer_history"][-1]["num_updates"])
+    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError):
+        return None
+
+
+def trained_updates(folder: Path) -> int:
+    """Updates of the last checkpoint in the folder, mended where a kill has broken it.
+
+    Raises:
+        CannotResume: it is broken, and there is no other to go on from.
+        OSError: a file cannot be read or written.
+    """
+    last = folder / "checkpoint_last.pt"
+    if not last.exists():
+        return 0
+    updates = updates_of(last)
+    if updates is not None:
+        return updates
+    for checkpoint in reversed(interval_checkpoints(folder)):
+        updates = updates_of(checkpoint)
+        if updates is not None:
+            partial = last.with_name(f"{last.name}.{os.getpid()}.partial")
+            shutil.copyfile(checkpoint, partial)
+            partial.replace(last)
+            return updates
+    raise CannotResume(
+        f"{last} is broken, and no other checkpoint is there to go on from: remove it, and "
+        "training begins anew"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program; returns its exit status."""
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n")[0])
+    parser.add_argument("checkpoints", type=Path)
+    options = parser.parse_args(arguments)
+    try:
+        print(trained_updates(options.checkpoints))
+    except (CannotResume, OSError) as error:
+        print(f"resume: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
