@@ -1,5 +1,6 @@
 """IWSLT'14 and WMT'14 in miniature: the real archives' names and layout, served on loopback."""
 
+import gzip
 import hashlib
 import io
 import json
@@ -9,13 +10,14 @@ from dataclasses import replace
 import prepare
 import pytest
 from dataprep import pipeline
-from dataprep.corpora import CORPORA, IWSLT14_DE_EN, WMT14_EN_DE
+from dataprep.corpora import CORPORA, IWSLT14_DE_EN, WMT14_EN_DE, WMT14_EN_FR
 from loopback import serve_folder
 
 TALKS = 40
 WORDS = {
     "de": ["Haus", "Baum", "Stra\u00dfe", "M\u00e4dchen", "l\u00e4uft", "gr\u00fcn", "zehn"],
     "en": ["house", "tree", "street", "girl", "runs", "green", "ten"],
+    "fr": ["maison", "l'arbre", "rue", "fille", "court", "v\u00e9lo", "dix"],
 }
 
 
@@ -57,10 +59,10 @@ def text(lines, end="\n"):
     return "".join(f"{line}{end}" for line in lines).encode()
 
 
-def tgz(members):
+def tgz(members, mode="w:gz"):
     """The bytes of an archive that holds these files, and the folders that they are in."""
     out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w:gz") as archive:
+    with tarfile.open(fileobj=out, mode=mode) as archive:
         for folder in dict.fromkeys(n.rpartition("/")[0] for n in members if "/" in n):
             entry = tarfile.TarInfo(folder)
             entry.type = tarfile.DIRTYPE
@@ -89,39 +91,53 @@ KEPT = TALKS * 12
 IWSLT_PARTS = {"train": KEPT - KEPT // 23, "valid": KEPT // 23, "test": sum(SETS.values())}
 
 
+TRAINING = {
+    "training/europarl-v7.{}-en": 300,
+    "commoncrawl.{}-en": 200,
+    "un/undoc.2000.{}-en": 100,
+    "training/news-commentary-v9.{}-en": 50,
+    "giga-fren.release2.fixed": 150,
+}
+
+
+def training_text(language, number, count):
+    """Pairs of which the cleaning is to remove three."""
+    lines = [sentence(language, 5_000 * number + i, " \u2013 20 %.") for i in range(count)]
+    lines[7] = "alone" if language == "en" else ""
+    lines[8] = "lang " * 251
+    lines[9] = "a b c d e f g h i j" if language == "en" else "kurz"
+    return text(lines)
+
+
 def wmt_archives():
+    """The archives of WMT'14, with the members for German and those for French."""
     sides = {}
-    for language in ("de", "en"):
-        for number, (name, count) in enumerate(
-            (
-                ("training/europarl-v7.de-en", 300),
-                ("commoncrawl.de-en", 200),
-                ("training/news-commentary-v9.de-en", 50),
+    for other, pair in (("de", "deen"), ("fr", "fren")):
+        for language in (other, "en"):
+            for number, (name, count) in enumerate(TRAINING.items()):
+                content = training_text(language, number, count)
+                sides[f"{name.format(other)}.{language}"] = content
+            sides[f"dev/newstest2013.{language}"] = text(
+                sentence(language, 70_000 + i) for i in range(30)
             )
-        ):
-            lines = [sentence(language, 5_000 * number + i, " \u2013 20 %.") for i in range(count)]
-            lines[7] = "" if language == "de" else "alone"
-            lines[8] = "lang " * 251
-            lines[9] = "kurz" if language == "de" else "a b c d e f g h i j"
-            sides[f"{name}.{language}"] = text(lines)
-        sides[f"dev/newstest2013.{language}"] = text(
-            sentence(language, 70_000 + i) for i in range(30)
-        )
-        kind = "src" if language == "en" else "ref"
-        sides[f"test-full/newstest2014-deen-{kind}.{language}.sgm"] = text(
-            evaluation_set(language, 33, 80_000), end="\r\n"
-        )
+            kind = "src" if language == "en" else "ref"
+            sides[f"test-full/newstest2014-{pair}-{kind}.{language}.sgm"] = text(
+                evaluation_set(language, 33, 80_000), end="\r\n"
+            )
     of = {
         "training-parallel-europarl-v7.tgz": "training/europarl",
         "training-parallel-commoncrawl.tgz": "commoncrawl",
+        "training-parallel-un.tgz": "un/",
         "training-parallel-nc-v9.tgz": "training/news",
         "dev.tgz": "dev/",
         "test-full.tgz": "test-full/",
     }
-    return {
+    archives = {
         archive: tgz({n: content for n, content in sides.items() if n.startswith(start)})
         for archive, start in of.items()
     }
+    giga = {f"{n}.gz": gzip.compress(t) for n, t in sides.items() if n.startswith("giga-fren")}
+    return archives | {"training-giga-fren.tar": tgz(giga, mode="w")}
 
 
 @pytest.fixture
@@ -150,24 +166,30 @@ def corpora(site, monkeypatch):
         expected=IWSLT_PARTS,
         vocab_size=60,
     )
-    files = tuple(
-        replace(
-            file,
-            digest=f"sha256:{hashlib.sha256((site / file.filename).read_bytes()).hexdigest()}",
-            size=(site / file.filename).stat().st_size,
-        )
-        for file in WMT14_EN_DE.origin.files
-    )
-    wmt = replace(
-        WMT14_EN_DE,
-        origin=replace(WMT14_EN_DE.origin, files=files),
-        vocab_size=60,
-        with_text={"train": 547, "valid": 30, "test": 33},
-        expected={"valid": 30, "test": 33},
-        disk_bytes=1_000_000,
-    )
     monkeypatch.setitem(CORPORA, iwslt.name, iwslt)
-    monkeypatch.setitem(CORPORA, wmt.name, wmt)
+    held_out = {"valid": 30, "test": 33}
+    for corpus, with_text in (
+        (WMT14_EN_DE, {"train": 547, **held_out}),
+        (WMT14_EN_FR, held_out),
+    ):
+        miniature = replace(
+            corpus,
+            origin=replace(
+                corpus.origin, files=tuple(pinned(file, site) for file in corpus.origin.files)
+            ),
+            vocab_size=60,
+            with_text=with_text,
+            expected=held_out,
+            disk_bytes=1_000_000,
+        )
+        monkeypatch.setitem(CORPORA, corpus.name, miniature)
+
+
+def pinned(file, folder):
+    """The same address, with sum and size of the file of that name in the folder."""
+    content = (folder / file.filename).read_bytes()
+    digest = f"sha256:{hashlib.sha256(content).hexdigest()}"
+    return replace(file, digest=digest, size=len(content))
 
 
 @pytest.fixture
@@ -265,6 +287,73 @@ def test_wmt(run, mirror, tmp_path):
     assert (out / "data-bin/dict.de.txt").read_bytes() == (
         out / "data-bin/dict.en.txt"
     ).read_bytes()
+
+
+def test_wmt_english_french(run, mirror, tmp_path):
+    assert run("wmt14-en-fr", "--mirror", mirror) == 0
+    out = tmp_path / "out"
+    manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["direction"] == ["en", "fr"]
+    assert manifest["pairs_read"] == {
+        "europarl-v7.fr-en.fr": 300,
+        "commoncrawl.fr-en.fr": 200,
+        "undoc.2000.fr-en.fr": 100,
+        "news-commentary-v9.fr-en.fr": 50,
+        "giga-fren.release2.fixed.fr.gz": 150,
+        "newstest2013.fr": 30,
+        "newstest2014-fren-ref.fr.sgm": 33,
+    }
+    assert manifest["pairs_removed"] == {"empty": 5, "token-lengths": 10}
+    sizes = {part: size["pairs"] for part, size in manifest["parts"].items()}
+    assert sizes == {"train": 785, "valid": 30, "test": 33}
+    for language in ("fr", "en"):
+        last = sentence(language, 5_000 * 4 + 149, " \u2013 20 %.")  # of the compressed member
+        assert lines_of(out / f"text/train.{language}")[-1] == last
+        assert lines_of(out / f"text/valid.{language}")[0] == sentence(language, 70_000)
+        assert lines_of(out / f"text/test.{language}")[-1] == sentence(language, 80_032)
+    # French splits words behind apostrophes.
+    assert lines_of(out / "tokens/train.fr")[1] == "L&apos; arbre rue 1 , fille - 20 % ."
+    joined = [(out / f"data-bin/dict.{language}.txt").read_bytes() for language in ("fr", "en")]
+    assert joined[0] == joined[1]
+
+
+def test_both_wmt_corpora_share_what_they_fetch():
+    english_french, english_german = WMT14_EN_FR.origin.files, WMT14_EN_DE.origin.files
+    more = [file.filename for file in english_french if file not in english_german]
+    assert more == ["training-parallel-un.tgz", "training-giga-fren.tar"]
+    assert set(english_german) < set(english_french)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda member: member[:-20], "ended before the end-of-stream marker"),
+        (lambda member: member[:-8] + bytes(8), "CRC check failed"),
+        (lambda member: b"not compressed\n", "Not a gzipped file"),
+        (lambda member: gzip.compress(bytes(2_000_000)), "line 1 has more than"),
+        (lambda member: gzip.compress(b"\n" * 200_000), "has more than 100,000 characters"),
+    ],
+    ids=["cut off", "checksum", "no gzip", "line", "bomb"],
+)
+def test_compressed_members_that_are_not_as_published(
+    run, site, tmp_path, capsys, monkeypatch, change, expected
+):
+    monkeypatch.setattr("dataprep.texts.MAX_CHARACTERS", 100_000)
+    archive = site / "training-giga-fren.tar"
+    with tarfile.open(archive) as tar:
+        members = {member.name: tar.extractfile(member).read() for member in tar}
+    name = "giga-fren.release2.fixed.fr.gz"
+    archive.write_bytes(tgz(members | {name: change(members[name])}, mode="w"))
+    corpus = CORPORA["wmt14-en-fr"]
+    files = tuple(pinned(file, site) for file in corpus.origin.files)
+    monkeypatch.setitem(
+        CORPORA, corpus.name, replace(corpus, origin=replace(corpus.origin, files=files))
+    )
+    assert run("wmt14-en-fr", "--mirror", site) == 1
+    error = error_of(capsys)
+    assert f"{name} in training-giga-fren.tar cannot be read as text" in error
+    assert expected in error
+    assert not (tmp_path / "out/text").exists()
 
 
 @pytest.mark.parametrize("corpus", ["iwslt14-de-en", "wmt14-en-de"])

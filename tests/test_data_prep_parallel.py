@@ -43,6 +43,16 @@ def test_results_come_in_order_and_items_are_taken_as_needed(workers):
     assert list(results) == []
 
 
+def process_of(number):
+    return os.getpid()
+
+
+def test_a_single_item_starts_no_process():
+    assert list(ordered_map(process_of, iter([1]), 3)) == [os.getpid()]
+    assert list(ordered_map(process_of, iter([]), 3)) == []
+    assert os.getpid() not in set(ordered_map(process_of, iter([1, 2]), 3))
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_error_ends_the_work(workers):
     results = ordered_map(slow_first, range(10, 1_000_000), workers)

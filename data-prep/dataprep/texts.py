@@ -6,6 +6,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
@@ -82,7 +83,7 @@ def read_pairs(source: TextSource, paths: tuple[Path, Path]) -> Iterator[Pair]:
     Raises:
         DataPrepError: a file cannot be read, or the two have different numbers of sentences.
     """
-    first, second = (_sentences(source, path) for path in paths)
+    first, second = map(partial(_sentences, source), source.names, paths)
     for number, pair in enumerate(zip_longest(first, second)):
         if None in pair:
             counts = [number, number]
@@ -95,14 +96,15 @@ def read_pairs(source: TextSource, paths: tuple[Path, Path]) -> Iterator[Pair]:
         yield Pair(*pair)
 
 
-def _sentences(source: TextSource, path: Path) -> Iterator[str]:
+def _sentences(source: TextSource, name: str, path: Path) -> Iterator[str]:
     replacements = str.maketrans(dict(source.replacements))
     try:
         with _opened(path) as stream:
             for sentence in FORMS[source.form](_limited(read_lines(stream))):
                 yield sentence.translate(replacements)
     except (OSError, EOFError, zlib.error, DataPrepError) as error:
-        raise DataPrepError(f"{path} cannot be read as text: {error}.") from error
+        what = path if source.archive is None else f"{name} in {source.archive}"
+        raise DataPrepError(f"{what} cannot be read as text: {error}.") from error
 
 
 def _limited(texts: Iterable[str]) -> Iterator[str]:
