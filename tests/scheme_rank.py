@@ -1,7 +1,7 @@
 """One process of several that initialise a model together: `torchrun scheme_rank.py FOLDER`.
 
-Writes the omegas and the gradient quotients that it came to, and the weights, as FOLDER/RANK.json.
-Without torchrun it has all the data.
+Writes the omegas, the gradient quotients, their slopes at the start and the weights that it came to,
+as FOLDER/RANK.json. Without torchrun it has all the data.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from test_scheme_metainit import loss_of, smooth_net
 
 from fairseq_gradinit.processes import OneProcess, Processes, ProcessGroup
 from fairseq_gradinit.schemes.admin import fill, set_omegas
-from fairseq_gradinit.schemes.metainit import MetaInitConfig, move_norms
+from fairseq_gradinit.schemes.metainit import MetaInitConfig, move_norms, quotient_and_slopes
 
 
 def omegas(processes: Processes) -> dict[str, list[float]]:
@@ -34,8 +34,10 @@ def moved(processes: Processes) -> tuple[list[float], list[list[float]]]:
     net, rows = smooth_net()
     own = torch.cat(rows) if processes.count == 1 else rows[processes.rank]
     config = MetaInitConfig(iterations=4, lr=0.05)
-    quotients = move_norms(list(net.parameters()), loss_of(net), [own] * 4, config, processes)
-    return quotients, [p.flatten().tolist() for p in net.parameters()]
+    parameters = list(net.parameters())
+    slopes = quotient_and_slopes(parameters, loss_of(net), own, config.eps, processes)[1]
+    quotients = move_norms(parameters, loss_of(net), [own] * 4, config, processes)
+    return quotients, [slopes.tolist(), *(p.flatten().tolist() for p in parameters)]
 
 
 def main() -> None:

@@ -118,13 +118,15 @@ def test_moves_are_the_signs_of_slopes_with_momentum():
 
 
 def test_a_norm_does_not_pass_through_zero():
-    net, (rows, _) = smooth_net()
+    net, (rows, _) = smooth_net(gain=2.0)
     before = [p.detach().clone() for p in net.parameters()]
-    config = MetaInitConfig(iterations=40, lr=10.0)
-    move_norms(list(net.parameters()), loss_of(net), [rows] * 40, config, OneProcess())
+    config = MetaInitConfig(iterations=1, lr=100.0)
+    move_norms(list(net.parameters()), loss_of(net), [rows], config, OneProcess())
+    lowest = []
     for old, new in zip(before, net.parameters(), strict=True):
         assert (old * new >= 0).all()
-        assert new.norm() >= 0.00999 * old.norm()
+        lowest.append(new.norm().item() == pytest.approx(0.01 * old.norm().item()))
+    assert any(lowest)
 
 
 def test_the_transformer_of_fairseq_has_third_derivatives():

@@ -60,3 +60,17 @@ def test_pre_ln_sets_the_flags(corpus, tmp_path):
     assert model.decoder.layers[0].normalize_before
     assert {"encoder.layer_norm.weight", "decoder.layer_norm.weight"} <= model.state_dict().keys()
     assert type(model).__name__ == "TransformerModel"
+
+
+@pytest.mark.parametrize("options", [["--fp16", "--fp16-no-flatten-grads"], ["--store-ema"]])
+def test_copies_of_the_weights_are_made_of_those_it_leaves(corpus, tmp_path, options):
+    done = train_here(
+        corpus.translation,
+        *(tmp_path, "--init-scheme", "zero-branches", "--max-update", "1", *options),
+    )
+    assert done.code == 0, done.output
+    # One step of Adam is as long as the learning rate.
+    assert done.weights["encoder.layers.0.fc2.weight"].abs().max() <= 1.1e-3
+    if "--store-ema" in options:
+        average = done.trainer.ema.get_model().encoder.layers[0].fc2.weight
+        assert average.abs().max() <= 1.1e-3
