@@ -1,7 +1,7 @@
 """One process of several that initialise a model together: `torchrun scheme_rank.py FOLDER`.
 
-Writes the omegas, the gradient quotients, their slopes at the start and the weights that it came to,
-as FOLDER/RANK.json. Without torchrun it has all the data.
+Writes the omegas, gradient quotients, their slopes at the start and the weights that it came to, as
+FOLDER/RANK.json. Without torchrun it has all the data.
 """
 
 from __future__ import annotations
