@@ -158,7 +158,9 @@ TRANSFER_FROM = {
     "d 256": {"seed": 1, "model": transformer(layers=4, width=256, ffn=1024, heads=4)},
     "the other corpus": {"seed": 1, "corpus": QUICKSTART.corpus},
 }
-TRANSFER_ITERATIONS = (15, 30, 200, 780)
+
+ITERATIONS = (15, 30, 200, 780)
+"""Beside the 60 of the default preset, which the study "arms" has."""
 
 SIZES = (
     replace(
@@ -226,15 +228,20 @@ def variant_arms() -> list[Arm]:
 
 
 def transfer_cases() -> Iterator[Case]:
-    """Scales that were learned for another run, and scales that took more or fewer iterations."""
+    """Scales that were learned for another run."""
     for i, (name, changes) in enumerate(TRANSFER_FROM.items()):
         arm = Arm(f"scales-of-{name.replace(' ', '-')}", f"GradInit, scales of {name}", f"C{i}")
         other = case(TRANSFER_SETUP, GRADINIT, **changes)
         yield case(TRANSFER_SETUP, replace(arm, options=GRADINIT.options), scales_of=other)
-    for i, count in enumerate(TRANSFER_ITERATIONS, len(TRANSFER_FROM)):
-        arm = Arm(f"{count}-iterations", f"GradInit, {count} iterations", f"C{i}")
-        options = (*GRADINIT.options, "--gradinit-iterations", str(count))
-        yield case(TRANSFER_SETUP, replace(arm, options=options))
+
+
+def iteration_cases() -> Iterator[Case]:
+    """Scales that took more or fewer iterations, at the best rates and at twice these."""
+    for setup, factor in product(SETUPS, (1, 2)):
+        for i, count in enumerate(ITERATIONS):
+            arm = Arm(f"{count}-iterations", f"GradInit, {count} iterations", f"C{i}")
+            options = (*GRADINIT.options, "--gradinit-iterations", str(count))
+            yield case(setup, replace(arm, options=options), lr=factor * setup.lr)
 
 
 LENGTHS = Grid(lambda c: f"{c.corpus}, {c.model.name}", lambda c: str(c.warmup), "warmup updates")
@@ -321,8 +328,15 @@ STUDIES = {
         ),
         Study(
             "transfer",
-            "do scales serve another seed, width or corpus, and how long does it pay to learn?",
+            "do scales serve another seed, width or corpus?",
             with_seeds(transfer_cases(), TRANSFER_SEEDS),
+            settings_tables,
+            loss_curves,
+        ),
+        Study(
+            "iterations",
+            "for how long does it pay to learn the scales?",
+            with_seeds(iteration_cases(), SEEDS),
             settings_tables,
             loss_curves,
         ),
