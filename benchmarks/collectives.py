@@ -383,8 +383,8 @@ def time_table(models: dict[str, Model]) -> Table:
 
 
 # Bytes for each parameter. Training in fp16: weights, gradients and the buckets of
-# DistributedDataParallel in fp16; weights, gradients and Adam's two moments in fp32. GradInit holds W
-# and m W in fp32 and a gradient besides; when it takes the trial step, the step's direction too.
+# DistributedDataParallel in fp16; weights, gradients and Adam's two moments in fp32. GradInit, in
+# fp32: W, m W and a gradient; at the trial step, the direction of the step too.
 MEMORY = {
     "training in fp16, 22 P": 3 * 2 + 4 * 4,
     "GradInit in a gradient, 12 P": 3 * 4,
