@@ -1,5 +1,5 @@
 # make quickstart           from raw text to BLEU with GradInit, about 15 minutes on 2 cores
-# make quickstart-compare   the same against the default initialisation, without and with warmup
+# make quickstart-compare   shorter, against the default initialisation without and with warmup
 # make test                 the tests
 # make lint                 ruff and mypy
 # The quickstarts take options in ARGS: make quickstart ARGS="--updates 500 --seed 2"

@@ -74,6 +74,16 @@ def test_what_is_done_is_not_done_again(settings, results, monkeypatch):
     assert quickstart.run_arm(settings.arms[0], settings) == results[0]
 
 
+def test_training_that_ended_before_it_was_noted_is_not_done_again(settings, results, monkeypatch):
+    """fairseq-train would add an update."""
+    monkeypatch.setattr(quickstart, "MODEL", MODEL)
+    monkeypatch.setattr(quickstart, "HOUSEKEEPING", [*quickstart.HOUSEKEEPING[:-1], "2"])
+    monkeypatch.setattr(quickstart, "follow_training", pytest.fail)
+    (settings.folder(settings.arms[2]) / "train.json").unlink()
+    again = quickstart.train(settings.arms[2], settings)
+    assert again["valid_loss"] == results[1].valid_loss
+
+
 def test_another_corpus_starts_training_over(settings, results, monkeypatch, tmp_path):
     other = quickstart.Settings(tmp_path, settings.updates, settings.seed)
     shutil.copytree(settings.run_dir, other.run_dir, dirs_exist_ok=True)
