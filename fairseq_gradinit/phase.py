@@ -33,6 +33,7 @@ from fairseq_gradinit.optimizers import settings, training_optimizer
 from fairseq_gradinit.options import CENTERING_SENTENCES, Plan
 from fairseq_gradinit.processes import Processes, ProcessGroup
 from fairseq_gradinit.quiet import quiet
+from fairseq_gradinit.rate_advice import short_warmup_advice
 from fairseq_gradinit.scales import FILE_NAME, Scales, size_changes
 from fairseq_gradinit.signals import StopSignals
 from fairseq_gradinit.state import StateFile
@@ -64,6 +65,8 @@ def run_phase(trainer: Any, plan: Plan) -> None:
     frozen = frozen_names(modules)
     if frozen:
         logger.info("frozen, so kept at scale 1: %s", ", ".join(frozen))
+    if advice := short_warmup_advice(trainer.cfg, _blocks(trainer, plan)):
+        logger.warning(advice)
     with full_precision(trainer), undone_on_error(list(modules.values())):
         scales = _learn(trainer, plan) if plan.scales_file is None else _apply(trainer, plan)
     if trainer.is_data_parallel_master:
