@@ -12,7 +12,7 @@ ROOT=$(dirname "$LIB")
 : "${RESULTS:=$RUNS/results.jsonl}"  # a line for each run
 : "${MIRROR:=}"                      # folder or address to take the corpus's files from
 : "${STEPS:=prepare train average translate score}"
-: "${PUBLISHED:=}"                   # file of published figures, to stand beside our own
+: "${PUBLISHED:=$LIB/published.json}"  # file of published figures, to stand beside our own
 : "${EXTRA:=}"                       # more options for fairseq-train, in words
 : "${GPUS:=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)}"  # of this machine; 0 is the CPU
 : "${NODES:=1}"                      # machines with as many GPUs
@@ -156,6 +156,7 @@ shrink() {
             "--$side-attention-heads" 2)
     done
     [[ " ${ARM[*]} " == *" --gradinit "* ]] && ARM+=(--gradinit-iterations 2)
+    [[ " ${ARM[*]} " == *" metainit "* ]] && ARM+=(--init-scheme-iterations 2)
     return 0
 }
 
@@ -250,8 +251,11 @@ not_trained() {
 }
 
 recipe() {
-    RECIPE=$(basename "$(cd "$(dirname "$0")" && pwd)")/$(basename "$0" .sh)
-    local word seed
+    local word seed arm
+    arm=$(basename "$0" .sh)
+    # One script for many initialisations, each of which is an arm.
+    [[ $arm != scheme ]] || arm=$SCHEME
+    RECIPE=$(basename "$(cd "$(dirname "$0")" && pwd)")/$arm
     for word in "$@"; do
         case $word in
             --dry-run) DRY_RUN=1 ;;
@@ -270,5 +274,5 @@ recipe() {
         train_and_score "$seed"
     done
     ((DRY_RUN || NODE_RANK > 0)) || ! wanted score ||
-        fairseq-gradinit table "$RESULTS" ${PUBLISHED:+--published "$PUBLISHED"}
+        fairseq-gradinit table "$RESULTS" --published "$PUBLISHED"
 }

@@ -6,8 +6,9 @@
 #     bash recipes/sweep.sh --count
 #
 # Runs that are finished are not run again; one that diverges is a result. What the recipes take
-# (UPDATES, DATA, EXTRA, ...) can be set for the sweep too. The stability figure of the GradInit
+# (UPDATES, WARMUP, DATA, ...) can be set for the sweep too. The stability figure of the GradInit
 # paper is: RECIPES="iwslt14_de_en/default-no-warmup iwslt14_de_en/gradinit-adam" bash sweep.sh
+# Other initialisations have their names: RECIPES="multi30k/admin multi30k/t-fixup" bash sweep.sh
 set -euo pipefail
 
 : "${RECIPES:=multi30k/default-no-warmup multi30k/gradinit-adam}"
@@ -39,7 +40,12 @@ point() {
     if [[ -n ${SLOT:-} ]] && command -v nvidia-smi >/dev/null; then
         export CUDA_VISIBLE_DEVICES=$SLOT GPUS=1
     fi
-    SEEDS=$1 BETA2=$3 LR=$4 bash "$HERE/$2.sh" ${OPTIONS[@]+"${OPTIONS[@]}"} || {
+    local script=$HERE/$2.sh
+    if [[ ! -e $script ]]; then
+        export SCHEME=${2#*/}
+        script=$HERE/${2%/*}/scheme.sh
+    fi
+    SEEDS=$1 BETA2=$3 LR=$4 bash "$script" ${OPTIONS[@]+"${OPTIONS[@]}"} || {
         echo "sweep.sh: $2 with SEEDS=$1 BETA2=$3 LR=$4 failed, for the reason above" >&2
         return 1
     }
@@ -70,7 +76,7 @@ points | xargs -P "$JOBS" --process-slot-var=SLOT -L 1 \
     bash "$HERE/sweep.sh" ${OPTIONS[@]+"${OPTIONS[@]}"} --point || status=1
 [[ " ${OPTIONS[*]-} " != *" --dry-run "* ]] || exit "$status"
 PATH=$PATH:$HERE/../.venv/bin
-fairseq-gradinit table "$results"
+fairseq-gradinit table "$results" --published "${PUBLISHED:-$HERE/published.json}"
 fairseq-gradinit heat-map "$results" --out "$RUNS/heat-map.png"
 echo "picture: $RUNS/heat-map.png"
 exit "$status"

@@ -15,10 +15,12 @@ import run_record
 from conftest import BIN, ROOT
 
 from fairseq_gradinit.results import RunRecord, read_runs
+from fairseq_gradinit.schemes.options import SCHEMES
 
 FOLDER = ROOT / "recipes"
 # Of a corpus the baseline first, so that the others can be compared with it.
 ARMS = ("default-warmup", "default-no-warmup", "gradinit-adam", "gradinit-sgd", "pre-ln")
+SCHEME_ARMS = [f"multi30k/{name}" for name in SCHEMES]
 CORPORA = ("multi30k", "libreoffice", "iwslt14_de_en", "wmt14_en_de")
 RECIPES = [f"{corpus}/{arm}" for corpus in CORPORA for arm in ARMS]
 
@@ -30,8 +32,11 @@ def environment(runs: Path, **knobs: str) -> dict[str, str]:
 
 
 def bash(script: str, *options: str, runs: Path, **knobs: str) -> subprocess.CompletedProcess[str]:
+    path = FOLDER / script
+    if not path.exists():
+        path, knobs = path.with_name("scheme.sh"), {"SCHEME": path.stem, **knobs}
     return subprocess.run(
-        ["bash", str(FOLDER / script), *options],
+        ["bash", str(path), *options],
         env=environment(runs, **knobs),
         capture_output=True,
         text=True,
@@ -174,7 +179,17 @@ def test_sweep_ends_in_a_table_and_a_picture(smoke, tmp_path):
     assert "--lr 1e-3 " not in array.stdout
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+def test_sweeps_know_other_initialisations_by_name(tmp_path):
+    knobs = {"LRS": "1e-3", "BETA2S": "0.98", "RECIPES": "multi30k/admin libreoffice/t-fixup"}
+    done = bash("sweep.sh", "--dry-run", runs=tmp_path, WARMUP="30", **knobs)
+    assert done.returncode == 0, done.stderr
+    for recipe in knobs["RECIPES"].split():
+        assert f"== {recipe}, seed 1" in done.stdout
+        assert f"--init-scheme {recipe.split('/')[1]} " in done.stdout
+    assert done.stdout.count("--warmup-updates 30 ") == 2
+
+
+@pytest.mark.parametrize("recipe", dict.fromkeys(RECIPES + SCHEME_ARMS))
 def test_dry_run_prints_the_commands_and_does_nothing(tmp_path, recipe):
     done = bash(f"{recipe}.sh", "--dry-run", runs=tmp_path / "runs", SEEDS="7")
     assert done.returncode == 0, done.stderr
@@ -182,6 +197,9 @@ def test_dry_run_prints_the_commands_and_does_nothing(tmp_path, recipe):
     assert "--seed 7 " in train
     assert ("--gradinit " in train) == ("gradinit" in recipe)
     assert ("--warmup-updates 0 " in train) == (not recipe.endswith("default-warmup"))
+    assert f"== {recipe}, seed 7" in done.stdout
+    arm = recipe.split("/")[1]
+    assert (f"--init-scheme {arm} " in train) == (arm in SCHEMES)
     assert not (tmp_path / "runs").exists()
 
 
