@@ -12,9 +12,11 @@ import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from fairseq_gradinit import check
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.results import MARGIN, RunRecord, read_runs
 
@@ -93,7 +95,31 @@ def draw_heat_map(options: Namespace) -> None:
     heat_map.save(heat_map.draw(heat_map.panels_of(runs)), options.out)
 
 
-SUBCOMMANDS: tuple[Callable[[Subparsers], None], ...] = (add_table, add_heat_map)
+def add_check(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser(
+        "check",
+        help="say whether training will hold without warmup, by a few dozen updates",
+        description=(
+            "Make the first updates of a training without warmup, from the default initialisation "
+            "and from GradInit, at its learning rate and at multiples of it, and say whether it "
+            "will hold. Exit status: 0 it holds, 1 it does not, 3 cannot tell, 2 the check cannot "
+            "be made."
+        ),
+    )
+    check.add_options(parser)
+    parser.set_defaults(run=partial(run_check, parser))
+
+
+def run_check(parser: argparse.ArgumentParser, options: Namespace) -> NoReturn:
+    """Make the check, and leave with its exit status."""
+    try:
+        status = check.run(options)
+    except GradInitError as error:
+        parser.exit(2, f"{PROGRAM}: {error}\n")
+    parser.exit(status)
+
+
+SUBCOMMANDS: tuple[Callable[[Subparsers], None], ...] = (add_table, add_heat_map, add_check)
 
 
 def add_results(parser: argparse.ArgumentParser) -> None:

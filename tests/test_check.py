@@ -1,0 +1,230 @@
+"""`fairseq-gradinit check`: probes of a real training, and what is said and written of them."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import GRADINIT, Corpus, train_here, usual_options
+
+from fairseq_gradinit import command, typed_json
+from fairseq_gradinit.check import DEFAULT, WARMUP, Report
+from fairseq_gradinit.check import GRADINIT as FROM_GRADINIT
+from fairseq_gradinit.check_data import groups_of_one_size
+from fairseq_gradinit.check_probes import Power
+from fairseq_gradinit.check_records import Arm, Probe
+from fairseq_gradinit.check_verdict import EXIT_STATUS
+
+UPDATES = 4
+LEARNING = ["--gradinit-iterations", "3", "--gradinit"]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What the program did."""
+
+    status: int
+    printed: str
+    errors: str
+    out: Path
+
+    @property
+    def report(self) -> Report:
+        return typed_json.parse(Report, json.loads((self.out / "check.json").read_text()))
+
+    def probe(self, arm: Arm, lr: float) -> Probe:
+        (found,) = (p for p in self.report.probes if p.arm == arm and p.lr == lr)
+        return found
+
+
+def check_here(*words: object, out: Path | None = None) -> Checked:
+    """Run the program in this process."""
+    folder = [] if out is None else ["--out", out]
+    printed, errors = io.StringIO(), io.StringIO()
+    level = logging.getLogger().level
+    with (
+        contextlib.redirect_stdout(printed),
+        contextlib.redirect_stderr(errors),
+        pytest.raises(SystemExit) as leaving,
+    ):
+        command.main(list(map(str, ["check", *folder, *words])))
+    logging.getLogger().setLevel(level)
+    return Checked(leaving.value.code, printed.getvalue(), errors.getvalue(), out or Path())
+
+
+@pytest.fixture(scope="module")
+def checked(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Checked:
+    folder = tmp_path_factory.mktemp("check")
+    options = ["--updates", UPDATES, "--rates", "0.5", "--"]
+    training = [corpus.translation, *usual_options(), *LEARNING, "--save-dir", folder / "save"]
+    return check_here(*options, "fairseq-train", *training, out=folder / "out")
+
+
+def test_it_says_what_its_status_says(checked):
+    report = checked.report
+    outcomes = dict(zip(report.probes, report.verdicts, strict=True))
+    asked = outcomes[checked.probe(FROM_GRADINIT, 1e-3)]
+    assert checked.status == EXIT_STATUS[asked.outcome]
+    assert report.verdict in checked.printed
+    assert asked.reason in report.verdict
+    header, *rows = checked.printed.split("\n\n")[0].splitlines()
+    assert header.startswith("lr ")
+    assert len(rows) == len(report.probes) == 6
+
+
+def test_it_writes_numbers_picture_and_scales_and_nothing_else(checked):
+    names = {path.name for path in checked.out.iterdir()}
+    assert names == {"check.json", "check.png", "gradinit_scales.json"}
+    assert (checked.out / "check.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in checked.out.parent.iterdir()] == ["out"]
+    assert "fairseq-gradinit check" in checked.report.command
+
+
+def test_all_starts_see_the_same_batches(checked):
+    """The default start with and without warmup, at every rate, begins in the same way."""
+    starts = [checked.probe(arm, lr) for arm in (DEFAULT, WARMUP) for lr in (1e-3, 5e-4)]
+    assert len({(p.updates[0].loss, p.updates[0].gradient_norm, p.looks[0]) for p in starts}) == 1
+    assert len({p.updates[-1].loss for p in starts}) == len(starts)
+    scaled = [checked.probe(FROM_GRADINIT, lr) for lr in (1e-3, 5e-4)]
+    assert scaled[0].looks[0] == scaled[1].looks[0] != starts[0].looks[0]
+
+
+def test_the_rate_is_constant_or_rises_over_the_probe(checked):
+    def rates(arm: Arm) -> list[float]:
+        return [update.lr for update in checked.probe(arm, 1e-3).updates]
+
+    assert rates(DEFAULT) == rates(FROM_GRADINIT) == [1e-3] * UPDATES
+    assert rates(WARMUP) == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3])
+
+
+@pytest.mark.parametrize(
+    ("arm", "options"), [(DEFAULT, []), (FROM_GRADINIT, GRADINIT)], ids=["default", "gradinit"]
+)
+def test_a_probe_is_the_beginning_of_the_training(checked, corpus, tmp_path, arm, options):
+    base = usual_options("--lr-scheduler", "--total-num-update")
+    run = train_here(corpus.translation, tmp_path, "--lr-scheduler", "fixed", *options, base=base)
+    trained = [re.findall(r"\b(?:loss|gnorm)=(\S+?),?(?= |$)", update) for update in run.updates]
+    probed = checked.probe(arm, 1e-3).updates
+    assert [list(map(float, pair)) for pair in trained] == [
+        pytest.approx([update.loss, update.gradient_norm], abs=2e-3) for update in probed
+    ]
+
+
+def test_every_layer_and_tensor_is_measured(checked):
+    probe = checked.probe(DEFAULT, 1e-3)
+    assert probe.layers == tuple(f"{s}.layers.{i}" for s in ("encoder", "decoder") for i in (0, 1))
+    assert [look.update for look in probe.looks] == [0, 1, 2, 3, 4]
+    assert all(0 < share < 1 for look in probe.looks for share in look.shares)
+    # A bias that begins at zero is all update after the first one.
+    first = dict(zip(probe.tensors, probe.updates[0].step_sizes, strict=True))
+    assert first["encoder.layers.0.self_attn.out_proj.bias"] == 1.0
+    # Every gain of a LayerNorm, which begins at 1, moves by the learning rate.
+    assert first["encoder.layers.0.final_layer_norm.weight"] == pytest.approx(1e-3, rel=0.05)
+    assert "decoder.embed_tokens.weight" in first
+
+
+def test_a_rate_at_which_nothing_can_train(corpus):
+    options = ["--updates", 3, "--rates", "1", "--start", "default"]
+    eta = ["--gradinit-eta", "1e-3"]
+    lm = ["--task", "language_modeling", "--arch", "transformer_lm", "--tokens-per-sample", "32"]
+    sizes = ["--decoder-layers", "1", "--decoder-embed-dim", "16", "--decoder-ffn-embed-dim", "32"]
+    usual = usual_options("--arch", "--lr", *(w for w in usual_options() if w.startswith("--en")))
+    training = [corpus.language_model, *usual, *lm, *sizes, "--decoder-attention-heads", "2"]
+    done = check_here(*options, "--", *training, "--lr", "300", *LEARNING, *eta)
+    assert done.status == 1
+    assert "default, no warmup, at lr 300: training will not hold" in done.printed
+    # A model that has no source.
+    assert "encoder" not in done.printed
+    assert "Traceback" not in done.errors
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--bogus", "3"], "does not take this command line: unrecognized arguments: --bogus 3"),
+        (["--arch", "bogus"], "invalid choice: 'bogus'"),
+        (["--max-update", "many"], "argument --max-update: invalid"),
+        (["--user-dir", "/nowhere"], "could not read this command line: /nowhere"),
+        (["--init-scheme", "zero-branches"], "leave out --init-scheme"),
+        (["--gradinit-gamma", "0"], "gamma must be a number greater than 0"),
+        (["--ddp-backend", "slowmo"], "does not work with --ddp-backend slowmo"),
+        (["--gradinit-scales", "/nowhere"], "cannot read the scales file /nowhere"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_answered_by_a_sentence(corpus, words, message):
+    done = check_here(
+        "--updates", 1, "--rates", 1, "--", corpus.translation, *usual_options(), *words
+    )
+    assert done.status == 2
+    assert message in done.errors
+    assert done.errors.startswith("fairseq-gradinit: ")
+    assert done.errors.count("\n") == 1
+    assert not done.printed
+
+
+def test_data_that_are_not_there(tmp_path):
+    done = check_here("--", tmp_path / "nowhere", *usual_options())
+    assert done.status == 2
+    assert "fairseq-train could not load its task and training data" in done.errors
+
+
+def test_a_command_without_a_size_of_batches(corpus):
+    done = check_here("--", corpus.translation, *usual_options("--max-tokens"))
+    assert done.status == 2
+    assert "give it --max-tokens or --batch-size" in done.errors
+
+
+@pytest.mark.parametrize(
+    "options", [["--updates", "0"], ["--rates", "0,1"], ["--rates", "x"], ["--start", "warm"], []]
+)
+def test_options_of_its_own_that_cannot_be(options):
+    done = check_here(*options, *(["--", "data"] if options else []))
+    assert done.status == 2
+    assert "fairseq-gradinit check: error:" in done.errors
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    done = check_here("--", "data", out=tmp_path / "file" / "out")
+    assert done.status == 2
+    assert "cannot make the folder" in done.errors
+
+
+# ---- Its parts.
+
+
+def test_the_share_of_outputs_that_differ_by_a_part_in_a_million():
+    torch.manual_seed(0)
+    common, own = torch.ones(1, 1, 16).double(), torch.randn(40, 5, 16).double()
+    own -= own.mean((0, 1))
+    power = Power()
+    for rows in (common + 1e-6 * own).split(13):
+        power.add(rows)
+    expected = 1e-12 * float(own.square().sum()) / (40 * 5 * 16)
+    assert power.token_share() == pytest.approx(expected, rel=1e-2)
+    alike = Power()
+    alike.add(torch.ones(3, 4))
+    assert alike.token_share() == 0.0
+
+
+def test_sentences_of_one_size_are_looked_at_together():
+    sizes = {i: (3 + i % 5, 4) for i in range(40)} | {99: (50, 50)}
+    groups = groups_of_one_size(sizes, tokens=10_000)
+    assert len(groups) == 5
+    assert all(len(group) == 4 and len({sizes[i] for i in group}) == 1 for group in groups)
+    few = groups_of_one_size(sizes, tokens=50)
+    assert 1 <= len(few) < 5
+    assert sum(max(sizes[i]) for group in few for i in group) <= 50
+    assert groups_of_one_size(sizes, tokens=1) == few[:1]
+
+
+def test_sentences_of_different_sizes_are_looked_at_one_by_one():
+    assert sorted(groups_of_one_size({3: (1,), 5: (2,), 8: (4,)}, 100)) == [[3], [5], [8]]

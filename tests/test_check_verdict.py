@@ -1,0 +1,111 @@
+"""What the first updates of a training say about it, on curves that are made up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from fairseq_gradinit.check import ARMS, DEFAULT, GRADINIT, table
+from fairseq_gradinit.check_records import Arm, Look, Probe, Update
+from fairseq_gradinit.check_verdict import highest_holding, judge, sentence
+
+LAYERS = ("encoder.layers.0", "encoder.layers.1", "decoder.layers.0")
+
+
+def probe(
+    encoder: Sequence[float] = (0.5, 0.4),
+    decoder: Sequence[float] = (0.5, 0.3),
+    bits: float | None = 0.3,
+    losses: tuple[float, float] = (12.0, 9.0),
+    lr: float = 1e-3,
+    arm: Arm = GRADINIT,
+    diverged: str | None = None,
+    layers: tuple[str, ...] = LAYERS,
+) -> Probe:
+    """With these curves of the last layers; the first one of the encoder is always collapsed."""
+    looks = tuple(
+        Look(i, losses[i > 0], (0.0, e, d)[: len(layers)], bits)
+        for i, (e, d) in enumerate(zip(encoder, decoder, strict=True))
+    )
+    updates = tuple(Update(lr, losses[0], norm, (0.2, 0.4, 0.1)) for norm in (3.0, 40.0))
+    return Probe(arm, lr, ("a", "b", "c"), layers, updates, looks, diverged, 1.0)
+
+
+COLLAPSED = probe(decoder=(0.3, 1e-8), bits=0.0)
+BETWEEN = probe(encoder=(0.5, 1e-3), bits=0.0)
+
+
+@pytest.mark.parametrize(
+    ("case", "outcome", "reason"),
+    [
+        (probe(), "holds", "40% of the encoder's and 30% of the decoder's output"),
+        (probe(bits=None), "holds", "30% of the decoder's output depends on the token"),
+        (COLLAPSED, "fails", "the output of the decoder is the same for all tokens"),
+        (probe(encoder=(0.5, 5e-7)), "fails", "the output of the encoder is the same"),
+        (probe(losses=(12.0, 12.1)), "fails", "the loss rose from 12.00 to 12.10"),
+        (probe(diverged="loss not finite"), "fails", "loss not finite after 2 updates"),
+        (BETWEEN, "cannot tell", "little of the output of the encoder"),
+        (probe(bits=0.01), "cannot tell", "the source is hardly used yet"),
+        (probe(layers=()), "cannot tell", "no `layers`"),
+    ],
+)
+def test_an_outcome_has_its_reason(case, outcome, reason):
+    verdict = judge(case)
+    assert verdict.outcome == outcome
+    assert reason in verdict.reason
+
+
+def test_a_layer_that_recovers_is_not_given_up():
+    """As warmup's decoder does, which goes down to 0.002 and comes back."""
+    assert judge(probe(decoder=(0.3, 1e-7, 2e-7), encoder=(0.5,) * 3)).outcome == "fails"
+    assert judge(probe(decoder=(0.3, 1e-8, 5e-7), encoder=(0.5,) * 3)).outcome == "cannot tell"
+    assert judge(probe(decoder=(0.3, 1e-8, 5e-1), encoder=(0.5,) * 3)).outcome == "holds"
+
+
+def test_a_probe_that_diverged_before_any_look_fails():
+    gone = Probe(GRADINIT, 1e-3, ("a",), (), (), (), "weights not finite", 1.0)
+    assert judge(gone).outcome == "fails"
+    assert "weights not finite" in judge(gone).reason
+    assert table([gone]).splitlines()[-1].split()[-1] == "fails"
+
+
+def test_the_highest_rate_that_holds_has_none_below_it_that_does_not():
+    def held(*outcomes: Probe | None) -> float | None:
+        probes = [
+            probe(lr=float(i)) if case is None else probe(lr=float(i), diverged="it did")
+            for i, case in enumerate(outcomes, 1)
+        ]
+        return highest_holding([*probes[::-1], probe(lr=9.0, arm=DEFAULT)], GRADINIT)
+
+    assert held(None, None, COLLAPSED) == 2.0
+    assert held(None, COLLAPSED, None) == 1.0
+    assert held(COLLAPSED, None) is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "lower", "says"),
+    [
+        (probe(), None, "lr 0.001: training will hold, for"),
+        (COLLAPSED, probe(lr=5e-4), "will not hold, for"),
+        (BETWEEN, probe(lr=5e-4), "may or may not hold, for"),
+    ],
+)
+def test_the_sentence_says_whether_and_which_rate_would(asked, lower, says):
+    probes = [asked, *([lower] if lower else [])]
+    text = sentence(probes, 1e-3, GRADINIT)
+    assert says in text
+    assert text.count("\n") == 0
+    assert text.endswith(".")
+    assert ("up to 0.0005" in text) == (lower is not None)
+    assert "at none" in sentence([COLLAPSED], 1e-3, GRADINIT)
+
+
+def test_the_table_is_in_the_order_of_the_rates():
+    probes = [probe(lr=lr, arm=arm) for lr in (1e-3, 5e-4, 2e-3) for arm in ARMS]
+    header, *rows = table(probes).splitlines()
+    assert [row.split()[0] for row in rows] == [*["0.0005"] * 3, *["0.001"] * 3, *["0.002"] * 3]
+    assert header.startswith("lr ")
+    columns = ["0.0005", "GradInit, no warmup", "12.00 to 9.00", "40", "0.2"]
+    columns += ["encoder 0.4, decoder 0.3", "0.300", "holds"]
+    assert [cell.strip() for cell in rows[0].split("  ") if cell] == columns
