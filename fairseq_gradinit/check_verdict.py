@@ -80,15 +80,17 @@ def judge(probe: Probe) -> Verdict:
 
 
 def highest_holding(probes: Iterable[Probe], arm: Arm) -> float | None:
-    """The highest learning rate at which `arm` holds, if it does at all that were tried below.
+    """The highest learning rate at which `arm` holds, of those below the first that fails.
 
-    A rate above one at which it does not hold is left out: that it held there is chance.
+    That it holds at a rate above one at which it fails is chance.
     """
     found = None
     for probe in sorted((p for p in probes if p.arm == arm), key=lambda p: p.lr):
-        if judge(probe).outcome != "holds":
+        outcome = judge(probe).outcome
+        if outcome == "fails":
             break
-        found = probe.lr
+        if outcome == "holds":
+            found = probe.lr
     return found
 
 
@@ -99,13 +101,14 @@ def sentence(probes: Sequence[Probe], lr: float, arm: Arm) -> str:
         lr: the learning rate that was asked about.
         arm: the start that was asked about.
     """
-    verdicts = {probe.arm: judge(probe) for probe in probes if probe.lr == lr}
-    asked = verdicts[arm]
+    (verdict,) = (judge(probe) for probe in probes if probe.lr == lr and probe.arm == arm)
+    start = "GradInit" if arm.start == "gradinit" else "the default initialisation"
     says = {"holds": "will hold", "fails": "will not hold", "cannot tell": "may or may not hold"}
-    parts = [f"{arm.title}, at lr {lr:g}: training {says[asked.outcome]}, for {asked.reason}"]
+    text = f"Training from {start} without warmup at lr {lr:g} {says[verdict.outcome]}: "
+    text += verdict.reason
     best = highest_holding(probes, arm)
-    if best is None:
-        parts.append("it holds at none of the lowest rates tried")
-    elif best != lr:
-        parts.append(f"of the rates tried it holds up to {best:g}")
-    return "; ".join(parts) + "."
+    if best is not None and best != lr:
+        text += f"; of the rates tried, the highest at which it holds is {best:g}"
+    elif verdict.outcome != "holds":
+        text += "; it holds for sure at none of the rates tried"
+    return f"{text}."

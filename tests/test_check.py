@@ -139,7 +139,7 @@ def test_a_rate_at_which_nothing_can_train(corpus):
     training = [corpus.language_model, *usual, *lm, *sizes, "--decoder-attention-heads", "2"]
     done = check_here(*options, "--", *training, "--lr", "300", *LEARNING, *eta)
     assert done.status == 1
-    assert "default, no warmup, at lr 300: training will not hold" in done.printed
+    assert "from the default initialisation without warmup at lr 300 will not hold:" in done.printed
     # A model that has no source.
     assert "encoder" not in done.printed
     assert "Traceback" not in done.errors
