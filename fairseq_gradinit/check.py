@@ -35,7 +35,7 @@ ARMS = (GRADINIT, DEFAULT, WARMUP)
 ASKED = {"gradinit": GRADINIT, "default": DEFAULT}
 """What the verdict can be about."""
 
-RATES = (0.25, 0.5, 1.0, 2.0)
+RATES = (0.5, 1.0, 2.0)
 LOOKS = (1, 2, 3, 5, 8, 12, 20, 30)
 """Updates after which the model is looked at, beside the last and every 20th of longer probes."""
 

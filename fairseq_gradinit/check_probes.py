@@ -12,6 +12,7 @@ import argparse
 import copy
 import logging
 import math
+import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -143,10 +144,16 @@ class Session:
 
 
 class SilentTrainer(Trainer):  # type: ignore[misc]
-    """fairseq's trainer, which saves a checkpoint when it crashes, without that."""
+    """fairseq's trainer, which raises an error of an update at once.
+
+    Otherwise it would first save a checkpoint, and run the update again to find the layer to blame,
+    which with newer versions of torch ends in an error of its own.
+    """
 
     def save_checkpoint(self, filename: str, extra_state: Any) -> None:
-        pass
+        error = sys.exception()
+        if error is not None:
+            raise error
 
 
 class Watched:

@@ -130,16 +130,22 @@ def test_every_layer_and_tensor_is_measured(checked):
     assert "decoder.embed_tokens.weight" in first
 
 
-def test_a_rate_at_which_nothing_can_train(corpus):
+@pytest.mark.parametrize(
+    ("optimizer", "lr", "reason"),
+    [("adam", "300", "gradients are Nan/Inf after "), ("sgd", "1e15", "loss not finite after ")],
+)
+def test_a_rate_at_which_nothing_can_train(corpus, optimizer, lr, reason):
     options = ["--updates", 3, "--rates", "1", "--start", "default"]
-    eta = ["--gradinit-eta", "1e-3"]
     lm = ["--task", "language_modeling", "--arch", "transformer_lm", "--tokens-per-sample", "32"]
     sizes = ["--decoder-layers", "1", "--decoder-embed-dim", "16", "--decoder-ffn-embed-dim", "32"]
-    usual = usual_options("--arch", "--lr", *(w for w in usual_options() if w.startswith("--en")))
+    left_out = [word for word in usual_options() if word.startswith("--en")]
+    usual = usual_options("--arch", "--lr", "--optimizer", "--adam-betas", *left_out)
     training = [corpus.language_model, *usual, *lm, *sizes, "--decoder-attention-heads", "2"]
-    done = check_here(*options, "--", *training, "--lr", "300", *LEARNING, *eta)
-    assert done.status == 1
-    assert "from the default initialisation without warmup at lr 300 will not hold:" in done.printed
+    rate = ["--optimizer", optimizer, "--lr", lr, "--gradinit-eta", "1e-3"]
+    done = check_here(*options, "--", *training, *rate, *LEARNING)
+    assert done.status == 1, done.errors
+    says = f"from the default initialisation without warmup at lr {float(lr):g} will not hold: "
+    assert says + reason in done.printed
     # A model that has no source.
     assert "encoder" not in done.printed
     assert "Traceback" not in done.errors
