@@ -13,7 +13,8 @@ HELD = 0.75
 """lr sqrt(d ffn) up to which no warmup is needed: between 0.51, where all runs of
 docs/experiments.md trained, and 1.02, where three of four did not."""
 SHORT = 0.07
-"""Of training, as a warmup: with 5 and 7 % all runs at 1.02 trained, with 2.5 and 3.3 % three of four."""
+"""Of training, as a warmup: with 5 and 7 % all runs at 1.02 trained, with 2.5 and 3.3 % three of
+four."""
 
 
 def short_warmup_advice(cfg: Any, blocks: Iterable[Block]) -> str | None:
