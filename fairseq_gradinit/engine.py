@@ -215,7 +215,8 @@ class ScaleLearner:
             return
         self._last_kind = found.kind
         trial_loss = found.trial_loss if found.trial_loss is not None else found.by_scales.sum()
-        usable = torch.isfinite(found.by_scales).all() & torch.isfinite(trial_loss)
+        # Adam squares the gradient.
+        usable = torch.isfinite(found.by_scales.square()).all() & torch.isfinite(trial_loss)
         adam = self._adam[found.kind]
         self.scales.grad = found.by_scales
         # The interface by which torch's GradScaler makes a fused optimizer leave out a step.
@@ -300,16 +301,29 @@ class ScaleLearner:
         )
 
     def fits(self, state: LearnerState, pair: BatchPair) -> bool:
-        """Whether the first of all batches has the loss it had for the `state`.
+        """Whether this learner can have been in the `state`, the first batch's loss included.
 
-        What the initial weights cannot tell shows here: other data, another criterion, another
+        A state that it cannot come to, though the identity is right, was made by hand. What the
+        initial weights cannot tell shows here too: other data, another criterion, another
         activation function. To be asked before the first iteration.
         """
+        if not self._can_reach(state):
+            return False
         loss = float(self._gradients.of_mean(pair.first).loss)
         if state.first_loss is None:
             return not math.isfinite(loss)
         # Kernels of GPUs do not add in the same order every time.
         return math.isclose(loss, state.first_loss, rel_tol=1e-3)
+
+    def _can_reach(self, state: LearnerState) -> bool:
+        bounds = zip(state.scales, self._lower.tolist(), self._upper.tolist(), strict=False)
+        return (
+            len(state.scales) == len(self._learned)
+            and all(low <= scale <= high for scale, low, high in bounds)
+            and len(state.history) <= self.config.iterations
+            and 0 <= state.skipped <= self.config.max_skipped
+            and (self._second_order == "auto" or self._second_order == state.second_order)
+        )
 
     def load(self, state: LearnerState) -> None:
         """Go on from the `state` of a learner with the same `identity`."""

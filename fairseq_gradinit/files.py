@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 import os
+import reprlib
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,23 +23,54 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     Raises:
         GradInitError: a file cannot be written there.
     """
+    data = content.encode() if isinstance(content, str) else content
     temporary = None
     try:
         with tempfile.NamedTemporaryFile(
             dir=path.parent, prefix=f".{path.name}.", delete=False
         ) as file:
             temporary = file.name
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except OSError as error:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
         raise GradInitError(
             f"cannot write {path}: {error.strerror or error}; choose a folder that can be written"
         ) from error
+    finally:
+        if temporary is not None:
+            # It is not there any more if all went well, and may be stuck if the disk does not.
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text in which no object says the same thing twice.
+
+    Raises:
+        ValueError: it is not JSON, or a key is repeated.
+        RecursionError: it is nested too deep.
+    """
+    return json.loads(text, object_pairs_hook=_object)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        ((key, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {shown(key)} is repeated")
+    return found
+
+
+def shown(value: Any) -> str:
+    """`value` in a few printable characters, however large or deep it is."""
+    return _SHORT.repr(value)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 2, 60, 60, 40
 
 
 def typed(value: Any, kind: type[T]) -> T:
@@ -45,8 +80,20 @@ def typed(value: Any, kind: type[T]) -> T:
         TypeError: it is not; True and False are not numbers here.
     """
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise TypeError(f"{value!r} is not of type {kind.__name__}")
+        raise TypeError(f"{shown(value)} is not of type {kind.__name__}")
     return value
+
+
+def one_line(value: Any) -> str:
+    """`value`, which must be text that can be shown in a log.
+
+    Raises:
+        TypeError: it is not text.
+        ValueError: it has line breaks, control characters or halves of characters.
+    """
+    if not typed(value, str).isprintable():
+        raise ValueError(f"{shown(value)} has characters that cannot be printed")
+    return str(value)
 
 
 def number(value: Any) -> float:
@@ -57,7 +104,7 @@ def number(value: Any) -> float:
         ValueError: it is not finite.
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{value!r} is not a number")
+        raise TypeError(f"{shown(value)} is not a number")
     if not math.isfinite(value):
         raise ValueError(f"{value} is not a finite number")
     return float(value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fairseq_gradinit.files import number, typed
+from fairseq_gradinit.files import number, shown, typed
 
 IterationKind = Literal["objective", "constraint"]
 KINDS: tuple[IterationKind, ...] = ("objective", "constraint")
@@ -60,4 +60,4 @@ def parse_kind(name: Any) -> IterationKind:
     for kind in KINDS:
         if name == kind:
             return kind
-    raise ValueError(f"unknown kind of iteration {name!r}")
+    raise ValueError(f"unknown kind of iteration {shown(name)}")

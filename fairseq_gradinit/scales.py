@@ -19,7 +19,14 @@ from fairseq_gradinit.blocks import (
     set_weights,
 )
 from fairseq_gradinit.errors import GradInitError
-from fairseq_gradinit.files import number, typed, write_atomically
+from fairseq_gradinit.files import (
+    number,
+    one_line,
+    parse_json,
+    shown,
+    typed,
+    write_atomically,
+)
 from fairseq_gradinit.history import Iteration, parse_iteration
 
 FORMAT = "fairseq-gradinit-scales"
@@ -103,7 +110,7 @@ class Scales:
         except (OSError, UnicodeDecodeError) as error:
             raise GradInitError(f"cannot read the scales file {path}: {error}") from error
         try:
-            document = json.loads(text)
+            document = parse_json(text)
         except (ValueError, RecursionError) as error:
             raise GradInitError(
                 f"the scales file {path} is not valid JSON ({error}): it is damaged, or not a "
@@ -121,24 +128,32 @@ class Scales:
             These scales, with the shapes of this model.
 
         Raises:
-            GradInitError: the names or the numbers of dimensions are not those of the model;
-                nothing is changed then.
+            GradInitError: the names or the numbers of dimensions are not those of the model, or
+                a scale takes a tensor beyond the numbers of its precision; nothing is changed then.
         """
         self._check_fits(blocks)
         row_of = {row.name: row for row in self.blocks}
         as_learned = [Block(b.name, b.parameter, "learned") for b in blocks]
         factors = torch.tensor([row_of[b.name].scale for b in blocks], dtype=torch.float64)
-        set_weights(as_learned, base_weights(as_learned), factors)
+        base = base_weights(as_learned)
+        set_weights(as_learned, base, factors)
+        broken = [b for b in blocks if not torch.isfinite(b.parameter).all()]
+        if broken:
+            set_weights(as_learned, base, torch.ones_like(factors))
+            raise GradInitError(
+                f"the scale {row_of[broken[0].name].scale:g} makes {broken[0].name} infinite: the "
+                "scales are damaged, learn them again"
+            )
         rows = (replace(row_of[b.name], shape=tuple(b.parameter.shape)) for b in blocks)
         return replace(self, blocks=tuple(rows))
 
     def _check_fits(self, blocks: Sequence[Block]) -> None:
         file = {row.name: list(row.shape) for row in self.blocks}
         model = {block.name: list(block.parameter.shape) for block in blocks}
-        problems = [f"{name} is not in the model" for name in file if name not in model]
+        problems = [f"{_short(name)} is not in the model" for name in file if name not in model]
         problems += [f"{name} is not in the file" for name in model if name not in file]
         problems += [
-            f"{name} has shape {file[name]} in the file and {model[name]} in the model"
+            f"{name} has shape {shown(file[name])} in the file and {model[name]} in the model"
             for name in file
             if name in model and len(file[name]) != len(model[name])
         ]
@@ -155,6 +170,10 @@ def size_changes(learned: Scales, applied: Scales) -> str | None:
         if row.shape != applied_shape[row.name]
     ]
     return _some(changes) if changes else None
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 100 else f"{name[:97]}..."
 
 
 def _some(items: Sequence[str]) -> str:
@@ -174,15 +193,16 @@ def kinds_of_blocks(scales: Scales) -> dict[str, list[BlockScale]]:
 def _parse(document: Any, path: Path) -> Scales:
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise GradInitError(f"{path} is not a GradInit scales file (no format {FORMAT!r} in it)")
-    if document.get("version") != VERSION:
+    version = document.get("version")
+    if type(version) is not int or version != VERSION:
         raise GradInitError(
-            f"{path} has version {document.get('version')!r} of the scales format; this "
+            f"{path} has version {shown(version)} of the scales format; this "
             f"fairseq-gradinit reads version {VERSION}"
         )
     try:
-        blocks = tuple(_parse_block(row) for row in document["blocks"])
-        history = tuple(parse_iteration(row) for row in document["history"])
-        signature = typed(document["signature"], str)
+        blocks = tuple(_parse_block(row) for row in typed(document["blocks"], list))
+        history = tuple(parse_iteration(row) for row in typed(document["history"], list))
+        signature = one_line(document["signature"])
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise GradInitError(
             f"the scales file {path} is damaged: {type(error).__name__}: {error}"
@@ -193,10 +213,13 @@ def _parse(document: Any, path: Path) -> Scales:
 
 
 def _parse_block(row: dict[str, Any]) -> BlockScale:
+    name = one_line(row["name"])
     scale = number(row["scale"])
     if scale < 0.0:
-        raise ValueError(f"scale {scale} of {row['name']} is negative")
-    shape = tuple(typed(size, int) for size in row["shape"])
+        raise ValueError(f"scale {scale} of {_short(name)} is negative")
+    shape = tuple(typed(size, int) for size in typed(row["shape"], list))
+    if any(size < 0 for size in shape):
+        raise ValueError(f"shape {shown(list(shape))} of {_short(name)} is negative")
     if row["state"] not in BLOCK_STATES:
-        raise ValueError(f"unknown state {row['state']!r}")
-    return BlockScale(typed(row["name"], str), shape, scale, row["state"])
+        raise ValueError(f"unknown state {shown(row['state'])}")
+    return BlockScale(name, shape, scale, row["state"])

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from fairseq_gradinit.config import SECOND_ORDER_NAMES, SecondOrder
-from fairseq_gradinit.files import number, typed, write_atomically
+from fairseq_gradinit.files import number, parse_json, shown, typed, write_atomically
 from fairseq_gradinit.history import KINDS, Iteration, IterationKind, parse_iteration, parse_kind
 from fairseq_gradinit.processes import OneProcess, Processes
 
@@ -109,7 +109,7 @@ class StateFile:
             device: where tensors live that the processes exchange.
         """
         text = ""
-        if self._processes.rank == 0 and self.path.exists():
+        if self._processes.rank == 0:
             text = self._read(learner)
         text = self._share(text, device)
         return _parse(json.loads(text)["state"]) if text else None
@@ -122,6 +122,8 @@ class StateFile:
         try:
             text = self.path.read_text(encoding="utf-8")
             identity = _check(text)
+        except FileNotFoundError:
+            return ""
         except (OSError, ArithmeticError, KeyError, RecursionError, TypeError, ValueError) as error:
             logger.warning(
                 "%s is damaged, so GradInit begins anew: %s: %s",
@@ -156,8 +158,9 @@ def _digest(body: Mapping[str, Any]) -> str:
 
 def _check(text: str) -> str:
     """The identity in a state file; raises one of many errors when anything is wrong with it."""
-    document = json.loads(text)
-    if document["format"] != FORMAT or document["version"] != VERSION:
+    document = parse_json(text)
+    version = typed(document["version"], int)
+    if document["format"] != FORMAT or version != VERSION:
         raise ValueError(f"it is not version {VERSION} of {FORMAT}")
     body = {"identity": document["identity"], "state": document["state"]}
     if document["digest"] != _digest(body):
@@ -170,27 +173,40 @@ def _differences(theirs: str, ours: str) -> tuple[str, str]:
     """The parts of two identities that differ."""
     parts = [identity.split("|") for identity in (theirs, ours)]
     return (
-        ", ".join(part for part in parts[0] if part not in parts[1]) or "more than that",
-        ", ".join(part for part in parts[1] if part not in parts[0]) or "less than that",
+        ", ".join(_short(part) for part in parts[0] if part not in parts[1]) or "more than that",
+        ", ".join(_short(part) for part in parts[1] if part not in parts[0]) or "less than that",
     )
+
+
+def _short(part: str, limit: int = 1000) -> str:
+    """As it can stand in a log, whoever wrote it."""
+    printable = part if part.isprintable() else ascii(part)
+    return printable if len(printable) <= limit else f"{printable[:limit]}..."
 
 
 def _parse(row: Any) -> LearnerState:
     scales = _numbers(row["scales"])
     moments: dict[IterationKind, Moments] = {}
     for kind in KINDS:
-        if kind in row["moments"]:
+        if kind in typed(row["moments"], dict):
             entry = row["moments"][kind]
             mean, square = _numbers(entry["mean"]), _numbers(entry["square"])
             moments[kind] = Moments(typed(entry["step"], int), mean, square)
     if row["second_order"] not in SECOND_ORDER_NAMES:
-        raise ValueError(f"second_order is {row['second_order']!r}")
+        raise ValueError(f"second_order is {shown(row['second_order'])}")
     if any(len(scales) != len(m.mean) or len(scales) != len(m.square) for m in moments.values()):
         raise ValueError("its vectors are not of one length")
+    history = tuple(parse_iteration(iteration) for iteration in typed(row["history"], list))
+    if [iteration.index for iteration in history] != list(range(1, len(history) + 1)):
+        raise ValueError("its iterations are not in order")
+    if any(
+        not 0 <= m.step <= len(history) or min(m.square, default=0.0) < 0 for m in moments.values()
+    ):
+        raise ValueError("its moments are not those of its iterations")
     return LearnerState(
         scales=scales,
         moments=moments,
-        history=tuple(parse_iteration(iteration) for iteration in row["history"]),
+        history=history,
         skipped=typed(row["skipped"], int),
         second_order=row["second_order"],
         last_kind=None if row["last_kind"] is None else parse_kind(row["last_kind"]),
@@ -199,4 +215,4 @@ def _parse(row: Any) -> LearnerState:
 
 
 def _numbers(values: Any) -> tuple[float, ...]:
-    return tuple(number(value) for value in values)
+    return tuple(number(value) for value in typed(values, list))

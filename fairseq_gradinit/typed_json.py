@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-from fairseq_gradinit.files import number, typed
+from fairseq_gradinit.files import number, shown, typed
 
 T = TypeVar("T")
 
@@ -31,13 +31,13 @@ def parse(kind: type[T], row: Any) -> T:
 
 def _dataclass(kind: Any, row: Any, place: str) -> Any:
     if not isinstance(row, Mapping):
-        raise _wrong(place, f"{_short(row)} is not an object")
+        raise _wrong(place, f"{shown(row)} is not an object")
     names = [field.name for field in fields(kind)]
     missing = [name for name in names if name not in row]
     unknown = [name for name in row if name not in names]
     if missing or unknown:
         what = [f"{name} is missing" for name in missing]
-        what += [f"{name} is unknown" for name in unknown]
+        what += [f"{shown(name)[1:-1]} is unknown" for name in unknown[:5]]
         raise _wrong(place, ", ".join(what))
     hints = _hints(kind)
     dot = f"{place}." if place else ""
@@ -55,7 +55,7 @@ def _value(kind: Any, value: Any, place: str) -> Any:
         return _dataclass(kind, value, place)
     if origin is Literal:
         if value not in arguments:
-            raise _wrong(place, f"{_short(value)} is none of {', '.join(map(repr, arguments))}")
+            raise _wrong(place, f"{shown(value)} is none of {', '.join(map(repr, arguments))}")
         return value
     try:
         if kind is float:
@@ -67,7 +67,7 @@ def _value(kind: Any, value: Any, place: str) -> Any:
 
 def _tuple(kinds: tuple[Any, ...], value: Any, place: str) -> tuple[Any, ...]:
     if not isinstance(value, list):
-        raise _wrong(place, f"{_short(value)} is not an array")
+        raise _wrong(place, f"{shown(value)} is not an array")
     if kinds[1:] == (...,):
         kinds = kinds[:1] * len(value)
     if len(kinds) != len(value):
@@ -78,8 +78,3 @@ def _tuple(kinds: tuple[Any, ...], value: Any, place: str) -> tuple[Any, ...]:
 
 def _wrong(place: str, what: str) -> ValueError:
     return ValueError(f"{place}: {what}" if place else what)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -34,7 +34,8 @@ SCALES = Scales(
     HISTORY,
 )
 
-names = st.text(min_size=1, max_size=20)
+printable = st.text(max_size=20).filter(str.isprintable)
+names = printable.filter(bool)
 finite = st.floats(allow_nan=False, allow_infinity=False)
 block_scales = st.builds(
     BlockScale,
@@ -56,7 +57,7 @@ iterations = st.builds(
 any_scales = st.builds(
     Scales,
     st.lists(block_scales, min_size=1, max_size=4, unique_by=lambda b: b.name).map(tuple),
-    st.text(max_size=20),
+    printable,
     st.lists(iterations, max_size=3).map(tuple),
 )
 json_values = st.recursive(
