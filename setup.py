@@ -17,9 +17,9 @@ VERSION = re.search(
     r'^__version__ = "(.+)"$', (ROOT / "fairseq_gradinit/__init__.py").read_text(), re.MULTILINE
 ).group(1)
 
-# Lower bounds were run (docs/robustness.md), but for those of tools that check the code and of torch,
-# 2.6 being the first whose `torch.load` is safe by default. Upper bounds are where interfaces may end:
-# the next major version. What is tested all the time is in constraints.txt.
+# Lower bounds were run (docs/robustness.md), but for those of tools that check the code and of
+# torch, 2.6 being the first whose `torch.load` is safe by default. Upper bounds are the next major
+# version, where interfaces may end. What is tested all the time is in constraints.txt.
 MATPLOTLIB = "matplotlib>=3.8,<4"
 SACREBLEU = "sacrebleu>=2.4,<3"
 SCIKIT_LEARN = "scikit-learn>=1.4,<2"

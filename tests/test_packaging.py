@@ -150,7 +150,8 @@ def build(source: Path, folder: Path) -> tuple[Path, Path]:
     folder.mkdir()
     code = (
         "import sys, setuptools.build_meta as backend\n"
-        "backend.build_sdist(sys.argv[1]), backend.build_wheel(sys.argv[1])"
+        "folder = sys.argv[1]\n"  # setuptools changes the arguments
+        "backend.build_sdist(folder), backend.build_wheel(folder)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(folder)],
