@@ -21,6 +21,7 @@ from torch import nn
 
 from fairseq_gradinit.config import TARGET_NAMES, TargetName
 from fairseq_gradinit.errors import GradInitError
+from fairseq_gradinit.files import shown
 from fairseq_gradinit.training_steps import MakeOptimizer
 
 AUTO = "auto"
@@ -148,6 +149,10 @@ def _betas(option: str, value: Any) -> tuple[float, float]:
     return betas
 
 
+# What a text can come to that is too large, too deep, or no Python at all.
+_NO_NUMBERS = (ArithmeticError, MemoryError, RecursionError, SyntaxError, TypeError, ValueError)
+
+
 def parse_betas(option: str, value: Any) -> tuple[float, float]:
     """Two numbers out of a text like '0.9,0.98', or out of a sequence.
 
@@ -157,9 +162,9 @@ def parse_betas(option: str, value: Any) -> tuple[float, float]:
     try:
         first, second = ast.literal_eval(value) if isinstance(value, str) else value
         return float(first), float(second)
-    except (ValueError, TypeError, SyntaxError) as error:
+    except _NO_NUMBERS as error:
         raise GradInitError(
-            f"{option} {value!r} is not two numbers with a comma, like '0.9,0.98'"
+            f"{option} {shown(value)} is not two numbers with a comma, like '0.9,0.98'"
         ) from error
 
 

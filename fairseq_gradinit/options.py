@@ -7,6 +7,7 @@ checkpoint of any task, and a fairseq without this plugin drops them when it loa
 
 import math
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any, Literal, Optional, cast
 
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
@@ -335,14 +336,15 @@ def make_plan(cfg: Any) -> Plan | None:
             f"--gradinit-encoder-branches must be a number greater than 0, not {branches}"
         )
     growth = preset.batch_per_training_batch
-    sentences = cfg.dataset.batch_size
+    sentences = _at_least_one("--batch-size", cfg.dataset.batch_size)
+    frequency = cfg.optimization.update_freq[0] if cfg.optimization.update_freq else 0
     return Plan(
         preset=str(options.gradinit_preset),
         config=_engine_config(options, preset, cfg),
         scales_file=options.gradinit_scales,
         max_tokens=_max_tokens(options, preset, cfg),
-        max_sentences=None if sentences is None else math.ceil(growth * sentences),
-        micro_batches=cfg.optimization.update_freq[0],
+        max_sentences=None if sentences is None else _times(growth, sentences),
+        micro_batches=_at_least_one("--update-freq", frequency),
         save_interval=options.gradinit_save_interval,
         centering=_centering(options, preset),
         encoder_branches=branches,
@@ -364,6 +366,11 @@ def _engine_config(options: GradInitOptions, preset: Preset, cfg: Any) -> GradIn
     eta = _pick(options, preset, "eta")
     if eta is None:
         eta = peak_lr(cfg) * (step.length if trial_steps == 1 else 1.0)
+        if not 0.0 < eta < math.inf:
+            raise GradInitError(
+                "--gradinit-eta must be a number greater than 0, and --lr and --optimizer "
+                f"make it {eta}: change them, or give it"
+            )
     # Clipping leaves sign(g) and g/||g|| as they are.
     clips = step.target == "sgd" or trial_steps > 1
     clip_norm = cfg.optimization.clip_norm if clips else 0.0
@@ -414,11 +421,25 @@ def _trial_steps(options: GradInitOptions, preset: Preset) -> int:
 
 def _max_tokens(options: GradInitOptions, preset: Preset, cfg: Any) -> int | None:
     found: int | None = _pick(options, preset, "max_tokens")
+    name, given = "--gradinit-max-tokens", found
     if found is None and cfg.dataset.max_tokens is not None:
-        found = math.ceil(preset.batch_per_training_batch * cfg.dataset.max_tokens)
+        name, given = "--max-tokens", cfg.dataset.max_tokens
+        found = _times(preset.batch_per_training_batch, cfg.dataset.max_tokens)
     if found is not None and found < 3:
-        raise GradInitError(f"--gradinit-max-tokens {found} is too few to cut a batch in thirds")
+        raise GradInitError(f"{name} {given} is too few to cut a batch in thirds")
     return found
+
+
+def _times(growth: float, size: int) -> int:
+    """Rounded up; exact, and so without bounds."""
+    return math.ceil(Fraction(growth) * size)
+
+
+def _at_least_one(name: str, value: Any) -> Any:
+    """`value`, where None stands for an option that is not given."""
+    if value is not None and value < 1:
+        raise GradInitError(f"{name} must be at least 1, not {value}")
+    return value
 
 
 def _pick(options: GradInitOptions, preset: Preset, name: str) -> Any:
@@ -430,7 +451,7 @@ def peak_lr(cfg: Any) -> float:
     """The highest learning rate that the run's schedule reaches."""
     if getattr(cfg.lr_scheduler, "_name", None) == "triangular":
         return float(cfg.lr_scheduler.max_lr)
-    return float(max(cfg.optimization.lr))
+    return float(max(cfg.optimization.lr, default=math.nan))
 
 
 def _flag(name: str) -> str:
