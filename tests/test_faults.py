@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import logging
 import math
+import os
+import resource
+import tempfile
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +20,10 @@ from fairseq_gradinit.blocks import collect_blocks
 from fairseq_gradinit.config import GradInitConfig
 from fairseq_gradinit.engine import BatchPair, Learned, learn_scales
 from fairseq_gradinit.errors import GradInitError
+from fairseq_gradinit.files import write_atomically
 from fairseq_gradinit.quiet import quiet
+from fairseq_gradinit.scales import Scales
+from fairseq_gradinit.state import StateFile
 
 PAIRS = [make_pair(seed) for seed in range(12)]
 CONFIGS = {
@@ -91,6 +100,22 @@ def test_a_model_without_one_finite_loss_is_told_so():
     loss = spoiled_at(model, range(1000), SPOILERS["infinity"])
     with pytest.raises(GradInitError, match="not one batch could be used: check that the model"):
         learn(model, loss, PAIRS, max_skipped=5)
+
+
+@pytest.mark.parametrize("eta", [1e-200, 1e-300])
+def test_a_gradient_of_the_scales_too_large_to_be_squared_is_not_finite(eta, tmp_path):
+    """Adam keeps its square: the scales would stand still, and the state could not be written."""
+    model = make_model()
+    config = GradInitConfig(eta=eta, iterations=4, max_skipped=2)
+    with quiet(model), pytest.raises(GradInitError, match=r"the gradient of the scales is nan"):
+        learn_scales(
+            collect_blocks({"": model}, "fixed"),
+            lambda tokens: (1e9 * loss_of(model)(tokens)[0], 1.0),
+            PAIRS,
+            config,
+            state_file=StateFile(tmp_path / "state.json", interval=1),
+        )
+    assert all(map(torch.equal, model.parameters(), make_model().parameters()))
 
 
 def test_no_batch_may_be_skipped_if_so_asked():
@@ -202,3 +227,102 @@ def test_the_host_waits_for_the_device_once_in_an_iteration(monkeypatch):
             )
         # The last two records come together: the last iteration has no next one to be read with.
         assert [b - a for a, b in itertools.pairwise(at)] == [1, 1, 1, 2, 0]
+
+
+DISK = {"full": errno.ENOSPC, "read-only": errno.EROFS, "failing": errno.EIO, "quota": errno.EDQUOT}
+PLACES = [(tempfile, "NamedTemporaryFile"), (os, "fsync"), (os, "chmod"), (os, "replace")]
+
+
+def failing(number: int):
+    def fail(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+@pytest.mark.parametrize("number", DISK.values(), ids=DISK)
+@pytest.mark.parametrize(("module", "step"), PLACES, ids=[step for _, step in PLACES])
+@pytest.mark.parametrize("stuck", [False, True], ids=["", "stuck"])
+def test_whatever_a_disk_refuses_is_said_and_the_earlier_file_stays(
+    tmp_path, monkeypatch, number, module, step, stuck
+):
+    """With a disk that is `stuck`, the temporary file cannot be removed either."""
+    path = tmp_path / "s.json"
+    path.write_text("old")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, step, failing(number))
+        if stuck:
+            patch.setattr(os, "unlink", failing(number))
+        with pytest.raises(
+            GradInitError, match=rf"cannot write .*s\.json: {os.strerror(number)}; "
+        ):
+            write_atomically(path, "new")
+    assert path.read_text() == "old"
+    if not stuck:
+        assert [p.name for p in tmp_path.iterdir()] == ["s.json"]
+
+
+@pytest.fixture
+def room():
+    """Sets how many bytes the system lets this process write into a file."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_write_that_the_system_cuts_short_leaves_the_earlier_file(tmp_path, room):
+    path = tmp_path / "s.json"
+    model = make_model()
+    blocks = collect_blocks({"": model}, "fixed")
+    scales = Scales.of(blocks, {block.name: 1.0 for block in blocks}, "signature", ())
+    scales.save(path)
+    before = path.read_bytes()
+    room(100)
+    with pytest.raises(GradInitError, match=r"cannot write .*s\.json: File too large"):
+        replace(scales, signature="another").save(path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["s.json"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes into any folder")
+def test_a_folder_that_is_read_only(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(GradInitError, match="Permission denied; choose a folder that can be"):
+        write_atomically(tmp_path / "s.json", "new")
+
+
+@pytest.mark.parametrize("number", DISK.values(), ids=DISK)
+@pytest.mark.parametrize("nth", [1, 2, 3])
+def test_a_disk_that_fails_at_any_saving_of_the_state(tmp_path, monkeypatch, number, nth):
+    """The state saved before is there to go on from, and the model is as it was."""
+    path = tmp_path / "state.json"
+    model = make_model()
+    initial = [p.detach().clone() for p in model.parameters()]
+    written: list[bytes] = []
+    usual = os.replace
+
+    def replacing(source: str, target: Path) -> None:
+        if len(written) == nth - 1:
+            failing(number)()
+        usual(source, target)
+        written.append(path.read_bytes())
+
+    def run(model):
+        with quiet(model):
+            return learn_scales(
+                collect_blocks({"": model}, "fixed"),
+                loss_of(model),
+                PAIRS,
+                GradInitConfig(eta=0.05, iterations=4),
+                state_file=StateFile(path, interval=1),
+            )
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replacing)
+        with pytest.raises(GradInitError, match=rf"cannot write .*: {os.strerror(number)}"):
+            run(model)
+    assert all(map(torch.equal, initial, model.parameters()))
+    assert [p.read_bytes() for p in tmp_path.iterdir()] == written[-1:]
+    found = run(make_model())
+    path.unlink()
+    assert found == run(make_model())
