@@ -1,0 +1,237 @@
+"""Kill a training with GradInit at random moments, and watch its memory and files over many steps.
+
+    python benchmarks/soak.py kills [--count 50] [--seed 1] [--minutes 10]
+    python benchmarks/soak.py memory [--updates 1000] [--iterations 1000]
+
+`kills` trains a tiny model on sentences of random words, once unbroken. Then the same command is
+started again and again, and killed by SIGKILL at a moment drawn between its start and the time
+that the unbroken run took; each time it is let go on, five times in a run, and then to its end.
+Model and scales must be those of the unbroken run, to the last bit.
+
+`memory` samples resident memory and open files of a training with a checkpoint every 50 updates,
+and of one whose GradInit takes many iterations.
+
+Both leave a record in benchmarks/results/soak-*.json, and need Linux.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean
+
+import torch
+from record import REPOSITORY, RESULTS, write
+
+sys.path.insert(0, str(REPOSITORY / "recipes"))
+
+from resume import trained_updates
+
+from fairseq_gradinit.checkpoints import allow_fairseq_checkpoints
+from fairseq_gradinit.scales import FILE_NAME, Scales
+
+UPDATES = 12
+KILLS_IN_A_RUN = 5
+BIN = Path(sys.executable).parent
+TRAINING = [
+    *("--user-dir", "fairseq_gradinit", "--gradinit", "--gradinit-save-interval", "1"),
+    *("--arch", "transformer_gradinit_tiny", "--encoder-layers", "2", "--decoder-layers", "2"),
+    *("--encoder-embed-dim", "32", "--decoder-embed-dim", "32"),
+    *("--encoder-ffn-embed-dim", "64", "--decoder-ffn-embed-dim", "64"),
+    *("--optimizer", "adam", "--lr", "1e-3", "--dropout", "0.1", "--max-tokens", "200"),
+    *("--cpu", "--num-workers", "0", "--disable-validation", "--no-progress-bar"),
+    "--no-epoch-checkpoints",
+]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Of a process: seconds since its start, resident memory in MiB, open files."""
+
+    seconds: float
+    memory: float
+    files: int
+
+
+def make_corpus(folder: Path) -> Path:
+    """Binarised sentences of random words; the target is the source reversed."""
+    rng = random.Random(1)
+    rows = [[f"w{rng.randrange(40)}" for _ in range(rng.randint(3, 9))] for _ in range(400)]
+    (folder / "train.de").write_text("".join(f"{' '.join(row)}\n" for row in rows))
+    (folder / "train.en").write_text("".join(f"{' '.join(row[::-1])}\n" for row in rows))
+    command = ["fairseq-preprocess", "-s", "de", "-t", "en", "--joined-dictionary"]
+    command += ["--trainpref", str(folder / "train"), "--destdir", str(folder / "data")]
+    subprocess.run(
+        [BIN / command[0], *command[1:]], check=True, capture_output=True, env=environment()
+    )
+    return folder / "data"
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+
+
+def start(data: Path, save_dir: Path, *options: object) -> subprocess.Popen[bytes]:
+    """fairseq-train, with its log beside the checkpoints."""
+    save_dir.mkdir(exist_ok=True)
+    command = [BIN / "fairseq-train", data, *TRAINING, "--save-dir", save_dir, *options]
+    with (save_dir / "log").open("ab") as log:
+        return subprocess.Popen(
+            list(map(str, command)), stdout=log, stderr=log, env=environment(), cwd="/"
+        )
+
+
+def finish(process: subprocess.Popen[bytes], save_dir: Path) -> None:
+    if process.wait() != 0:
+        sys.exit(f"soak: training failed: {(save_dir / 'log').read_text()[-2000:]}")
+
+
+def outcome(save_dir: Path) -> tuple[dict[str, torch.Tensor], Scales]:
+    """The trained model and the scales that a run has left."""
+    allow_fairseq_checkpoints()
+    state = torch.load(save_dir / "checkpoint_last.pt", weights_only=True)
+    return state["model"], Scales.load(save_dir / FILE_NAME)
+
+
+def same(one: Path, other: Path) -> bool:
+    """Whether two runs came to the same model and scales, to the last bit."""
+    (weights, scales), (others, other_scales) = outcome(one), outcome(other)
+    equal = weights.keys() == others.keys() and all(
+        torch.equal(w, others[n]) for n, w in weights.items()
+    )
+    return equal and scales == other_scales
+
+
+def phase_of(save_dir: Path) -> str:
+    """What a kill found done, by the files that are there."""
+    if (save_dir / "checkpoint_last.pt").exists():
+        return "training, from a checkpoint"
+    if (save_dir / FILE_NAME).exists():
+        return "training, before a checkpoint"
+    return "learning" if (save_dir / "gradinit_state.json").exists() else "before learning"
+
+
+def kills(count: int, seed: int, minutes: float) -> None:
+    """Kill `count` times, or as often as fits in so many minutes; exit with 1 on a difference."""
+    rng = random.Random(seed)
+    options = ["--max-update", UPDATES, "--save-interval-updates", 3, "--gradinit-iterations", 12]
+    begun = time.monotonic()
+    met: dict[str, int] = {}
+    different: list[int] = []
+    runs = 0
+    with tempfile.TemporaryDirectory(prefix="soak-") as name:
+        folder = Path(name)
+        data = make_corpus(folder)
+        since = time.monotonic()
+        finish(start(data, folder / "unbroken", *options), folder / "unbroken")
+        unbroken = time.monotonic() - since
+        while sum(met.values()) < count and time.monotonic() - begun < 60 * minutes:
+            runs += 1
+            save_dir = folder / f"run{runs}"
+            left = min(KILLS_IN_A_RUN, count - sum(met.values()))
+            # At --max-update already, fairseq would do one update more.
+            while not save_dir.exists() or trained_updates(save_dir) < UPDATES:
+                process = start(data, save_dir, *options)
+                if left == 0:
+                    finish(process, save_dir)
+                    break
+                try:
+                    process.wait(timeout=rng.uniform(0.0, unbroken))
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+                    left -= 1
+                    phase = phase_of(save_dir)
+                    met[phase] = met.get(phase, 0) + 1
+            if not same(save_dir, folder / "unbroken"):
+                different.append(runs)
+            print(f"{sum(met.values())} kills in {runs} runs, {len(different)} differ", flush=True)
+    results = {
+        "kills": sum(met.values()),
+        "kills_by_what_was_on_disk": met,
+        "runs": runs,
+        "runs_that_differ": different,
+        "seconds_of_the_unbroken_run": round(unbroken, 2),
+    }
+    write(RESULTS / "soak-kills.json", results)
+    if different:
+        sys.exit("soak: a run that was killed came to another model or other scales")
+
+
+def sampled(process: subprocess.Popen[bytes], interval: float = 0.5) -> list[Sample]:
+    """Samples of a process until it ends."""
+    begun = time.monotonic()
+    samples: list[Sample] = []
+    proc = Path(f"/proc/{process.pid}")
+    while process.poll() is None:
+        try:
+            pages = int((proc / "statm").read_text().split()[1])
+            files = len(list((proc / "fd").iterdir()))
+        except (OSError, IndexError):
+            break
+        memory = pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+        samples.append(Sample(round(time.monotonic() - begun, 1), round(memory, 1), files))
+        time.sleep(interval)
+    return samples
+
+
+def growth(samples: Sequence[Sample]) -> dict[str, float]:
+    """From the third quarter of a run to the last: what starts up is done by then."""
+    quarter = len(samples) // 4
+    third, last = samples[2 * quarter : 3 * quarter], samples[3 * quarter :]
+    return {
+        "memory_mib_third_quarter": round(mean(s.memory for s in third), 1),
+        "memory_mib_last_quarter": round(mean(s.memory for s in last), 1),
+        "files_third_quarter": max(s.files for s in third),
+        "files_last_quarter": max(s.files for s in last),
+    }
+
+
+def memory(updates: int, iterations: int) -> None:
+    """Sample a long training with checkpoints, and a long GradInit phase."""
+    long_training = ["--max-update", updates, "--save-interval-updates", 50]
+    long_training += ["--keep-interval-updates", 2, "--gradinit-iterations", 2]
+    long_learning = ["--max-update", 1, "--gradinit-iterations", iterations, "--no-save"]
+    found = {}
+    with tempfile.TemporaryDirectory(prefix="soak-") as name:
+        folder = Path(name)
+        data = make_corpus(folder)
+        cases = {f"{updates} updates": long_training, f"{iterations} iterations": long_learning}
+        for title, options in cases.items():
+            save_dir = folder / title.replace(" ", "-")
+            process = start(data, save_dir, *options)
+            samples = sampled(process)
+            finish(process, save_dir)
+            found[title] = {**growth(samples), "samples": [asdict(s) for s in samples]}
+            print(title, growth(samples), flush=True)
+    write(RESULTS / "soak-memory.json", found)
+
+
+def main() -> None:
+    """Run the program."""
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n")[0])
+    programs = parser.add_subparsers(dest="program", required=True)
+    killing = programs.add_parser("kills")
+    killing.add_argument("--count", type=int, default=50)
+    killing.add_argument("--seed", type=int, default=1)
+    killing.add_argument("--minutes", type=float, default=10.0)
+    watching = programs.add_parser("memory")
+    watching.add_argument("--updates", type=int, default=1000)
+    watching.add_argument("--iterations", type=int, default=1000)
+    options = parser.parse_args()
+    if options.program == "kills":
+        kills(options.count, options.seed, options.minutes)
+    else:
+        memory(options.updates, options.iterations)
+
+
+if __name__ == "__main__":
+    main()
