@@ -115,6 +115,20 @@ def test_a_corpus_smaller_than_a_batch(tmp_path):
     assert not list((tmp_path / "run").glob("*"))
 
 
+def test_sentences_of_one_token_and_a_dictionary_of_four_words(tmp_path):
+    words = [f"w{i % 4}" for i in range(240)]
+    (tmp_path / "train.de").write_text("".join(f"{word}\n" for word in words))
+    (tmp_path / "train.en").write_text("".join(f"{word}\n" for word in reversed(words)))
+    pair = ("-s", "de", "-t", "en", "--joined-dictionary", "--trainpref", f"{tmp_path}/train")
+    data = binarise(tmp_path / "mt", *pair)
+    options = ["--gradinit", "--gradinit-iterations", "2", "--max-update", "2", "--no-save"]
+    run = train_here(data, tmp_path / "run", *options, "--max-tokens", "60")
+    assert run.code == 0, run.output
+    assert len(run.updates) == 2
+    assert len(run.lines("| gradinit: ")) == 2
+    assert all(torch.isfinite(p).all() for p in run.weights.values())
+
+
 @pytest.fixture(scope="module")
 def scales_file(corpus: Corpus, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("scales")
