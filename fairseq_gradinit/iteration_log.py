@@ -7,7 +7,7 @@ from typing import Any
 
 from fairseq.logging import progress_bar
 
-from fairseq_gradinit import report
+from fairseq_gradinit import log_text
 from fairseq_gradinit.config import GradInitConfig
 from fairseq_gradinit.history import Iteration
 
@@ -65,7 +65,7 @@ class IterationLog:
             next(self._steps, None)
 
     def _show(self, iteration: Iteration) -> None:
-        stats = report.iteration_stats(iteration, self._config.gamma)
+        stats = log_text.iteration_stats(iteration, self._config.gamma)
         self._bar.log(stats, tag="gradinit", step=iteration.index)
         if self._wandb is not None:
             # W&B drops what comes with a step below the last one: counting lines, not

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from torch import nn
 
-from fairseq_gradinit import report
+from fairseq_gradinit import log_text
 from fairseq_gradinit.blocks import (
     Block,
     at_fixed_scales,
@@ -25,17 +25,20 @@ from fairseq_gradinit.blocks import (
 )
 from fairseq_gradinit.centering import center_layer_norms, layer_norm_biases, undone_on_error
 from fairseq_gradinit.data import PairedBatches
+from fairseq_gradinit.effect import FILE_NAME as EFFECT_FILE_NAME
+from fairseq_gradinit.effect import Snapshot, effect_between
 from fairseq_gradinit.engine import learn_scales
 from fairseq_gradinit.errors import GradInitError, GradInitStopped
 from fairseq_gradinit.fixed_scales import fixed_scales
 from fairseq_gradinit.iteration_log import IterationLog
 from fairseq_gradinit.optimizers import settings, training_optimizer
 from fairseq_gradinit.options import CENTERING_SENTENCES, Plan
-from fairseq_gradinit.processes import Processes, ProcessGroup
+from fairseq_gradinit.processes import OneProcess, Processes, ProcessGroup
 from fairseq_gradinit.quiet import quiet
 from fairseq_gradinit.rate_advice import short_warmup_advice
 from fairseq_gradinit.scales import FILE_NAME, Scales, size_changes
 from fairseq_gradinit.signals import StopSignals
+from fairseq_gradinit.snapshot import take_snapshot
 from fairseq_gradinit.state import StateFile
 from fairseq_gradinit.task_loss import TaskLoss, forward_autocast
 
@@ -68,10 +71,13 @@ def run_phase(trainer: Any, plan: Plan) -> None:
     if advice := short_warmup_advice(trainer.cfg, _blocks(trainer, plan)):
         logger.warning(advice)
     with full_precision(trainer), undone_on_error(list(modules.values())):
+        before = _snapshot(trainer, plan)
         scales = _learn(trainer, plan) if plan.scales_file is None else _apply(trainer, plan)
+        effect = effect_between(before, _snapshot(trainer, plan), scales.signature)
     if trainer.is_data_parallel_master:
         scales.save(path)
-    for line in report.scale_table(scales):
+        effect.save(path.with_name(EFFECT_FILE_NAME))
+    for line in log_text.scale_table(scales):
         logger.info(line)
     logger.info("signature: %s", scales.signature)
     logger.info("scales saved in %s (%.1f s in all)", path, time.monotonic() - start)
@@ -156,6 +162,26 @@ def data_parallel_processes(trainer: Any) -> Processes | None:
     return None
 
 
+def _snapshot(trainer: Any, plan: Plan) -> Snapshot:
+    modules = trained_modules(trainer)
+    blocks = collect_blocks(modules, plan.config.norm_gains)
+    try:
+        sentences = _pairs(trainer, plan).sentences(CENTERING_SENTENCES)
+    except GradInitError:
+        # A file of scales can be applied where sentences cannot be drawn by index.
+        if plan.scales_file is None:
+            raise
+        sentences = []
+    with quiet(*modules.values()):
+        return take_snapshot(
+            trainer.get_model(),
+            blocks,
+            TaskLoss(trainer),
+            sentences,
+            data_parallel_processes(trainer) or OneProcess(),
+        )
+
+
 def _center(trainer: Any, pairs: PairedBatches) -> None:
     start = time.monotonic()
     modules = list(trained_modules(trainer).values())
@@ -211,7 +237,7 @@ def _learn(trainer: Any, plan: Plan) -> Scales:
     if plan.centering:
         # The scales have changed what goes into the LayerNorms.
         _center(trainer, pairs)
-    signature = report.signature(
+    signature = log_text.signature(
         plan,
         trainer.cfg,
         model=before,

@@ -377,8 +377,8 @@ def test_hydra_takes_the_options_by_their_types():
 
 
 def signature_fields(*options: str, **more: str) -> dict[str, str]:
+    from fairseq_gradinit.log_text import signature
     from fairseq_gradinit.options import make_plan
-    from fairseq_gradinit.report import signature
 
     cfg = configuration(*options)
     line = signature(make_plan(cfg), cfg, model="m", data="d", device="cpu", **more)

@@ -11,10 +11,10 @@ from conftest import train_here
 from scheme_models import build, outputs
 from torch import nn
 
+from fairseq_gradinit.branches import Branch, stacks, variances
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.processes import OneProcess
-from fairseq_gradinit.schemes.admin import fill, fold, set_omegas, variances
-from fairseq_gradinit.schemes.branches import Branch, stacks
+from fairseq_gradinit.schemes.admin import fill, fold, set_omegas
 from fairseq_gradinit.schemes.shortcuts import weights_of
 
 
@@ -35,7 +35,8 @@ def measure(model: nn.Module, set_omega=fill) -> dict[str, list[float]]:
 
 
 def spread(model: nn.Module, branch: Branch) -> tuple[float, float]:
-    return variances(branch, lambda _: outputs(model), [None], OneProcess())
+    (found,) = variances([branch], lambda _: outputs(model), [None], OneProcess())
+    return found
 
 
 def dependencies(model: nn.Module) -> list[list[float]]:
@@ -143,9 +144,10 @@ def test_two_processes_measure_what_one_does():
             sums += self.other
 
     first = OneOfTwo(0)
-    variances(branch, evaluate, rows, first)
-    together = variances(branch, evaluate, rows, OneOfTwo(1, first.own))
-    assert together == pytest.approx(variances(branch, evaluate, rows, OneProcess()), rel=1e-12)
+    variances([branch], evaluate, rows, first)
+    (together,) = variances([branch], evaluate, rows, OneOfTwo(1, first.own))
+    (alone,) = variances([branch], evaluate, rows, OneProcess())
+    assert together == pytest.approx(alone, rel=1e-12)
 
 
 def test_training_starts_from_measured_omegas(corpus, tmp_path):

@@ -19,20 +19,18 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from itertools import cycle
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from fairseq_gradinit.branches import Stack, branch_names, stacks, variances
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.phase import data_parallel_processes, trained_modules
 from fairseq_gradinit.processes import OneProcess, Processes
 from fairseq_gradinit.quiet import quiet
 from fairseq_gradinit.schemes.batches import training_batches
-from fairseq_gradinit.schemes.branches import Branch, Stack, branch_names, stacks
 from fairseq_gradinit.schemes.shortcuts import attach, weights_of
 from fairseq_gradinit.schemes.variants import given, register_variants, require_post_ln, switch
 from fairseq_gradinit.task_loss import TaskLoss
@@ -152,7 +150,7 @@ def set_omegas(
         for index, branch in enumerate(stack.branches):
             omegas.append(math.sqrt(total))
             set_omega(stack, index, omegas[-1])
-            shortcut, output = variances(branch, evaluate, batches, processes)
+            ((shortcut, output),) = variances([branch], evaluate, batches, processes)
             # What LayerNorms put out has variance 1.
             total = (shortcut if index == 0 else total) + output
             if not math.isfinite(total):
@@ -163,27 +161,6 @@ def set_omegas(
     return found
 
 
-@torch.no_grad()
-def variances(
-    branch: Branch,
-    evaluate: Callable[[Any], object],
-    batches: Sequence[Any],
-    processes: Processes,
-) -> tuple[float, float]:
-    """The variances of a branch's x and f(x), over all elements of all tokens."""
-    # Of each of the two: the count, the sum, and that of the squares.
-    sums = torch.zeros(2, 3, dtype=torch.float64, device=branch.last.weight.device)
-    with _watched(
-        branch, lambda x, output: sums.add_(torch.stack([_moments(x), _moments(output)]))
-    ):
-        for batch in batches[processes.rank :: processes.count]:
-            evaluate(batch)
-    processes.sum_([sums])
-    mean, square = sums[:, 1] / sums[:, 0], sums[:, 2] / sums[:, 0]
-    first, second = (square - mean**2).tolist()
-    return first, second
-
-
 def _initialise(trainer: Any, set_omega: SetOmega) -> None:
     sentences = training_batches(trainer).sentences(SENTENCES)
     processes = data_parallel_processes(trainer) or OneProcess()
@@ -192,33 +169,6 @@ def _initialise(trainer: Any, set_omega: SetOmega) -> None:
     for side, omegas in found.items():
         shown = " ".join(f"{omega:.3g}" for omega in omegas)
         logger.info("omega of the %s's %d sublayers: %s", side, len(omegas), shown)
-
-
-@contextmanager
-def _watched(branch: Branch, see: Callable[[Tensor, Tensor], object]) -> Iterator[None]:
-    """Calls `see` with x and f(x) of a branch whenever they are added."""
-    own = vars(branch.layer)
-    before = own.get("residual_connection")
-    connect: Callable[[Tensor, Tensor], Tensor] = cast(Any, branch.layer).residual_connection
-    names = cycle(branch_names(branch.layer))
-
-    def connection(output: Tensor, x: Tensor) -> Tensor:
-        if next(names) == branch.name:
-            see(x, output)
-        return connect(output, x)
-
-    own["residual_connection"] = connection
-    try:
-        yield
-    finally:
-        del own["residual_connection"]
-        if before is not None:
-            own["residual_connection"] = before
-
-
-def _moments(values: Tensor) -> Tensor:
-    values = values.double()
-    return torch.stack([values.new_tensor(values.numel()), values.sum(), values.square().sum()])
 
 
 register_variants("admin", add_omegas)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fairseq_gradinit.schemes.branches import branch_names, stacks
+from fairseq_gradinit.branches import branch_names, stacks
 from fairseq_gradinit.schemes.shortcuts import attach
 from fairseq_gradinit.schemes.variants import register_variants, require_post_ln, switch
 

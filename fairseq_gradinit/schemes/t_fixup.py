@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fairseq_gradinit.schemes.branches import stacks
+from fairseq_gradinit.branches import stacks
 from fairseq_gradinit.schemes.variants import register_variants, switch
 
 

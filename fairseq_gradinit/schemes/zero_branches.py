@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from fairseq_gradinit.schemes.branches import stacks
+from fairseq_gradinit.branches import stacks
 
 
 def initialise(trainer: Any) -> None:
     """Set the last linear layer of each residual branch of the trainer's model to zero.
 
     Raises:
-        GradInitError: see `fairseq_gradinit.schemes.branches.stacks`.
+        GradInitError: see `fairseq_gradinit.branches.stacks`.
     """
     zero_branches(trainer.get_model())
 
