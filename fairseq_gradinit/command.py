@@ -11,16 +11,20 @@ import logging
 import shlex
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fairseq_gradinit import check
+from fairseq_gradinit import check, report_runs
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.results import MARGIN, RunRecord, read_runs
 
 PROGRAM = "fairseq-gradinit"
+
+EXTRA_PACKAGES = ("jinja2", "markupsafe", "matplotlib")
+"""What may be missing where no picture or page was asked for."""
 
 # argparse does not give a name to the type of what `add_subparsers` returns.
 Subparsers = Any
@@ -83,16 +87,44 @@ def draw_heat_map(options: Namespace) -> None:
         GradInitError: a file cannot be used, or matplotlib is missing.
     """
     runs = runs_in(options.results)
-    try:
+    with _extra("plot", "heat maps"):
         from fairseq_gradinit import heat_map
-    except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
-            raise
-        raise GradInitError(
-            "matplotlib, which draws heat maps, is not installed: run "
-            "`pip install 'fairseq-gradinit[plot]'`"
-        ) from error
     heat_map.save(heat_map.draw(heat_map.panels_of(runs)), options.out)
+
+
+def add_report(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser(
+        "report",
+        help="make a page that shows what GradInit did",
+        description=(
+            "Make an HTML page of one or several runs side by side: the scales over depth, the "
+            "iterations, what they did to the residual branches and to the norms of the weights, "
+            "and the settings. It needs nothing beside it."
+        ),
+    )
+    parser.add_argument(
+        "runs",
+        type=Path,
+        nargs="+",
+        metavar="RUN",
+        help="the --save-dir of a run with --gradinit, or a scales file",
+    )
+    parser.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE.html")
+    parser.add_argument("--png", type=Path, metavar="FOLDER", help="write the figures there too")
+    parser.set_defaults(run=make_report)
+
+
+def make_report(options: Namespace) -> None:
+    """Write the page.
+
+    Raises:
+        GradInitError: a file cannot be used, or matplotlib is missing.
+    """
+    runs = report_runs.read_runs(options.runs)
+    with _extra("plot", "reports"):
+        from fairseq_gradinit import report
+    for path in report.save(runs, options.out, options.png, options.command):
+        print(path)
 
 
 def add_check(subparsers: Subparsers) -> None:
@@ -119,7 +151,12 @@ def run_check(parser: argparse.ArgumentParser, options: Namespace) -> NoReturn:
     parser.exit(status)
 
 
-SUBCOMMANDS: tuple[Callable[[Subparsers], None], ...] = (add_table, add_heat_map, add_check)
+SUBCOMMANDS: tuple[Callable[[Subparsers], None], ...] = (
+    add_table,
+    add_heat_map,
+    add_report,
+    add_check,
+)
 
 
 def add_results(parser: argparse.ArgumentParser) -> None:
@@ -131,6 +168,20 @@ def add_results(parser: argparse.ArgumentParser) -> None:
         metavar="RESULTS",
         help="a file that recipes append their runs to; a later run replaces an earlier like it",
     )
+
+
+@contextmanager
+def _extra(name: str, what: str) -> Iterator[None]:
+    """Turns a missing package of an extra into a sentence."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRA_PACKAGES:
+            raise
+        raise GradInitError(
+            f"{error.name}, which {what} need, is not installed: run "
+            f"`pip install 'fairseq-gradinit[{name}]'`"
+        ) from error
 
 
 def runs_in(paths: Sequence[Path]) -> list[RunRecord]:

@@ -70,6 +70,12 @@ class Scales:
         """Whether the LayerNorms were centered to learn these scales."""
         return any(block.state == "centered" for block in self.blocks)
 
+    @property
+    def settings(self) -> dict[str, str]:
+        """What the signature says, by the names in it; of what is no such line nothing."""
+        fields = (part.partition(":") for part in self.signature.split("|"))
+        return {name: value for name, colon, value in fields if colon}
+
     @classmethod
     def of(
         cls,
