@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fairseq_gradinit import check, report_runs
+from fairseq_gradinit import check
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.results import MARGIN, RunRecord, read_runs
 
@@ -120,6 +120,8 @@ def make_report(options: Namespace) -> None:
     Raises:
         GradInitError: a file cannot be used, or matplotlib is missing.
     """
+    from fairseq_gradinit import report_runs
+
     runs = report_runs.read_runs(options.runs)
     with _extra("plot", "reports"):
         from fairseq_gradinit import report

@@ -36,7 +36,7 @@ class Effect:
             "encoder.layers.0.self_attn" and in the order of the forward pass, what f(x) makes up of
             the variance, Var[f] / (Var[x] + Var[f]), over all elements of the tokens of 32 training
             sentences. In a post-LN model that is Admin's beta_{i,i}^2, by which the output of a
-            sublayer depends on its own branch (Liu et al., EMNLP 2020, section 4.1), with x and
+            sublayer depends on its own branch (Liu et al., EMNLP 2020, section 4), with x and
             f(x) taken as uncorrelated. Empty for a model without layers of fairseq's Transformer,
             and where scales from a file are applied to data that have no sentences by index.
     """

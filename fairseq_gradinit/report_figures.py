@@ -80,7 +80,7 @@ def iterations(runs: Sequence[Run]) -> Figure | None:
         return None
     figure, grid = _panels(2, len(runs))
     for run, (losses, norms) in zip(runs, zip(*grid, strict=True), strict=True):
-        losses.set_title(run.label, fontsize=9)
+        losses.set_title(_plain(run.label), fontsize=9)
         _draw_losses(losses, run)
         _draw_gradient_norms(norms, run)
     grid[0][0].set_ylabel("loss, nats per unit of sample size")
@@ -135,13 +135,13 @@ def _over_depth(
     looks = _looks(lines)
     figure, grid = _panels(len(stacks), len(drawn))
     for (label, curves), column in zip(drawn.items(), zip(*grid, strict=True), strict=True):
-        column[0].set_title(label, fontsize=9)
+        column[0].set_title(_plain(label), fontsize=9)
         for stack, axes in zip(stacks, column, strict=True):
             for line, style in (one for one in curves if one[0].stack == stack):
                 _draw_line(axes, line, style, looks)
         column[-1].set_xlabel("layer")
     for stack, (first, *_) in zip(stacks, grid, strict=True):
-        first.set_ylabel(f"{stack}\n{ylabel}")
+        first.set_ylabel(f"{_plain(stack)}\n{ylabel}")
         values = [value for line in lines if line.stack == stack for _, value in line.points]
         # What is zero has no place on a logarithmic axis.
         first.set_yscale("log") if min(values) > 0 else first.set_yscale("symlog", linthresh=1e-3)
@@ -157,9 +157,14 @@ def _draw_line(axes: Axes, line: Line, style: str, looks: dict[str, tuple[str, s
     colour, marker = looks[line.kind]
     layers, values = zip(*line.points, strict=True)
     hollow: dict[str, Any] = {"markerfacecolor": "none", "alpha": 0.6} if style == "--" else {}
-    label = None if style == "--" else line.kind
+    label = None if style == "--" else _plain(line.kind)
     axes.plot(layers, values, style, color=colour, marker=marker, ms=5, label=label, **hollow)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _plain(text: str) -> str:
+    """Dollar signs would begin a formula."""
+    return text.replace("$", r"\$")
 
 
 def _looks(lines: Sequence[Line]) -> dict[str, tuple[str, str]]:
@@ -201,8 +206,6 @@ def render(
         **dict.fromkeys(("xtick.color", "ytick.color", "legend.labelcolor"), ink),
         **{"svg.fonttype": "none", "svg.hashsalt": name},
         "legend.framealpha": 0.0,
-        # The names of runs and tensors may have dollar signs.
-        "text.parse_math": False,
     }
     if format_ == "svg":
         style |= dict.fromkeys(("figure.facecolor", "axes.facecolor"), "none")

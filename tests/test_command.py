@@ -410,7 +410,7 @@ def test_a_missing_matplotlib_is_answered_with_what_to_install(kept) -> None:
     done = python(code)
     assert done.returncode == 1
     assert done.stderr == (
-        "fairseq-gradinit: matplotlib, which draws heat maps, is not installed: run "
+        "fairseq-gradinit: matplotlib, which heat maps need, is not installed: run "
         "`pip install 'fairseq-gradinit[plot]'`\n"
     )
 

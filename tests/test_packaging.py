@@ -183,7 +183,10 @@ def test_two_builds_at_two_times_are_the_same_bytes_and_hold_what_they_should(tm
         modules = {name for name in archive.namelist() if ".dist-info/" not in name}
     folders = ("fairseq_gradinit", "hydra_plugins")
     assert modules == {
-        str(path.relative_to(ROOT)) for folder in folders for path in (ROOT / folder).rglob("*.py")
+        str(path.relative_to(ROOT))
+        for folder in folders
+        for path in (ROOT / folder).rglob("*.*")
+        if path.suffix != ".pyc"
     }
     others = {
         name for name in inside if not name.startswith((*folders, "fairseq_gradinit.egg-info"))
