@@ -62,7 +62,7 @@ def circumstances(repository: Path, workers: int = 1) -> Circumstances:
         torch=str(torch.__version__),
         fairseq=f"{name} {number}",
         cpu=_cpu_name(),
-        cores=_cores(),
+        cores=usable_cores(),
         gpu=torch.cuda.get_device_name() if gpus else None,
         gpus=gpus,
         workers=workers,
@@ -132,6 +132,6 @@ def _cpu_name() -> str:
     return next(names, platform.processor() or platform.machine())
 
 
-def _cores() -> int:
-    """Cores that this process may use."""
+def usable_cores() -> int:
+    """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

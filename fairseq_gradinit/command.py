@@ -1,7 +1,8 @@
-"""The program `fairseq-gradinit`: what came of training runs, shown.
+"""The program `fairseq-gradinit`: what there is to do before and after training.
 
 A subcommand is a function that adds its parser to the others, with what it does as the default of
-`run`, and stands in SUBCOMMANDS. What takes long to import is imported by what it does.
+`run`, and stands in SUBCOMMANDS. What it does returns the exit status, None being 0; what takes
+long to import is imported by it.
 """
 
 from __future__ import annotations
@@ -13,9 +14,8 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from fairseq_gradinit import check
 from fairseq_gradinit.errors import GradInitError
@@ -141,16 +141,112 @@ def add_check(subparsers: Subparsers) -> None:
         ),
     )
     check.add_options(parser)
-    parser.set_defaults(run=partial(run_check, parser))
+    parser.set_defaults(run=check.run, trouble=2)
 
 
-def run_check(parser: argparse.ArgumentParser, options: Namespace) -> NoReturn:
-    """Make the check, and leave with its exit status."""
+def add_diff(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser(
+        "diff",
+        help="say how the scales of two runs differ",
+        description=(
+            "Print the tensors whose scales differ, and the settings that do. Exit status: 0 all "
+            "scales are equal, 1 some are not, 2 they cannot be compared."
+        ),
+    )
+    add_run(parser, "a")
+    add_run(parser, "b")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=0.0,
+        metavar="RELATIVE",
+        help="how far apart two scales may be and count as equal (default: %(default)s)",
+    )
+    parser.set_defaults(run=print_diff, trouble=2)
+
+
+def print_diff(options: Namespace) -> int:
+    """Print the differences; returns 1 if scales differ.
+
+    Raises:
+        GradInitError: a file cannot be read, or the tolerance is negative.
+    """
+    from fairseq_gradinit.report_runs import scales_file
+    from fairseq_gradinit.scales import Scales
+    from fairseq_gradinit.scales_diff import differing_scales, differing_settings
+
+    if not options.tolerance >= 0:
+        raise GradInitError(f"--tolerance {options.tolerance:g} is not a number from 0 up")
+    a, b = (Scales.load(scales_file(path)) for path in (options.a, options.b))
+    scales = differing_scales(a, b, options.tolerance)
+    for line in scales:
+        print(line)
+    for line in differing_settings(a, b):
+        print(f"setting {line}")
+    print(f"{len(scales)} of {len({x.name for s in (a, b) for x in s.blocks})} tensors differ")
+    return int(bool(scales))
+
+
+def add_apply(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser(
+        "apply",
+        help="multiply the weights in a checkpoint by scales",
+        description=(
+            "Write a copy of a checkpoint whose weights are multiplied by the scales, for trainers "
+            "that do not load the plugin. LayerNorms are not centered: that takes training data."
+        ),
+    )
+    add_run(parser, "scales")
+    parser.add_argument(
+        "checkpoint",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="of fairseq, with the initial weights; or a file with a model's state dict",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="NEW.pt")
+    parser.set_defaults(run=apply_scales)
+
+
+def apply_scales(options: Namespace) -> None:
+    """Write the copy.
+
+    Raises:
+        GradInitError: a file cannot be used, or the scales do not fit.
+    """
+    from fairseq_gradinit.checkpoint_scaling import scale_checkpoint
+    from fairseq_gradinit.report_runs import scales_file
+    from fairseq_gradinit.scales import Scales
+
+    scales = Scales.load(scales_file(options.scales))
+    count = scale_checkpoint(scales, options.checkpoint, options.out)
+    print(f"{options.out}: {count} tensors multiplied by their scales")
+
+
+def add_doctor(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser(
+        "doctor",
+        help="say whether GradInit can work here",
+        description=(
+            "Look at the versions of what GradInit needs, and name what is known not to work. Exit "
+            "status: 1 if something keeps it from working."
+        ),
+    )
+    parser.set_defaults(run=print_findings)
+
+
+def print_findings(options: Namespace) -> int:
+    """Print what was found; returns 1 if there is a problem."""
+    from fairseq_gradinit.doctor import findings
+
+    # While it is imported, fairseq tells of optional packages that it does without.
+    logging.disable(logging.INFO)
     try:
-        status = check.run(options)
-    except GradInitError as error:
-        parser.exit(2, f"{PROGRAM}: {error}\n")
-    parser.exit(status)
+        found = list(findings())
+    finally:
+        logging.disable(logging.NOTSET)
+    for finding in found:
+        print(f"{finding.level:7} {finding.text}")
+    return int(any(finding.level == "problem" for finding in found))
 
 
 SUBCOMMANDS: tuple[Callable[[Subparsers], None], ...] = (
@@ -158,6 +254,9 @@ SUBCOMMANDS: tuple[Callable[[Subparsers], None], ...] = (
     add_heat_map,
     add_report,
     add_check,
+    add_diff,
+    add_apply,
+    add_doctor,
 )
 
 
@@ -169,6 +268,13 @@ def add_results(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="RESULTS",
         help="a file that recipes append their runs to; a later run replaces an earlier like it",
+    )
+
+
+def add_run(parser: argparse.ArgumentParser, name: str) -> None:
+    """An argument that names the scales of a run."""
+    parser.add_argument(
+        name, type=Path, metavar=name.upper(), help="a scales file, or the --save-dir of a run"
     )
 
 
@@ -202,7 +308,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit status."""
     logging.basicConfig(level=logging.INFO, format=f"{PROGRAM}: %(message)s")
     words = sys.argv[1:] if arguments is None else list(arguments)
-    parser = argparse.ArgumentParser(PROGRAM, description="What came of training runs, shown.")
+    parser = argparse.ArgumentParser(PROGRAM, description="GradInit before and after training.")
+    # What a mistake ends with; a subcommand whose 1 means something has another.
+    parser.set_defaults(trouble=1)
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in SUBCOMMANDS:
         add(subparsers)
@@ -211,8 +319,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     here = f"{Path.cwd()}/"
     options.command = shlex.join([PROGRAM, *(word.removeprefix(here) for word in words)])
     try:
-        options.run(options)
+        return options.run(options) or 0
     except GradInitError as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
-        return 1
-    return 0
+        return int(options.trouble)
