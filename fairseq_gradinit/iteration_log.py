@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from fairseq.logging import progress_bar
 
 from fairseq_gradinit import log_text
@@ -12,6 +14,7 @@ from fairseq_gradinit.config import GradInitConfig
 from fairseq_gradinit.history import Iteration
 
 LINES_OF_LOG = 20
+TAG = "gradinit"
 
 
 class IterationLog:
@@ -31,7 +34,7 @@ class IterationLog:
             range(config.iterations),
             log_format=common.log_format,
             log_interval=self._interval,
-            prefix="gradinit",
+            prefix=TAG,
             aim_repo=common.aim_repo if tracked else None,
             aim_run_hash=common.aim_run_hash if tracked else None,
             aim_param_checkpoint_dir=cfg.checkpoint.save_dir,
@@ -64,11 +67,39 @@ class IterationLog:
             # What the progress bar does after its last item.
             next(self._steps, None)
 
+    def write_scales(self, scales: Sequence[float]) -> None:
+        """Write a histogram of the learned scales to the experiment trackers."""
+        values = np.asarray(scales)
+        wrapper = self._bar
+        while hasattr(wrapper, "wrapped_bar"):
+            self._write_histogram(wrapper, values)
+            wrapper = wrapper.wrapped_bar
+        if self._wandb is not None and progress_bar.wandb is not None:
+            histogram = progress_bar.wandb.Histogram(values)
+            step = self._wandb_step(self._config.iterations)
+            progress_bar.wandb.log({f"{TAG}/scales": histogram}, step=step)
+
+    def _write_histogram(self, wrapper: Any, values: np.ndarray) -> None:
+        step = self._config.iterations
+        if isinstance(wrapper, progress_bar.TensorboardProgressBarWrapper):
+            writer = wrapper._writer(TAG)
+            if writer is not None:
+                writer.add_histogram("scales", values, step)
+                writer.flush()
+        elif isinstance(wrapper, progress_bar.AimProgressBarWrapper) and wrapper.run is not None:
+            from aim import Distribution
+
+            context = {"tag": TAG}
+            wrapper.run.track(Distribution(values), name="scales", step=step, context=context)
+
+    def _wandb_step(self, index: int) -> int:
+        # W&B drops what comes with a step below the last one: counting lines, not iterations,
+        # leaves the steps of training free.
+        return -(-index // self._interval)
+
     def _show(self, iteration: Iteration) -> None:
         stats = log_text.iteration_stats(iteration, self._config.gamma)
-        self._bar.log(stats, tag="gradinit", step=iteration.index)
+        self._bar.log(stats, tag=TAG, step=iteration.index)
         if self._wandb is not None:
-            # W&B drops what comes with a step below the last one: counting lines, not
-            # iterations, leaves the steps of training free.
             stats["iteration"] = iteration.index
-            self._wandb.log(stats, tag="gradinit", step=iteration.index // self._interval)
+            self._wandb.log(stats, tag=TAG, step=self._wandb_step(iteration.index))

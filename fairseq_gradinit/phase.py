@@ -234,6 +234,7 @@ def _learn(trainer: Any, plan: Plan) -> Scales:
             )
         except GradInitStopped as stopped:
             _leave(stopped, signals, plan)
+    log.write_scales([learned.scale_of[block.name] for block in blocks if block.learned])
     if plan.centering:
         # The scales have changed what goes into the LayerNorms.
         _center(trainer, pairs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -99,7 +100,7 @@ def test_every_log_format(corpus, tmp_path, format_):
 def test_tensorboard(corpus, tmp_path, monkeypatch):
     from fairseq.logging import progress_bar
 
-    written = []
+    written, histograms = [], []
 
     class Writer:
         def __init__(self, folder):
@@ -107,6 +108,9 @@ def test_tensorboard(corpus, tmp_path, monkeypatch):
 
         def add_scalar(self, key, value, step):
             written.append((self.tag, key, value, step))
+
+        def add_histogram(self, key, values, step):
+            histograms.append((self.tag, key, list(values), step))
 
         def add_text(self, *_): ...
         def flush(self): ...
@@ -120,6 +124,33 @@ def test_tensorboard(corpus, tmp_path, monkeypatch):
     for key in ("loss", "trial_loss", "gnorm", "min_scale", "max_scale"):
         assert [step for k, step in ours if k == key] == list(range(2, 41, 2))
     assert any(tag == "train_inner" for tag, *_ in written)
+    assert histograms == [("gradinit", "scales", learned_scales(tmp_path), 40)]
+
+
+def learned_scales(folder) -> list[float]:
+    rows = json.loads((folder / "gradinit_scales.json").read_text())["blocks"]
+    return [row["scale"] for row in rows if row["state"] == "learned"]
+
+
+def test_aim(corpus, tmp_path, monkeypatch):
+    from fairseq.logging import progress_bar
+
+    tracked = []
+
+    class Run:
+        def track(self, value, name, step, context):
+            tracked.append((context["tag"], name, value, step))
+
+        def set(self, key, value, strict): ...
+
+    monkeypatch.setattr(progress_bar, "get_aim_run", lambda repo, run_hash: Run())
+    monkeypatch.setitem(sys.modules, "aim", SimpleNamespace(Distribution=list))
+    options = ["--aim-repo", tmp_path / "aim", "--aim-run-hash", "abc"]
+    run = train_here(corpus.translation, tmp_path, *HERE, *options)
+    assert run.code == 0, run.output
+    ours = [(name, value, step) for tag, name, value, step in tracked if tag == "gradinit"]
+    assert [step for name, _, step in ours if name == "trial_loss"] == list(range(2, 41, 2))
+    assert ours[-1] == ("scales", learned_scales(tmp_path), 40)
 
 
 def test_wandb(corpus, tmp_path, monkeypatch):
@@ -131,6 +162,7 @@ def test_wandb(corpus, tmp_path, monkeypatch):
         log=lambda values, step: logged.append((step, values)),
         config=SimpleNamespace(update=lambda *_, **__: None),
         run=SimpleNamespace(name="a run"),
+        Histogram=list,
     )
     monkeypatch.setattr(progress_bar, "wandb", fake)
     run = train_here(corpus.translation, tmp_path, *HERE, "--wandb-project", "p")
@@ -144,3 +176,5 @@ def test_wandb(corpus, tmp_path, monkeypatch):
     steps = [step for step, values in logged if any(key.startswith("gradinit/") for key in values)]
     assert steps == sorted(steps)
     assert steps[-1] <= 20
+    (histogram,) = [values for _, values in logged if "gradinit/scales" in values]
+    assert histogram["gradinit/scales"] == learned_scales(tmp_path)
