@@ -2,6 +2,7 @@
 # make quickstart-compare   shorter, against the default initialisation without and with warmup
 # make test                 the tests
 # make lint                 ruff and mypy
+# make docs                 the documentation as a web site, in site/
 # The quickstarts take options in ARGS: make quickstart ARGS="--updates 500 --seed 2"
 # All of them share one virtual environment, made on first use.
 
@@ -11,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart quickstart-compare test lint clean
+.PHONY: quickstart quickstart-compare test lint docs clean
 
 quickstart: $(STAMP)
 	PYTHONPATH=data-prep $(BIN)/python recipes/quickstart.py $(ARGS)
@@ -27,6 +28,9 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(STAMP)
+	$(BIN)/python -m mkdocs build --strict
+
 # setup.py and the pinned versions decide what is installed: the environment is made anew with them.
 $(STAMP): setup.py pyproject.toml constraints.txt
 	@echo "making the virtual environment $(VENV) (a minute or two; torch is the large part)"
@@ -39,4 +43,4 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) quickstart-run
+	rm -rf $(VENV) quickstart-run site

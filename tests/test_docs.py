@@ -1,0 +1,184 @@
+"""The documentation: the site, its links there and in the repository, and what it says of code."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from conftest import ROOT
+from lxml import html
+
+from fairseq_gradinit.options import PRESETS, GradInitOptions
+from fairseq_gradinit.schemes.metainit import ITERATIONS
+from fairseq_gradinit.schemes.options import SchemeOptions
+
+# All that has pages, or files that they link to.
+FOLDERS = ("benchmarks", "data-prep", "docs", "fairseq_gradinit", "recipes")
+PAGES = sorted([*ROOT.glob("*.md"), *(p for name in FOLDERS for p in (ROOT / name).rglob("*.md"))])
+
+
+def build(source: Path, folder: Path) -> subprocess.CompletedProcess:
+    """What `make docs` runs."""
+    return subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)],
+        capture_output=True,
+        text=True,
+        cwd=source,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(source)},
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("docs") / "site"
+    done = build(ROOT, folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def html_pages(site: Path) -> dict[Path, html.HtmlElement]:
+    return {path: html.parse(str(path)).getroot() for path in site.rglob("*.html")}
+
+
+def html_of(page: Path) -> str:
+    return str(page.relative_to(ROOT).with_suffix(".html")).replace("README", "index")
+
+
+def test_every_page_of_the_repository_is_in_the_site(site):
+    assert ROOT / "README.md" in PAGES
+    assert [page for page in PAGES if not (site / html_of(page)).is_file()] == []
+
+
+def test_a_broken_link_anchor_or_page_ends_the_build(tmp_path):
+    source = tmp_path / "source"
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in (*ROOT.glob("*.md"), ROOT / "LICENSE", ROOT / "mkdocs.yml"):
+        shutil.copy(path, source)
+    with (source / "docs" / "cost.md").open("a") as page:
+        page.write("\n[a](nowhere.md) [b](../recipes/nothing) [c](digits.md#none) [d](lost.md)\n")
+        page.write("[e](/etc/hostname) [f](../../outside)\n")
+    (source / "docs" / "lost.md").write_text("# Not in the navigation\n")
+    (tmp_path / "outside").touch()
+    done = build(source, tmp_path / "site")
+    assert done.returncode == 1
+    for name in ("nowhere.md", "nothing", "#none", "/etc/hostname", "outside"):
+        assert re.search(f"^WARNING .*{name}", done.stderr, re.MULTILINE), (name, done.stderr)
+    lost = r'^WARNING .* not included in the "nav".*\n +- docs/lost.md$'
+    assert re.search(lost, done.stderr, re.MULTILINE), done.stderr
+
+
+def test_the_site_loads_nothing_from_other_hosts(site):
+    loaded = []
+    for path, page in html_pages(site).items():
+        for element, _, link, _ in page.iterlinks():
+            if element.tag not in {"a", "form"}:
+                loaded.append((path, link))
+    for path in site.rglob("*.css"):
+        style = path.read_text()
+        loaded += [(path, link) for link in re.findall(r"url\([\"']?([^\"')]+)", style)]
+        assert "@import" not in style
+    assert {Path(urlsplit(link).path).suffix for _, link in loaded} >= {".css", ".js", ".woff2"}
+    assert [load for load in loaded if urlsplit(load[1]).netloc] == []
+
+
+def test_every_link_of_the_site_leads_somewhere_in_it(site):
+    pages = html_pages(site)
+    ids = {path: {*page.xpath("//@id"), *page.xpath("//a/@name")} for path, page in pages.items()}
+    count = 0
+    for path, page in pages.items():
+        # It answers requests for anything, so its links begin at the root of the server.
+        if path.name == "404.html":
+            continue
+        for _, _, link, _ in page.iterlinks():
+            address = urlsplit(link)
+            if address.scheme or address.netloc:
+                continue
+            target = (path.parent / unquote(address.path)).resolve() if address.path else path
+            assert target.is_file(), (path, link)
+            assert target.is_relative_to(site.resolve()), (path, link)
+            if target in ids and address.fragment:
+                assert address.fragment in ids[target], (path, link)
+            count += 1
+    assert count > 500
+
+
+def without_code(markdown: str) -> str:
+    blocks = re.sub(r"^```.*?^```$", "", markdown, flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"`[^`]*`", "", re.sub(r"^ {4}.*$", "", blocks, flags=re.MULTILINE))
+
+
+def links(page: Path) -> Iterator[tuple[str, str]]:
+    """Path and anchor of each link to something in the repository."""
+    for link in re.findall(r"\]\(\s*([^)\s]+)", without_code(page.read_text())):
+        address = urlsplit(link)
+        if not address.scheme:
+            yield unquote(address.path), address.fragment
+
+
+def anchors(page: Path) -> set[str]:
+    """Those that a code-hosting page makes of the headings, where no two are alike."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#{1,6} (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_hold_in_the_repository_too(page):
+    for path, anchor in links(page):
+        target = page.parent / path if path else page
+        assert target.exists(), path
+        assert target.resolve().is_relative_to(ROOT), path
+        assert not anchor or anchor in anchors(target), (path, anchor)
+
+
+def options_in(site: Path) -> dict[str, dict[str, str]]:
+    """Flag to the rows under its heading, and its help text."""
+    page = html.parse(str(site / "docs" / "options.html")).getroot()
+    found = {}
+    for heading in page.iter("h3"):
+        paragraph = heading.getnext()
+        rows = [item.text_content().split(": ", 1) for item in paragraph.getnext()]
+        found[heading.text_content()] = {**dict(rows), "help": paragraph.text_content()}
+    return found
+
+
+def test_the_reference_has_every_option_with_its_name_under_hydra_and_help(site):
+    found = options_in(site)
+    every = [option for kind in (GradInitOptions, SchemeOptions) for option in fields(kind)]
+    names = [option.name for option in every if option.name != "_name"]
+    assert list(found) == ["--" + name.replace("_", "-") for name in names]
+    assert [row["Hydra name"] for row in found.values()] == [f"task.{name}" for name in names]
+    for option, row in zip((o for o in every if o.name != "_name"), found.values(), strict=True):
+        assert option.metadata["help"].startswith(row["help"])
+    assert found["--gradinit-norm-gains"]["value"] == "fixed, learned"
+    assert found["--gradinit-iterations"]["value"] == "a whole number"
+
+
+def test_the_reference_has_the_defaults_of_the_presets(site):
+    for flag, row in options_in(site).items():
+        name = flag.lstrip("-").replace("-", "_")
+        attribute = name.removeprefix("gradinit_")
+        if hasattr(PRESETS["default"], attribute):
+            default, paper = (getattr(PRESETS[kind], attribute) for kind in ("default", "paper"))
+            if default is None:
+                assert "the run's" in row["default"], flag
+            else:
+                assert row["default"] == str(default), flag
+            assert row["preset paper"] == str(paper), flag
+            continue
+        assert "preset paper" not in row
+        default = getattr(GradInitOptions if "gradinit" in name else SchemeOptions, name)
+        if name == "init_scheme_iterations":
+            default = ITERATIONS
+        assert row["default"] == {"False": "off", "None": "none"}.get(str(default), str(default))
