@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import fairseq
+import fairseq_cli
 import pytest
 from conftest import ROOT
 from lxml import html
 
+from fairseq_gradinit import rate_advice
 from fairseq_gradinit.options import PRESETS, GradInitOptions
 from fairseq_gradinit.schemes.metainit import ITERATIONS
 from fairseq_gradinit.schemes.options import SchemeOptions
@@ -32,7 +36,7 @@ def build(source: Path, folder: Path) -> subprocess.CompletedProcess:
         capture_output=True,
         text=True,
         cwd=source,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(source)},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         timeout=120,
         check=False,
     )
@@ -182,3 +186,37 @@ def test_the_reference_has_the_defaults_of_the_presets(site):
         if name == "init_scheme_iterations":
             default = ITERATIONS
         assert row["default"] == {"False": "off", "None": "none"}.get(str(default), str(default))
+
+
+def messages(paths: Iterable[Path]) -> list[str]:
+    """The texts in these programs, with three dots for what is filled in when they run."""
+    found = []
+    for path in paths:
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.JoinedStr):
+                parts = (p.value if isinstance(p, ast.Constant) else "..." for p in node.values)
+                found.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(re.sub(r"%[.\d]*[sdfg]|\{[^{}]*\}", "...", node.value))
+    return found
+
+
+def test_the_messages_in_troubleshooting_are_those_of_the_code():
+    text = (ROOT / "docs" / "troubleshooting.md").read_text()
+    quoted = re.findall(r"^ *> `(.+)`$", text, re.MULTILINE)
+    assert len(quoted) == len(re.findall(r"^ *> .", text, re.MULTILINE)) > 20
+    ours = messages((ROOT / "fairseq_gradinit").rglob("*.py"))
+    installed = Path(fairseq.__file__).parent
+    program = Path(fairseq_cli.__file__).parent / "train.py"
+    others = ("*.py", "distributed/utils.py", "optim/*.py")
+    theirs = messages([program, *(path for name in others for path in installed.glob(name))])
+    for quote in quoted:
+        message = quote.removeprefix("...").removesuffix("...")
+        assert any(message in known for known in (*ours, *theirs)), quote
+
+
+def test_troubleshooting_has_the_numbers_of_the_rate_advice():
+    text = (ROOT / "docs" / "troubleshooting.md").read_text()
+    assert f"From {rate_advice.HELD:g}\non the log has a warning" in text
+    assert f"{100 * rate_advice.SHORT:g} % of training" in text
