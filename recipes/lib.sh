@@ -1,5 +1,6 @@
 # shellcheck shell=bash
-# What the recipes share: a recipe sets its variables, reads this file, and calls `recipe "$@"`.
+# What the recipes share: a recipe reads its corpus.sh, which reads this file, sets its variables, and
+# calls `recipe "$@"`.
 # For each seed: prepare the corpus, train, average checkpoints, translate, score. Each step that
 # has ended well is left out when the same command is given again; training goes on from its last
 # checkpoint. Everything lies in RUNS; the scores are lines of RESULTS.
@@ -61,10 +62,40 @@ wanted() { [[ " $STEPS " == *" $1 "* ]]; }
 usage() {
     sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p}' "$0"
     say
-    say "Variables, and what they are when not given:"
+    say "Variables, and what they are now:"
+    local line
     # shellcheck disable=SC2016
-    grep -h '^: "\${' "$0" "$(dirname "$0")/corpus.sh" "$LIB/lib.sh" |
-        sed -E 's/^: "\$\{([A-Z0-9_]+):=(.*)\}" *(#? ?.*)$/  \1=\2  \3/'
+    grep -h '^: "\${' "$0" "$(dirname "$0")/corpus.sh" "$LIB/lib.sh" | while read -r line; do
+        [[ $line =~ ^:\ \"\$\{([A-Z0-9_]+):=.*\}\"\ *(.*)$ ]]
+        printf '  %-24s %s\n' "${BASH_REMATCH[1]}=${!BASH_REMATCH[1]}" "${BASH_REMATCH[2]}"
+    done
+}
+
+# choose_size NAME...: these are what SIZE can be.
+choose_size() {
+    # shellcheck disable=SC2153  # corpus.sh has set it
+    [[ " $* " == *" $SIZE "* ]] || die "SIZE=$SIZE is not among: $*"
+    KNOWN_SIZES=("$@")
+}
+
+# by_size VALUE...: the value for SIZE, in the order of choose_size.
+by_size() {
+    local size
+    for size in "${KNOWN_SIZES[@]}"; do
+        [[ $size != "$SIZE" ]] || break
+        shift
+    done
+    say "$1"
+}
+
+# transformer LAYERS WIDTH FFN HEADS: adds the sizes of both sides to MODEL, and names them.
+transformer() {
+    local side
+    for side in encoder decoder; do
+        MODEL+=("--$side-layers" "$1" "--$side-embed-dim" "$2" "--$side-ffn-embed-dim" "$3"
+            "--$side-attention-heads" "$4")
+    done
+    MODEL_NAME="$1+$1 layers, d $2, ffn $3"
 }
 
 # once NAME KEY COMMAND...: run a command with its output in $RUN/NAME.log, unless it ended well
@@ -150,11 +181,9 @@ shrink() {
     BATCH_TOKENS=$((500 * WORKERS * (BATCH_TOKENS > MAX_TOKENS * WORKERS ? 2 : 1)))
     MAX_TOKENS=500
     UPDATES=12 SAVE_EVERY=4 AVERAGE=2 BEAM=2 WARMUP=$((WARMUP > 0 ? 4 : 0))
-    local side
-    for side in encoder decoder; do
-        MODEL+=("--$side-layers" 1 "--$side-embed-dim" 32 "--$side-ffn-embed-dim" 64
-            "--$side-attention-heads" 2)
-    done
+    local name=$MODEL_NAME
+    transformer 1 32 64 2
+    MODEL_NAME=$name
     [[ " ${ARM[*]} " == *" --gradinit "* ]] && ARM+=(--gradinit-iterations 2)
     [[ " ${ARM[*]} " == *" metainit "* ]] && ARM+=(--init-scheme-iterations 2)
     return 0

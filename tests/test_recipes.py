@@ -19,7 +19,10 @@ from fairseq_gradinit.schemes.options import SCHEMES
 
 FOLDER = ROOT / "recipes"
 # Of a corpus the baseline first, so that the others can be compared with it.
-ARMS = ("default-warmup", "default-no-warmup", "gradinit-adam", "gradinit-sgd", "pre-ln")
+ARMS = (
+    *("default-warmup", "default-no-warmup", "default-sgd", "gradinit-adam", "gradinit-sgd"),
+    "pre-ln",
+)
 SCHEME_ARMS = [f"multi30k/{name}" for name in SCHEMES]
 CORPORA = ("multi30k", "libreoffice", "iwslt14_de_en", "wmt14_en_de")
 RECIPES = [f"{corpus}/{arm}" for corpus in CORPORA for arm in ARMS]
@@ -209,12 +212,31 @@ def test_paper_preset_has_the_authors_single_update_of_warmup(tmp_path):
     assert "--lr 5e-4 --warmup-updates 1 " in done.stdout
 
 
+def test_size_decides_model_batch_and_rate(tmp_path):
+    base = ("--encoder-embed-dim 512 ", "--max-tokens 4096 ", "--lr 5e-4 --warmup-updates 625 ")
+    small = ("--encoder-embed-dim 128 ", "--max-tokens 1000 ", "--lr 2e-3 --warmup-updates 500 ")
+    for size, words in (("base", base), ("small", small)):
+        done = bash("multi30k/default-warmup.sh", "--dry-run", runs=tmp_path, SIZE=size, SEEDS="1")
+        assert all(word in done.stdout for word in words), done.stdout
+    given = {"SIZE": "base", "LR": "0.3", "WARMUP": "7"}
+    done = bash("libreoffice/default-warmup.sh", "--dry-run", runs=tmp_path, **given)
+    assert "--lr 0.3 --warmup-updates 7 " in done.stdout
+
+
+def test_help_shows_variables_as_they_are(tmp_path):
+    done = bash("multi30k/gradinit-sgd.sh", "--help", runs=tmp_path, SIZE="base", BEAM="9")
+    assert done.returncode == 0, done.stderr
+    for words in ("[VARIABLE=value ...] bash", "  UPDATES=2500 ", "  BEAM=9 ", "  MOMENTUM=0.9 "):
+        assert words in done.stdout
+    assert "  LR=0.0625                # peak learning rate" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
         ({"MAX_TOKENS": "3000"}, "choose another MAX_TOKENS"),
         ({"WORKERS": "16"}, "BATCH_TOKENS=32768 is no multiple of MAX_TOKENS=4096 times the 16"),
-        ({"SIZE": "huge"}, "SIZE=huge is neither base nor big"),
+        ({"SIZE": "huge"}, "SIZE=huge is not among: base big"),
     ],
     ids=str,
 )

@@ -2,6 +2,9 @@
 # IWSLT'14 German-English, as all recipes of this folder train on it: read by them, not run.
 # Model, regularisation, batch and schedule are those of the GradInit authors' script.
 
+# shellcheck source=recipes/lib.sh
+source "$(dirname "$0")/../lib.sh"
+
 : "${SEEDS:=1 2 3 4 5}"
 : "${UPDATES:=100000}"
 : "${MAX_TOKENS:=4096}"       # what a process takes at a time
@@ -18,12 +21,11 @@ SUBSETS=(test)
 COMPOUNDS=''
 MAX_LEN_A=1.2 MAX_LEN_B=10
 BASELINE=iwslt14_de_en/default-warmup
+# shellcheck disable=SC2034  # the recipes read them
+ADAM_LR=5e-4 ADAM_WARMUP=4000 SGD_LR=0.0625
 
 MODEL_NAME="6+6 layers, d 512, ffn 1024"
 MODEL=(--arch transformer_iwslt_de_en --share-decoder-input-output-embed
     --dropout 0.3 --attention-dropout 0.1 --activation-dropout 0.1
     --weight-decay 0.0001 --clip-norm 0)
 SCHEDULE=(--lr-scheduler polynomial_decay --end-learning-rate 1e-9)
-
-# shellcheck source=recipes/lib.sh
-source "$(dirname "$0")/../lib.sh"

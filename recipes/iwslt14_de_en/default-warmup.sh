@@ -4,13 +4,13 @@
 #     [VARIABLE=value ...] bash recipes/iwslt14_de_en/default-warmup.sh [--dry-run] [--smoke]
 set -euo pipefail
 
-: "${LR:=5e-4}"             # peak learning rate
-: "${WARMUP:=4000}"         # updates in which the learning rate rises to its peak
+# shellcheck source=recipes/iwslt14_de_en/corpus.sh
+source "$(dirname "$0")/corpus.sh"
+
+: "${LR:=$ADAM_LR}"         # peak learning rate
+: "${WARMUP:=$ADAM_WARMUP}" # updates in which the learning rate rises to its peak
 : "${BETA2:=0.98}"          # of Adam
 
 TITLE="default initialisation"
 ARM=(--optimizer adam --adam-betas "(0.9, $BETA2)")
-
-# shellcheck source=recipes/iwslt14_de_en/corpus.sh
-source "$(dirname "$0")/corpus.sh"
 recipe "$@"

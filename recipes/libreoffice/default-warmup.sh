@@ -4,13 +4,13 @@
 #     [VARIABLE=value ...] bash recipes/libreoffice/default-warmup.sh [--dry-run] [--smoke]
 set -euo pipefail
 
-: "${LR:=2e-3}"             # peak learning rate
-: "${WARMUP:=500}"          # updates in which the learning rate rises to its peak
+# shellcheck source=recipes/libreoffice/corpus.sh
+source "$(dirname "$0")/corpus.sh"
+
+: "${LR:=$ADAM_LR}"         # peak learning rate
+: "${WARMUP:=$ADAM_WARMUP}" # updates in which the learning rate rises to its peak
 : "${BETA2:=0.98}"          # of Adam
 
 TITLE="default initialisation"
 ARM=(--optimizer adam --adam-betas "(0.9, $BETA2)")
-
-# shellcheck source=recipes/libreoffice/corpus.sh
-source "$(dirname "$0")/corpus.sh"
 recipe "$@"

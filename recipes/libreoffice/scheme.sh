@@ -4,14 +4,14 @@
 #     SCHEME=admin [VARIABLE=value ...] bash recipes/libreoffice/scheme.sh [--dry-run] [--smoke]
 set -euo pipefail
 
+# shellcheck source=recipes/libreoffice/corpus.sh
+source "$(dirname "$0")/corpus.sh"
+
 : "${SCHEME:=pre-ln}"       # of fairseq-train's --init-scheme, see docs/rivals.md
-: "${LR:=2e-3}"             # peak learning rate
+: "${LR:=$ADAM_LR}"         # peak learning rate
 : "${WARMUP:=0}"            # updates in which the learning rate rises to its peak
 : "${BETA2:=0.98}"          # of Adam
 
 TITLE=$SCHEME
 ARM=(--optimizer adam --adam-betas "(0.9, $BETA2)" --init-scheme "$SCHEME")
-
-# shellcheck source=recipes/libreoffice/corpus.sh
-source "$(dirname "$0")/corpus.sh"
 recipe "$@"

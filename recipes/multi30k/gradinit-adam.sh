@@ -4,14 +4,14 @@
 #     [VARIABLE=value ...] bash recipes/multi30k/gradinit-adam.sh [--dry-run] [--smoke]
 set -euo pipefail
 
+# shellcheck source=recipes/multi30k/corpus.sh
+source "$(dirname "$0")/corpus.sh"
+
 : "${PRESET:=default}"      # of GradInit; paper is the setting of its authors
-: "${LR:=2e-3}"             # peak learning rate
+: "${LR:=$ADAM_LR}"         # peak learning rate
 : "${WARMUP:=0}"            # updates in which the learning rate rises to its peak
 : "${BETA2:=0.98}"          # of Adam
 
 TITLE="GradInit"
 ARM=(--optimizer adam --adam-betas "(0.9, $BETA2)" --gradinit --gradinit-preset "$PRESET")
-
-# shellcheck source=recipes/multi30k/corpus.sh
-source "$(dirname "$0")/corpus.sh"
 recipe "$@"

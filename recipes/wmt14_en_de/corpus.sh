@@ -2,8 +2,12 @@
 # WMT'14 English-German, as all recipes of this folder train on it: read by them, not run.
 # The schedule is linear in all arms: fairseq's inverse_sqrt is not defined without warmup.
 
+# shellcheck source=recipes/lib.sh
+source "$(dirname "$0")/../lib.sh"
+
 : "${LANGUAGES:=en-de}"       # or en-fr
 : "${SIZE:=base}"             # or big
+choose_size base big
 : "${LAYERS:=6}"              # of encoder and of decoder: 6, 12 or 18
 : "${SEEDS:=1 2 3}"
 : "${UPDATES:=100000}"
@@ -20,6 +24,8 @@ PIECES=subword_nmt
 SUBSETS=(valid test)          # newstest2013 and newstest2014
 MAX_LEN_A=1 MAX_LEN_B=50
 BASELINE=wmt14_en_de/default-warmup
+# shellcheck disable=SC2034  # the recipes read them
+ADAM_LR=7e-4 ADAM_WARMUP=4000 SGD_LR=0.0625
 # Papers score English-German after cutting words at their hyphens.
 COMPOUNDS=
 [[ $TARGET != de ]] || COMPOUNDS=1
@@ -27,11 +33,7 @@ COMPOUNDS=
 case $SIZE in
     base) MODEL=(--arch transformer_wmt_en_de --dropout 0.1) WIDTHS="d 512, ffn 2048" ;;
     big) MODEL=(--arch transformer_wmt_en_de_big --dropout 0.3) WIDTHS="d 1024, ffn 4096" ;;
-    *) echo "SIZE=$SIZE is neither base nor big" >&2 && exit 1 ;;
 esac
 MODEL_NAME="$LAYERS+$LAYERS layers, $WIDTHS"
 MODEL+=(--encoder-layers "$LAYERS" --decoder-layers "$LAYERS" --share-all-embeddings)
 SCHEDULE=(--lr-scheduler polynomial_decay)
-
-# shellcheck source=recipes/lib.sh
-source "$(dirname "$0")/../lib.sh"

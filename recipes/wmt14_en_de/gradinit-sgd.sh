@@ -4,14 +4,14 @@
 #     [VARIABLE=value ...] bash recipes/wmt14_en_de/gradinit-sgd.sh [--dry-run] [--smoke]
 set -euo pipefail
 
+# shellcheck source=recipes/wmt14_en_de/corpus.sh
+source "$(dirname "$0")/corpus.sh"
+
 : "${PRESET:=default}"      # of GradInit; paper is the setting of its authors
-: "${LR:=0.0625}"           # peak learning rate
+: "${LR:=$SGD_LR}"          # peak learning rate
 : "${WARMUP:=0}"            # updates in which the learning rate rises to its peak
 : "${MOMENTUM:=0.9}"        # of SGD
 
 TITLE="GradInit"
 ARM=(--optimizer sgd --momentum "$MOMENTUM" --gradinit --gradinit-preset "$PRESET")
-
-# shellcheck source=recipes/wmt14_en_de/corpus.sh
-source "$(dirname "$0")/corpus.sh"
 recipe "$@"
