@@ -280,6 +280,9 @@ def kept_tables(folder: Path) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = usual_parser(__doc__)
     add_device_options(parser)
+    parser.add_argument(
+        "--only", default="", metavar="WORDS", help="of a size's title: d=512, bf16"
+    )
     parser.add_argument("--table", action="store_true", help="print what is kept, measure nothing")
     options = parser.parse_args(arguments)
     if options.table:
@@ -287,10 +290,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     torch.set_num_threads(options.threads)
     plan = plan_for(options.device, options.quick)
-    all_costs = [measure(w, plan.schedule, plan.iterations) for w in plan.workloads]
+    workloads = [w for w in plan.workloads if options.only in describe(w)]
+    if not workloads:
+        parser.error(
+            f"--only {options.only}: the sizes are {'; '.join(map(describe, plan.workloads))}"
+        )
+    all_costs = [measure(w, plan.schedule, plan.iterations) for w in workloads]
     tables = []
     for costs in all_costs:
-        with_share = plan.with_share and costs is all_costs[0]
+        with_share = plan.with_share and costs.workload == plan.workloads[0]
         tables += [iteration_table(costs), run_table(costs, with_share)]
     path = options.results / f"cost-{options.device}.json"
     results = {"tables": [*map(asdict, tables)], "costs": [*map(asdict, all_costs)]}

@@ -123,6 +123,9 @@ def test_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "| share of 100k updates: 780 x constraint" in printed
     cost.main(["--table", "--results", str(tmp_path)])
     assert capsys.readouterr().out == printed
+    with pytest.raises(SystemExit):
+        cost.main(["--quick", "--only", "d=17", "--results", str(tmp_path)])
+    assert "--only d=17: the sizes are 1+1 layers, d=16, " in capsys.readouterr().err
 
 
 def test_scaling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

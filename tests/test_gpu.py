@@ -1,0 +1,127 @@
+"""What only a GPU can show: precisions, fused kernels, memory that runs out, a run that goes on."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import signal
+
+import pytest
+import test_interruption
+import torch
+from conftest import GRADINIT, train_here, usual_options
+from test_interruption import ITERATIONS, finish, interrupt, learned
+from test_train import STANDSTILL, scales_in
+from torch import nn
+
+from fairseq_gradinit.blocks import collect_blocks
+from fairseq_gradinit.config import GradInitConfig
+from fairseq_gradinit.engine import BatchPair, learn_scales
+from fairseq_gradinit.quiet import quiet
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
+# With ReLU, whose slope jumps, the derivative of the gradient norm depends on the way it is taken.
+CONSTRAINED = ["--gradinit-gamma", "100", "--activation-fn", "gelu"]
+NO_REMAINDER = 1e-2
+"""Of a scale: three iterations of 1e-2 each, whose direction rounding decides where it is a
+toss-up."""
+
+
+def scales_of(corpus, folder, *options: str, device: str = "cuda") -> dict[str, float]:
+    base = usual_options() if device == "cpu" else usual_options("--cpu")
+    run = train_here(corpus.translation, folder, *GRADINIT, *STANDSTILL, *options, base=base)
+    assert run.code == 0, run.output
+    assert f"|device:{device}" in run.output
+    return scales_in(folder)
+
+
+def differing(one: dict[str, float], other: dict[str, float]) -> float:
+    """The share of the scales that are not nearly the same."""
+    assert one.keys() == other.keys()
+    assert len(set(one.values())) > 5
+    return sum(abs(one[name] - other[name]) > NO_REMAINDER for name in one) / len(one)
+
+
+@pytest.fixture(scope="module")
+def on_cpu(corpus, tmp_path_factory) -> dict[str, float]:
+    return scales_of(corpus, tmp_path_factory.mktemp("cpu"), device="cpu")
+
+
+@pytest.mark.parametrize("precision", [[], ["--fp16"], ["--amp"], ["--memory-efficient-fp16"]])
+def test_scales_are_those_of_the_cpu_in_any_precision_of_training(
+    precision, corpus, on_cpu, tmp_path
+):
+    assert differing(scales_of(corpus, tmp_path, *precision), on_cpu) < 0.05
+
+
+def test_bf16_moves_few_scales(corpus, on_cpu, tmp_path):
+    found = scales_of(corpus, tmp_path, "--gradinit-precision", "bf16")
+    assert differing(found, on_cpu) < 0.2
+
+
+@pytest.mark.parametrize("way", ["exact", "finite-difference", "auto"])
+def test_the_constraint_is_that_of_the_cpu(way, corpus, tmp_path):
+    """Fused attention has no second derivative on a GPU either."""
+    on_gpu = scales_of(corpus, tmp_path / "gpu", *CONSTRAINED, "--gradinit-second-order", way)
+    exact = [*CONSTRAINED, "--gradinit-second-order", "exact"]
+    truth = scales_of(corpus, tmp_path / "cpu", *exact, device="cpu")
+    assert differing(on_gpu, truth) < 0.1
+
+
+def test_training_goes_on_from_the_scaled_weights_in_fp16(corpus, tmp_path):
+    base = usual_options("--cpu")
+    run = train_here(corpus.translation, tmp_path, *GRADINIT, "--fp16", base=base)
+    assert run.code == 0, run.output
+    assert len(run.updates) == 4
+    for name, scale in scales_in(tmp_path).items():
+        if not name.endswith("layer_norm.bias"):
+            scaled = (run.initial[name].float() * torch.tensor(scale)).half()
+            assert torch.equal(run.first[name].cpu(), scaled.cpu()), name
+
+
+def test_an_interrupted_run_goes_on(corpus, tmp_path, monkeypatch):
+    on_gpu = [word for word in test_interruption.SHORT_TRAINING if word != "--cpu"]
+    monkeypatch.setattr(test_interruption, "SHORT_TRAINING", on_gpu)
+    broken = interrupt(corpus.translation, tmp_path, signal.SIGTERM)
+    assert broken.code == 128 + signal.SIGTERM
+    whole = finish(corpus.translation, tmp_path)
+    assert whole.code == 0, whole.output
+    assert len(whole.lines(f"of {ITERATIONS}, from {tmp_path / 'gradinit_state.json'}")) == 1
+    assert "|device:cuda" in learned(tmp_path)["signature"]
+
+
+def test_micro_batches_are_halved_until_they_fit(caplog):
+    """With less memory than a whole batch takes, the scales are the same."""
+    caplog.set_level(logging.WARNING)
+    width, rows, megabytes = 256, 65_536, 2**20
+    config = GradInitConfig(eta=1e-3, iterations=2)
+
+    def scales() -> dict[str, float]:
+        torch.manual_seed(1)
+        layers = [layer for _ in range(6) for layer in (nn.Linear(width, width), nn.Tanh())]
+        net = nn.Sequential(*layers).cuda()
+        target = torch.linspace(-1, 1, width, device="cuda")
+
+        def loss(x: torch.Tensor) -> tuple[torch.Tensor, float]:
+            return (net(x) - target).pow(2).sum(), len(x)
+
+        drawn = torch.randn(2, rows, width, device="cuda")
+        pairs = [BatchPair([x[: 2 * rows // 3]], [x[rows // 3 :]]) for x in drawn]
+        with quiet(net):
+            blocks = collect_blocks({"": net}, "fixed")
+            learned = learn_scales(blocks, loss, pairs, config, halve=lambda x: list(x.chunk(2)))
+        return learned.scale_of
+
+    unlimited = scales()
+    peak = torch.cuda.max_memory_reserved()
+    gc.collect()
+    torch.cuda.empty_cache()
+    everything = torch.cuda.get_device_properties(0).total_memory
+    try:
+        torch.cuda.set_per_process_memory_fraction((peak - 300 * megabytes) / everything)
+        limited = scales()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "GradInit goes on with each micro-batch in 2 parts" in caplog.text
+    assert limited == pytest.approx(unlimited, rel=1e-4)
