@@ -15,7 +15,7 @@ set -euo pipefail
 : "${LRS:=5e-4 1e-3 2e-3 4e-3 8e-3}"    # peak learning rates
 : "${BETA2S:=0.9 0.95 0.98 0.999}"      # of Adam
 : "${SEEDS:=1}"
-: "${JOBS:=1}"                          # runs at a time; with GPUs, each has one of its own
+: "${JOBS:=1}"                          # runs at a time, each on one GPU, if there are any
 
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # Slurm runs a copy of this file from elsewhere.
@@ -37,8 +37,11 @@ points() {
 
 # point SEED RECIPE BETA2 LR: one run.
 point() {
-    if [[ -n ${SLOT:-} ]] && command -v nvidia-smi >/dev/null; then
-        export CUDA_VISIBLE_DEVICES=$SLOT GPUS=1
+    local gpus devices
+    gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
+    if [[ -n ${SLOT:-} ]] && ((gpus > 0)); then
+        IFS=, read -ra devices <<<"${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((gpus - 1)))}"
+        export CUDA_VISIBLE_DEVICES=${devices[SLOT % ${#devices[@]}]} GPUS=1
     fi
     local script=$HERE/$2.sh
     if [[ ! -e $script ]]; then

@@ -217,6 +217,6 @@ def test_the_messages_in_troubleshooting_are_those_of_the_code():
 
 
 def test_troubleshooting_has_the_numbers_of_the_rate_advice():
-    text = (ROOT / "docs" / "troubleshooting.md").read_text()
-    assert f"From {rate_advice.HELD:g}\non the log has a warning" in text
+    text = " ".join((ROOT / "docs" / "troubleshooting.md").read_text().split())
+    assert f"From {rate_advice.HELD:g} on the log has a warning" in text
     assert f"{100 * rate_advice.SHORT:g} % of training" in text

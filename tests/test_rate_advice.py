@@ -33,6 +33,12 @@ def test_a_rate_that_failed_is_named_with_a_warmup_that_was_enough():
     assert endless.endswith("some 7 % of training")
 
 
+def test_a_rate_that_failed_for_a_wider_model_is_named():
+    wide = Block(FC1.name, torch.nn.Parameter(torch.ones(1024, 512)), "learned")
+    assert "is 0.72: at 0.7 and more" in short_warmup_advice(config(lr=1e-3), [wide])
+    assert short_warmup_advice(config(lr=7e-4), [wide]) is None
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"lr": 2e-3}, {"optimizer": "sgd"}, {"optimizer": "new"}, {"warmup": 1}, {"warmup": None}],

@@ -182,6 +182,29 @@ def test_sweep_ends_in_a_table_and_a_picture(smoke, tmp_path):
     assert "--lr 1e-3 " not in array.stdout
 
 
+@pytest.mark.parametrize(
+    ("visible", "expected"),
+    [({}, ["0", "1"]), ({"CUDA_VISIBLE_DEVICES": "3,5"}, ["3", "5"])],
+    ids=["all", "a choice"],
+)
+def test_jobs_of_a_sweep_share_the_gpus(tmp_path, visible, expected):
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'GPU 0: a'\necho 'GPU 1: b'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    # In place of a recipe; it waits, so that the jobs run side by side.
+    (tmp_path / "show.sh").write_text('echo "device $CUDA_VISIBLE_DEVICES of $GPUS" && sleep 0.5\n')
+    knobs = {
+        **visible,
+        "RECIPES": os.path.relpath(tmp_path / "show", FOLDER),
+        "LRS": "1 2 3 4",
+        "BETA2S": "0.9",
+        "JOBS": "4",
+        "PATH": f"{tmp_path}{os.pathsep}{BIN}{os.pathsep}{os.environ['PATH']}",
+    }
+    done = bash("sweep.sh", "--dry-run", runs=tmp_path, **knobs)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == [f"device {n} of 1" for n in expected for _ in "12"]
+
+
 def test_sweeps_know_other_initialisations_by_name(tmp_path):
     knobs = {"LRS": "1e-3", "BETA2S": "0.98", "RECIPES": "multi30k/admin libreoffice/t-fixup"}
     done = bash("sweep.sh", "--dry-run", runs=tmp_path, WARMUP="30", **knobs)
