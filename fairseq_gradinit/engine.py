@@ -631,7 +631,7 @@ def _resume(
     learner: ScaleLearner, drawn: Iterator[BatchPair], file: StateFile
 ) -> Iterator[BatchPair]:
     """Load the state in `file`, if it is of any use; what is left of `drawn` for the learner."""
-    state = file.load(learner.identity, learner.device)
+    state = file.load(learner.identity)
     first = None if state is None else next(drawn, None)
     if state is None or first is None:
         return drawn

@@ -19,11 +19,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
+import torch.distributed
 from fairseq import options as fairseq_options
 from fairseq import tasks
 from fairseq.dataclass.utils import gen_parser_from_dataclass
@@ -103,7 +105,16 @@ def _errors_as_sentences() -> Iterator[None]:
         yield
     except GradInitError as error:
         logger.error("GradInit: %s", error)
-        sys.exit(1)
+        _leave(1)
+
+
+def _leave(code: int) -> NoReturn:
+    if torch.distributed.is_initialized():
+        # gloo's threads may abort an interpreter that ends in order after a collective has failed.
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _with_checks(call_main: Callable[..., Any]) -> Callable[..., Any]:

@@ -9,13 +9,15 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from torch import nn
 
-from fairseq_gradinit import log_text
+from fairseq_gradinit import __version__, log_text
+from fairseq_gradinit.agreement import prepared_alike
 from fairseq_gradinit.blocks import (
     Block,
     at_fixed_scales,
@@ -68,12 +70,18 @@ def run_phase(trainer: Any, plan: Plan) -> None:
     frozen = frozen_names(modules)
     if frozen:
         logger.info("frozen, so kept at scale 1: %s", ", ".join(frozen))
-    if advice := short_warmup_advice(trainer.cfg, _blocks(trainer, plan)):
-        logger.warning(advice)
     with full_precision(trainer), undone_on_error(list(modules.values())):
-        before = _snapshot(trainer, plan)
-        scales = _learn(trainer, plan) if plan.scales_file is None else _apply(trainer, plan)
-        effect = effect_between(before, _snapshot(trainer, plan), scales.signature)
+        prepared = prepared_alike(
+            data_parallel_processes(trainer),
+            lambda: _prepare(trainer, plan),
+            lambda found: _description(plan, found),
+        )
+        if advice := short_warmup_advice(trainer.cfg, prepared.blocks):
+            logger.warning(advice)
+        before = _snapshot(trainer, prepared)
+        initialise = _learn if prepared.file is None else _apply
+        scales = initialise(trainer, plan, prepared)
+        effect = effect_between(before, _snapshot(trainer, prepared), scales.signature)
     if trainer.is_data_parallel_master:
         scales.save(path)
         effect.save(path.with_name(EFFECT_FILE_NAME))
@@ -133,52 +141,94 @@ def _blocks(trainer: Any, plan: Plan) -> list[Block]:
     return [replace(b, state="centered") if id(b.parameter) in centered else b for b in blocks]
 
 
-def _apply(trainer: Any, plan: Plan) -> Scales:
+@dataclass(frozen=True)
+class _Prepared:
+    """What a process gets ready by itself.
+
+    Attributes:
+        blocks: the parameter tensors.
+        batches: where batches are drawn from; None if the data do not allow that, and none are
+            needed.
+        file: the scales to apply; None if they are to be learned.
+        centering: whether LayerNorms are to be centered.
+    """
+
+    blocks: list[Block]
+    batches: PairedBatches | None
+    file: Scales | None
+    centering: bool
+
+    @property
+    def pairs(self) -> PairedBatches:
+        assert self.batches is not None
+        return self.batches
+
+
+def _prepare(trainer: Any, plan: Plan) -> _Prepared:
+    blocks = _blocks(trainer, plan)
+    file = None if plan.scales_file is None else Scales.load(Path(plan.scales_file))
+    centering = plan.centering
+    if centering is None:
+        centering = file is not None and file.centered
+    try:
+        batches = PairedBatches(
+            trainer,
+            plan.max_tokens,
+            plan.max_sentences,
+            plan.micro_batches,
+            plan.config.trial_steps,
+        )
+    except GradInitError:
+        # A file of scales can be applied where sentences cannot be drawn by index.
+        if file is None or centering:
+            raise
+        batches = None
+    return _Prepared(blocks, batches, file, centering)
+
+
+def _description(plan: Plan, prepared: _Prepared) -> dict[str, object]:
+    """What must be the same in all processes; causes before their effects."""
+    given = {**asdict(plan), **asdict(plan.config)}
+    # The file may lie elsewhere on another machine.
+    del given["config"], given["scales_file"]
+    return {
+        "version": __version__,
+        "torch": torch.__version__,
+        **{name.replace("_", "-"): value for name, value in given.items()},
+        "weights": fingerprint(prepared.blocks),
+        "batches": prepared.batches and prepared.batches.plan_digest(),
+        "scales": prepared.file and prepared.file.digest(),
+    }
+
+
+def _apply(trainer: Any, plan: Plan, prepared: _Prepared) -> Scales:
     """Do with the scales in a file what learning them would have ended with."""
-    learned = Scales.load(Path(str(plan.scales_file)))
-    scales = learned.apply(_blocks(trainer, plan))
+    assert prepared.file is not None
+    scales = prepared.file.apply(prepared.blocks)
     logger.info("applied the scales in %s", plan.scales_file)
-    if changes := size_changes(learned, scales):
+    if changes := size_changes(prepared.file, scales):
         logger.warning("these scales were learned at other sizes: %s", changes)
-    if scales.centered if plan.centering is None else plan.centering:
-        _center(trainer, _pairs(trainer, plan))
+    if prepared.centering:
+        _center(trainer, prepared.pairs)
     return scales
 
 
-def _pairs(trainer: Any, plan: Plan) -> PairedBatches:
-    return PairedBatches(
-        trainer,
-        plan.max_tokens,
-        plan.max_sentences,
-        plan.micro_batches,
-        plan.config.trial_steps,
-    )
-
-
-def data_parallel_processes(trainer: Any) -> Processes | None:
-    """The processes that train together; None for one alone."""
+def data_parallel_processes(trainer: Any) -> Processes:
+    """The processes that train together."""
     if trainer.data_parallel_world_size > 1:
         return ProcessGroup(trainer.data_parallel_process_group)
-    return None
+    return OneProcess()
 
 
-def _snapshot(trainer: Any, plan: Plan) -> Snapshot:
-    modules = trained_modules(trainer)
-    blocks = collect_blocks(modules, plan.config.norm_gains)
-    try:
-        sentences = _pairs(trainer, plan).sentences(CENTERING_SENTENCES)
-    except GradInitError:
-        # A file of scales can be applied where sentences cannot be drawn by index.
-        if plan.scales_file is None:
-            raise
-        sentences = []
-    with quiet(*modules.values()):
+def _snapshot(trainer: Any, prepared: _Prepared) -> Snapshot:
+    sentences = prepared.batches.sentences(CENTERING_SENTENCES) if prepared.batches else []
+    with quiet(*trained_modules(trainer).values()):
         return take_snapshot(
             trainer.get_model(),
-            blocks,
+            prepared.blocks,
             TaskLoss(trainer),
             sentences,
-            data_parallel_processes(trainer) or OneProcess(),
+            data_parallel_processes(trainer),
         )
 
 
@@ -196,17 +246,16 @@ def _center(trainer: Any, pairs: PairedBatches) -> None:
     )
 
 
-def _learn(trainer: Any, plan: Plan) -> Scales:
+def _learn(trainer: Any, plan: Plan, prepared: _Prepared) -> Scales:
     model, criterion = trainer.get_model(), trainer.get_criterion()
     if trainer.cfg.ema.store_ema and getattr(trainer.task, "uses_ema", False):
         raise GradInitError(
             f"task {type(trainer.task).__name__} trains against a moving average of its own "
             "model, which GradInit does not follow: leave out --gradinit"
         )
-    blocks = _blocks(trainer, plan)
+    blocks, pairs = prepared.blocks, prepared.pairs
     before = fingerprint(blocks)
-    pairs = _pairs(trainer, plan)
-    if plan.centering:
+    if prepared.centering:
         with at_fixed_scales(blocks):
             _center(trainer, pairs)
     logger.info(
@@ -235,7 +284,7 @@ def _learn(trainer: Any, plan: Plan) -> Scales:
         except GradInitStopped as stopped:
             _leave(stopped, signals, plan)
     log.write_scales([learned.scale_of[block.name] for block in blocks if block.learned])
-    if plan.centering:
+    if prepared.centering:
         # The scales have changed what goes into the LayerNorms.
         _center(trainer, pairs)
     signature = log_text.signature(
@@ -250,7 +299,7 @@ def _learn(trainer: Any, plan: Plan) -> Scales:
 
 
 def _state_file(
-    trainer: Any, plan: Plan, pairs: PairedBatches, processes: Processes | None
+    trainer: Any, plan: Plan, pairs: PairedBatches, processes: Processes
 ) -> StateFile | None:
     if plan.save_interval == 0:
         return None

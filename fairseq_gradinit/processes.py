@@ -26,7 +26,7 @@ class Processes(Protocol):
         count: how many there are.
         rank: which of them this is, from 0.
 
-    The methods raise GradInitError when another process has ended.
+    The methods raise GradInitError when another process has ended, or does not answer in time.
     """
 
     count: int
@@ -38,8 +38,8 @@ class Processes(Protocol):
     def max_(self, tensor: Tensor) -> None:
         """Replace each element of `tensor` by its maximum over the processes."""
 
-    def broadcast_(self, tensor: Tensor) -> None:
-        """Replace `tensor` by that of rank 0."""
+    def gather(self, text: str) -> list[str]:
+        """The texts that the processes give here, in the order of their ranks."""
 
 
 class OneProcess:
@@ -54,8 +54,8 @@ class OneProcess:
     def max_(self, tensor: Tensor) -> None:
         pass
 
-    def broadcast_(self, tensor: Tensor) -> None:
-        pass
+    def gather(self, text: str) -> list[str]:
+        return [text]
 
 
 class ProcessGroup:
@@ -81,8 +81,10 @@ class ProcessGroup:
     def max_(self, tensor: Tensor) -> None:
         self._all_reduce(tensor, torch.distributed.ReduceOp.MAX)
 
-    def broadcast_(self, tensor: Tensor) -> None:
-        self._call(torch.distributed.broadcast, tensor, group=self._group, group_src=0)
+    def gather(self, text: str) -> list[str]:
+        texts = [""] * self.count
+        self._call(torch.distributed.all_gather_object, texts, text, self._group)
+        return texts
 
     def _all_reduce(self, tensor: Tensor, operation: Any) -> None:
         self._call(torch.distributed.all_reduce, tensor, operation, self._group)
@@ -92,8 +94,10 @@ class ProcessGroup:
             collective(*args, **kwargs)
         except RuntimeError as error:
             raise GradInitError(
-                f"process {self.rank} of {self.count} lost the others, one of which has probably "
-                f"ended: look for the first error among their logs ({str(error).splitlines()[0]})"
+                f"process {self.rank} of {self.count} lost the others in {collective.__name__}: "
+                "one of them has ended, or did not answer in time. Look for the first error among "
+                "their logs; given again, the same command goes on from the last state saved "
+                f"({str(error).splitlines()[0]})"
             ) from error
 
 

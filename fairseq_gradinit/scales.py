@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -75,6 +76,10 @@ class Scales:
         """What the signature says, by the names in it; of what is no such line nothing."""
         fields = (part.partition(":") for part in self.signature.split("|"))
         return {name: value for name, colon, value in fields if colon}
+
+    def digest(self) -> str:
+        """Eight hexadecimal digits that change with any name, shape, scale or state."""
+        return hashlib.blake2b(repr(self.blocks).encode(), digest_size=4).hexdigest()
 
     @classmethod
     def of(

@@ -14,8 +14,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fairseq_gradinit.config import SECOND_ORDER_NAMES, SecondOrder
 from fairseq_gradinit.files import number, parse_json, shown, typed, write_atomically
 from fairseq_gradinit.history import KINDS, Iteration, IterationKind, parse_iteration, parse_kind
@@ -101,17 +99,16 @@ class StateFile:
             document = {"format": FORMAT, "version": VERSION, "digest": _digest(body), **body}
             write_atomically(self.path, json.dumps(document, allow_nan=False) + "\n")
 
-    def load(self, learner: str, device: torch.device) -> LearnerState | None:
+    def load(self, learner: str) -> LearnerState | None:
         """The state to go on from; None, with a warning, when the file is of no use.
 
         Args:
             learner: see `save`.
-            device: where tensors live that the processes exchange.
         """
         text = ""
         if self._processes.rank == 0:
             text = self._read(learner)
-        text = self._share(text, device)
+        text = self._processes.gather(text)[0]
         return _parse(json.loads(text)["state"]) if text else None
 
     def _whole(self, learner: str) -> str:
@@ -140,16 +137,6 @@ class StateFile:
             )
             return ""
         return text
-
-    def _share(self, text: str, device: torch.device) -> str:
-        """Give the text of rank 0 to all processes."""
-        content = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
-        length = torch.tensor([len(content)], device=device)
-        self._processes.broadcast_(length)
-        if self._processes.rank != 0:
-            content = torch.zeros(int(length), dtype=torch.uint8, device=device)
-        self._processes.broadcast_(content)
-        return bytes(content.tolist()).decode()
 
 
 def _digest(body: Mapping[str, Any]) -> str:

@@ -5,12 +5,15 @@ Writes what it comes to as FOLDER/RANK.json. Run without torchrun it is alone wi
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
+from collections.abc import Container
 from pathlib import Path
 
 import torch
+from tiny import SPOILERS
 from torch import nn
 
 from fairseq_gradinit.blocks import collect_blocks
@@ -131,6 +134,45 @@ def stop_and_go_on(processes: Processes, folder: Path) -> object:
     except GradInitStopped as stopped:
         message = str(stopped)
     return [message, whole(path).scale_of, whole(None).scale_of, path.exists()]
+
+
+def not_finite(processes: Processes, folder: Path) -> object:
+    """The last process alone meets a loss or a gradient that is not finite, in the first iteration.
+
+    Returns:
+        For each such evaluation what was learned, what is learned without that iteration's
+        batches, and how many were skipped; for each kind the error when none may be skipped.
+    """
+    last = processes.rank == processes.count - 1
+    pairs = draw_pairs(processes)
+
+    def run(pairs: list[BatchPair], kind: str, spoiled: Container[int], max_skipped: int = 1):
+        model, loss_of = model_and_loss()
+        calls = itertools.count()
+
+        def loss(rows: torch.Tensor) -> tuple[torch.Tensor, int]:
+            value, count = loss_of(rows)
+            if next(calls) in spoiled and last:
+                value = SPOILERS[kind](value, model[0].bias)
+            return value, count
+
+        config = GradInitConfig(eta=0.05, iterations=3, max_skipped=max_skipped)
+        with quiet(model):
+            blocks = collect_blocks({"": model}, "fixed")
+            return learn_scales(blocks, loss, pairs, config, processes=processes)
+
+    expected = run(pairs[1:], "nan", ()).scale_of
+    found = []
+    for kind in SPOILERS:
+        # In the first iteration three processes have one micro-batch or two each, two have more.
+        for call in (0, 1):
+            learned = run(pairs, kind, {call})
+            found.append([learned.scale_of, expected, learned.skipped])
+        try:
+            run(pairs, kind, {0}, max_skipped=0)
+        except GradInitError as error:
+            found.append(str(error))
+    return found
 
 
 def main() -> None:

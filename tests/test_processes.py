@@ -65,7 +65,24 @@ def test_a_process_that_ends_stops_the_others_with_a_sentence(tmp_path):
     found = run_ranks("one_ends", 3, tmp_path)
     assert len(found) == 2
     for rank, message in enumerate(found):
-        assert f"process {rank} of 3 lost the others, one of which has probably ended" in message
+        assert f"process {rank} of 3 lost the others in all_reduce: one of them has " in message
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_what_is_not_finite_in_one_process_is_skipped_by_all(processes, tmp_path):
+    """A loss or a gradient, at S and after the trial step; too many are the same error in all."""
+    together = run_ranks("not_finite", processes, tmp_path)
+    assert len(together) == processes
+    assert all(found == together[0] for found in together)
+    errors = [found for found in together[0] if isinstance(found, str)]
+    learned = [found for found in together[0] if not isinstance(found, str)]
+    assert len(errors) == 3
+    assert len(learned) == 6
+    for scales, expected, skipped in learned:
+        assert scales == expected
+        assert skipped == 1
+    for message in errors:
+        assert "in GradInit iteration 1, and 1 batches are more than may be skipped" in message
 
 
 def test_processes_stop_together_and_go_on_together(tmp_path):

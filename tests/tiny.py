@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 
@@ -52,6 +54,15 @@ def loss_of(model: nn.Module):
         return total, float(tokens[:, 1:].numel())
 
     return loss
+
+
+# What happens to a loss that depends on a parameter.
+SPOILERS = {
+    "nan": lambda loss, parameter: loss * math.nan,
+    "infinity": lambda loss, parameter: loss * math.inf,
+    # 0, with derivative infinity times 0.
+    "gradient": lambda loss, parameter: loss + (0.0 * parameter).sum().sqrt(),
+}
 
 
 def mean_loss(model: nn.Module, batches) -> torch.Tensor:

@@ -28,7 +28,7 @@ from torch import nn
 from fairseq_gradinit.branches import Stack, branch_names, stacks, variances
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.phase import data_parallel_processes, trained_modules
-from fairseq_gradinit.processes import OneProcess, Processes
+from fairseq_gradinit.processes import Processes
 from fairseq_gradinit.quiet import quiet
 from fairseq_gradinit.schemes.batches import training_batches
 from fairseq_gradinit.schemes.shortcuts import attach, weights_of
@@ -163,7 +163,7 @@ def set_omegas(
 
 def _initialise(trainer: Any, set_omega: SetOmega) -> None:
     sentences = training_batches(trainer).sentences(SENTENCES)
-    processes = data_parallel_processes(trainer) or OneProcess()
+    processes = data_parallel_processes(trainer)
     with quiet(*trained_modules(trainer).values()):
         found = set_omegas(trainer.get_model(), set_omega, TaskLoss(trainer), sentences, processes)
     for side, omegas in found.items():

@@ -32,7 +32,7 @@ from torch.overrides import TorchFunctionMode
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.gradients import LossFunction
 from fairseq_gradinit.phase import data_parallel_processes, trained_modules
-from fairseq_gradinit.processes import OneProcess, Processes
+from fairseq_gradinit.processes import Processes
 from fairseq_gradinit.quiet import quiet
 from fairseq_gradinit.schemes.batches import training_batches
 from fairseq_gradinit.task_loss import TaskLoss
@@ -77,7 +77,7 @@ def initialise(trainer: Any, iterations: int) -> None:
     modules = list(trained_modules(trainer).values())
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
     batches = (pair.first[0] for pair in training_batches(trainer))
-    processes = data_parallel_processes(trainer) or OneProcess()
+    processes = data_parallel_processes(trainer)
 
     def report(iteration: int, quotient: float) -> None:
         if iteration % max(1, iterations // 10) == 0 or iteration == iterations:
