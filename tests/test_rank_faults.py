@@ -14,13 +14,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import OWN_USER_DIR, ROOT, Corpus, Outcome, usual_options
+from conftest import OWN_USER_DIR, ROOT, Outcome, usual_options
 
 import fairseq_gradinit
 from fairseq_gradinit.scales import Scales
@@ -78,6 +78,13 @@ class Run:
     def log(self, rank: int) -> Path:
         return self.save_dir / f"log.{rank}"
 
+    def scales(self) -> Scales:
+        return Scales.load(self.save_dir / "gradinit_scales.json")
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(self.save_dir / "checkpoint_last.pt", weights_only=True)["model"]
+
 
 Start = Callable[..., list[list[Outcome]]]
 
@@ -117,98 +124,65 @@ def start() -> Iterator[Start]:
 # Collectives of a run from its beginning: 1 for the snapshot, 5 for the LayerNorms, 1 that compares
 # the weights, 5 an iteration. A run that goes on from a state has one more before its iterations.
 PATIENCE = 15.0
-HARM = [
-    {2: {1: {"KILLED_AT": 4}}, 3: {2: {"KILLED_AT": 7}}},
-    {2: {0: {"KILLED_AT": 15}}, 3: {1: {"KILLED_AT": 21}}},
-    {2: {1: {"STOPPED_AT": 17}}, 3: {0: {"STOPPED_AT": 15}}},
-    {2: {1: {"KILLED_AT": 20}}, 3: {0: {"KILLED_AT": 21}}},
-]
+HARM = {
+    2: [
+        {1: {"KILLED_AT": 4}},
+        {0: {"KILLED_AT": 15}},
+        {1: {"STOPPED_AT": 17}},
+        {1: {"KILLED_AT": 20}},
+    ],
+    3: [
+        {2: {"KILLED_AT": 7}},
+        {1: {"KILLED_AT": 21}},
+        {0: {"STOPPED_AT": 15}},
+        {0: {"KILLED_AT": 21}},
+    ],
+}
 
 
-@dataclass(frozen=True)
-class Chain:
-    """A run that was broken again and again, and one that was not.
-
-    Attributes:
-        broken: what the ranks came to each time, and the number of the one that was harmed.
-        scales_early: whether there were scales after any of these.
-        whole: of the command given for the last time.
-        folder, unbroken: the --save-dir of this run, and of one that was not broken.
-        outcome: of the latter.
-    """
-
-    broken: list[tuple[list[Outcome], int]]
-    scales_early: bool
-    whole: list[Outcome]
-    folder: Path
-    unbroken: Path
-    outcome: list[Outcome]
+def harmed(run: Run, harm: Mapping[int, Mapping[str, int]]) -> Run:
+    """The run in which one rank comes to `harm`; if it stalls, the others wait for PATIENCE."""
+    patience = {"PATIENCE": PATIENCE} if "STOPPED_AT" in str(harm) else {}
+    ranks = range(run.processes)
+    return replace(run, harm={rank: {**patience, **harm.get(rank, {})} for rank in ranks})
 
 
-@pytest.fixture(scope="module")
-def chains(corpus: Corpus, start: Start, tmp_path_factory) -> dict[int, Chain]:
-    base = tmp_path_factory.mktemp("chains")
-    folders = {count: base / f"broken-{count}" for count in (2, 3)}
-    broken: dict[int, list] = {count: [] for count in folders}
-    early = dict.fromkeys(folders, False)
-    for harms in HARM:
-        patience = {"PATIENCE": PATIENCE} if "STOPPED_AT" in str(harms) else {}
-        runs = []
-        for count, folder in folders.items():
-            harm = {rank: {**patience, **harms[count].get(rank, {})} for rank in range(count)}
-            runs.append(Run(corpus.translation, folder, count, harm))
-        for count, outcomes in zip(folders, start(*runs), strict=True):
-            broken[count].append((outcomes, *harms[count]))
-            early[count] |= (folders[count] / "gradinit_scales.json").exists()
-    unbroken = {count: base / f"unbroken-{count}" for count in folders}
-    every = [*folders.values(), *unbroken.values()]
-    ended = start(*(Run(corpus.translation, folder, int(folder.name[-1])) for folder in every))
-    return {
-        count: Chain(
-            broken[count], early[count], ended[i], folders[count], unbroken[count], ended[i + 2]
-        )
-        for i, count in enumerate(folders)
-    }
-
-
-@pytest.mark.parametrize("processes", [2, 3])
-def test_a_rank_that_is_killed_or_stalls_ends_the_others_with_a_sentence(processes, chains):
-    for (outcomes, harmed), harm in zip(chains[processes].broken, HARM, strict=True):
-        ((kind, _),) = harm[processes][harmed].items()
-        for rank, outcome in enumerate(outcomes):
-            if rank == harmed and kind == "KILLED_AT":
-                assert outcome.code == -signal.SIGKILL
-                continue
-            # One that was stopped goes on when the others have ended, and finds them gone.
+def require_errors(harm: Mapping[int, Mapping[str, int]], ranks: Sequence[Outcome]) -> None:
+    ((victim, kind),) = harm.items()
+    for rank, outcome in enumerate(ranks):
+        if rank == victim and "KILLED_AT" in kind:
+            assert outcome.code == -signal.SIGKILL
+        else:
+            # A rank that was stopped goes on when the others have ended, and finds them gone.
             assert outcome.code == 1
-            assert f"process {rank} of {processes} lost the others in all_reduce" in outcome.error()
-        if kind == "STOPPED_AT":
-            waited = f"Timed out waiting {PATIENCE * 1000:.0f}ms"
-            assert any(waited in outcome.output for outcome in outcomes)
+            assert f"process {rank} of {len(ranks)} lost the others in all_reduce: " in (
+                outcome.error()
+            )
+    if "STOPPED_AT" in kind:
+        waited = f"Timed out waiting {PATIENCE * 1000:.0f}ms"
+        assert any(waited in outcome.error() for outcome in ranks)
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_then_the_same_command_ends_as_if_nothing_had_been(processes, chains):
-    chain = chains[processes]
-    assert not chain.scales_early
-    assert [outcome.code for outcome in (*chain.whole, *chain.outcome)] == [0] * 2 * processes
-    (line,) = chain.whole[0].lines("going on after iteration ")
-    done = int(re.search(r"iteration (\d+) of", line)[1])
-    assert 1 < done < ITERATIONS
-    assert len(chain.outcome[0].updates) == 2
-    assert chain.whole[0].updates == chain.outcome[0].updates
-    found, expected = (
-        Scales.load(folder / "gradinit_scales.json") for folder in (chain.folder, chain.unbroken)
-    )
-    assert len(found.history) == ITERATIONS
-    assert found == expected
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        models = [
-            torch.load(folder / "checkpoint_last.pt", weights_only=True)["model"]
-            for folder in (chain.folder, chain.unbroken)
-        ]
-    assert models[0].keys() == models[1].keys()
-    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+def test_a_rank_killed_or_stalled_ends_all_and_the_same_command_goes_on(corpus, start, tmp_path):
+    """To the scales and the checkpoint of a run that nothing happened to."""
+    broken = [Run(corpus.translation, tmp_path / f"broken-{n}", n) for n in HARM]
+    for harms in zip(*HARM.values(), strict=True):
+        for harm, ranks in zip(harms, start(*map(harmed, broken, harms)), strict=True):
+            require_errors(harm, ranks)
+        assert not list(tmp_path.glob("*/gradinit_scales.json"))
+    unbroken = [Run(corpus.translation, tmp_path / f"unbroken-{n}", n) for n in HARM]
+    ended = start(*broken, *unbroken)
+    assert [rank.code for ranks in ended for rank in ranks] == [0] * 2 * sum(HARM)
+    for i, (run, other) in enumerate(zip(broken, unbroken, strict=True)):
+        (line,) = ended[i][0].lines("going on after iteration ")
+        assert 1 < int(re.search(r"iteration (\d+) of", line)[1]) < ITERATIONS
+        assert len(ended[i][0].updates) == 2
+        assert ended[i][0].updates == ended[i + len(HARM)][0].updates
+        assert len(run.scales().history) == ITERATIONS
+        assert run.scales() == other.scales()
+        found, expected = run.weights(), other.weights()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
 # ---- one rank is not like the others
@@ -245,7 +219,7 @@ UNLIKE = {
         {"harm": {"VERSION": "0.0.9"}},
         f"{OTHERWISE}version 0.0.9, not {fairseq_gradinit.__version__}: ",
     ),
-    "no scales file": (
+    "scales": (
         {"options": ["--gradinit-scales", "/nowhere.json"]},
         "process 1 of 2: cannot read the scales file /nowhere.json: ",
     ),
@@ -253,54 +227,40 @@ UNLIKE = {
         {"harm": {"SPOILED": "-inf"}},
         "process 1 of 2: parameter encoder.embed_tokens.weight holds NaN or infinity before",
     ),
-    "nan loss": (
+    "loss": (
         {"options": [*OWN_USER_DIR, "--criterion", "nan_loss"]},
         "the loss is nan in GradInit iteration 1, and 11 batches are more than may be skipped",
     ),
 }
 
 
-@pytest.fixture(scope="module")
-def unlike(corpus: Corpus, start: Start, tmp_path_factory) -> dict[str, tuple[Path, list[Outcome]]]:
-    base = tmp_path_factory.mktemp("unlike")
+def test_a_rank_unlike_the_others_is_an_error_of_all(corpus, start, tmp_path):
+    data = corpus.translation
     runs = [
         Run(
-            corpus.translation,
-            base / name.replace(" ", "-"),
+            data,
+            tmp_path / name,
             harm={1: how.get("harm", {})},
             options={1: how.get("options", ())},
         )
         for name, (how, _) in UNLIKE.items()
     ]
-    copy = spoiled_copy(corpus.translation, base / "copy")
-    runs.append(Run(corpus.translation, base / "tokens", copies={1: copy}))
-    folders = [run.save_dir for run in runs]
-    return dict(zip([*UNLIKE, "tokens"], zip(folders, start(*runs), strict=True), strict=True))
-
-
-@pytest.mark.parametrize("case", UNLIKE)
-def test_a_rank_unlike_the_others_is_named_by_all(case, unlike):
-    folder, outcomes = unlike[case]
-    for outcome in outcomes:
-        assert outcome.code == 1
-        assert outcome.error().startswith(UNLIKE[case][1])
-    assert outcomes[0].error() == outcomes[1].error()
-    assert not list(folder.glob("*.json"))
-
-
-def test_every_rank_skips_what_is_not_finite_in_one(unlike):
-    _, outcomes = unlike["nan loss"]
-    skipped = [outcome.lines("so the batch is skipped (") for outcome in outcomes]
-    assert [len(lines) for lines in skipped] == [11, 11]
-    for line in zip(*skipped, strict=True):
-        assert len({text.partition("GradInit iteration")[2] for text in line}) == 1
-
-
-def test_a_rank_whose_data_are_damaged_ends_the_others(unlike):
-    """Its own error is torch's."""
-    folder, (good, bad) = unlike["tokens"]
+    damaged = Run(data, tmp_path / "damaged", copies={1: spoiled_copy(data, tmp_path / "copy")})
+    *outcomes, (good, bad) = start(*runs, damaged)
+    for (name, (_, sentence)), (one, other) in zip(UNLIKE.items(), outcomes, strict=True):
+        assert (one.code, other.code) == (1, 1), name
+        assert one.error() == other.error(), name
+        assert one.error().startswith(sentence), name
+    # Every rank skips what is not finite in one.
+    skipped = [
+        re.findall(r"GradInit (iteration 1: the loss is nan, .*)", rank.output)
+        for rank in outcomes[list(UNLIKE).index("loss")]
+    ]
+    assert len(skipped[0]) == 11
+    assert skipped[0] == skipped[1]
+    # The error of a rank whose data are damaged is torch's.
     assert bad.code not in (0, None)
     assert "IndexError: index out of range" in bad.output
     assert good.code == 1
     assert "process 0 of 2 lost the others in all_reduce: one of them has ended" in good.error()
-    assert not list(folder.glob("*.json"))
+    assert not list(tmp_path.glob("*/gradinit_*.json"))
