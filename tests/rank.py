@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import sys
 from collections.abc import Container
@@ -22,7 +23,7 @@ from fairseq_gradinit.engine import BatchPair, ScaleLearner, learn_scales
 from fairseq_gradinit.errors import GradInitError, GradInitStopped
 from fairseq_gradinit.processes import OneProcess, Processes, ProcessGroup
 from fairseq_gradinit.quiet import quiet
-from fairseq_gradinit.state import StateFile
+from fairseq_gradinit.state import StateFile, _digest
 
 SETTINGS = {
     "objective": {"target": "adam"},
@@ -109,7 +110,10 @@ def one_ends(processes: Processes, folder: Path) -> object:
 
 
 def stop_and_go_on(processes: Processes, folder: Path) -> object:
-    """The last process alone is asked to stop; then all go on, and only rank 0 has the file."""
+    """The last process alone is asked to stop; then all go on, and only rank 0 has the file.
+
+    At the end they are to go on from one with NaN in it.
+    """
     asked = 0
 
     def stop() -> bool:
@@ -133,7 +137,13 @@ def stop_and_go_on(processes: Processes, folder: Path) -> object:
         whole(path, stop)
     except GradInitStopped as stopped:
         message = str(stopped)
-    return [message, whole(path).scale_of, whole(None).scale_of, path.exists()]
+    found = [message, whole(path).scale_of, whole(None).scale_of, path.exists()]
+    if path.exists():
+        document = json.loads(path.read_text())
+        document["state"]["scales"][0] = math.nan
+        body = {name: document[name] for name in ("identity", "state")}
+        path.write_text(json.dumps({**document, "digest": _digest(body)}))
+    return [*found, whole(path).scale_of]
 
 
 def not_finite(processes: Processes, folder: Path) -> object:

@@ -87,9 +87,9 @@ def test_what_is_not_finite_in_one_process_is_skipped_by_all(processes, tmp_path
 
 def test_processes_stop_together_and_go_on_together(tmp_path):
     found = run_ranks("stop_and_go_on", 2, tmp_path)
-    for rank, (message, resumed, unbroken, has_file) in enumerate(found):
+    for rank, (message, resumed, unbroken, has_file, anew) in enumerate(found):
         assert message == "GradInit stopped after iteration 2"
-        assert resumed == unbroken
+        assert resumed == unbroken == anew
         assert has_file == (rank == 0)
 
 

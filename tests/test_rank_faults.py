@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import shutil
@@ -23,7 +24,7 @@ import torch
 from conftest import OWN_USER_DIR, ROOT, Outcome, usual_options
 
 import fairseq_gradinit
-from fairseq_gradinit.scales import Scales
+from fairseq_gradinit.scales import FORMAT, VERSION, Scales
 
 ITERATIONS = 7
 BASE = usual_options("--max-update", "--criterion", "--label-smoothing")
@@ -197,6 +198,13 @@ def spoiled_copy(data: Path, folder: Path) -> Path:
     return folder
 
 
+def scales_with_nan(path: Path) -> Path:
+    block = {"name": "encoder.embed_tokens.weight", "shape": [88, 32], "scale": math.nan}
+    document = {"format": FORMAT, "version": VERSION, "signature": "", "history": []}
+    path.write_text(json.dumps({**document, "blocks": [{**block, "state": "learned"}]}))
+    return path
+
+
 # Of a case: how rank 1 of two differs, and the sentence of both.
 OTHERWISE = "process 1 of 2 was started otherwise than process 0: it has "
 UNLIKE = {
@@ -246,11 +254,17 @@ def test_a_rank_unlike_the_others_is_an_error_of_all(corpus, start, tmp_path):
         for name, (how, _) in UNLIKE.items()
     ]
     damaged = Run(data, tmp_path / "damaged", copies={1: spoiled_copy(data, tmp_path / "copy")})
-    *outcomes, (good, bad) = start(*runs, damaged)
+    scales = scales_with_nan(tmp_path / "nan.json")
+    not_finite = Run(data, tmp_path / "nan", options={1: ["--gradinit-scales", str(scales)]})
+    *outcomes, (good, bad), told = start(*runs, damaged, not_finite)
     for (name, (_, sentence)), (one, other) in zip(UNLIKE.items(), outcomes, strict=True):
         assert (one.code, other.code) == (1, 1), name
         assert one.error() == other.error(), name
         assert one.error().startswith(sentence), name
+    for rank in told:
+        assert (
+            f"process 1 of 2: the scales file {scales} is damaged: ValueError: nan" in rank.error()
+        )
     # Every rank skips what is not finite in one.
     skipped = [
         re.findall(r"GradInit (iteration 1: the loss is nan, .*)", rank.output)
