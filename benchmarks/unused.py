@@ -104,7 +104,7 @@ class Run:
     cpu_seconds: float
 
 
-def train(data: Path, save_dir: Path, options: Sequence[str]) -> Run:
+def train(data: Path, save_dir: Path, options: Sequence[str], threads: int = 1) -> Run:
     """Run fairseq-train in a process of its own."""
     command = [sys.executable, "-c", PROGRAM, str(data), *USUAL, *options]
     log = save_dir.with_suffix(".log")
@@ -114,7 +114,7 @@ def train(data: Path, save_dir: Path, options: Sequence[str]) -> Run:
             [*command, "--save-dir", str(save_dir)],
             stdout=file,
             stderr=file,
-            env=environment(),
+            env={**environment(), "OMP_NUM_THREADS": str(threads)},
             cwd="/",
         )
         _, status, used = os.wait4(process.pid, 0)

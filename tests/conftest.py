@@ -198,12 +198,20 @@ def digest(sample: object) -> str:
 
 
 def train_here(
-    data: Path, save_dir: Path, *arguments: object, base: Sequence[str] = ()
+    data: Path,
+    save_dir: Path,
+    *arguments: object,
+    base: Sequence[str] = (),
+    plugin: bool = True,
 ) -> Training:
-    """Run fairseq-train as `train` does, but in this process, where the plugin stays loaded."""
+    """Run fairseq-train as `train` does, but in this process, where the plugin stays loaded.
+
+    Without `plugin` it is not loaded, so that has to come first in a process of its own.
+    """
     import fairseq_cli.train as program
 
-    import fairseq_gradinit.plugin  # noqa: F401
+    if plugin:
+        import fairseq_gradinit.plugin  # noqa: F401
 
     seen = Training(0, "")
 
