@@ -21,6 +21,8 @@ from unittest import mock
 import pytest
 import torch
 
+from fairseq_gradinit.doctor import user_dir
+
 # Models this small lose more to the hand-over between threads than they gain.
 torch.set_num_threads(1)
 
@@ -40,7 +42,7 @@ SHORT_TRAINING = [
     *("--max-tokens", "400", "--max-update", "4", "--cpu", "--disable-validation"),
     *("--log-format", "simple", "--log-interval", "1", "--num-workers", "0"),
 ]
-PLUGIN = ["--user-dir", "fairseq_gradinit"]
+PLUGIN = ["--user-dir", user_dir()]
 GRADINIT = ["--gradinit", "--gradinit-iterations", "3"]
 SCALES_ALONE = ["--gradinit-centering", "off", "--gradinit-encoder-branches", "1"]
 OWN_USER_DIR = ["--user-dir", str(ROOT / "tests" / "own_user_dir")]
