@@ -9,7 +9,7 @@ loads; the fairseq under test is the installed one. Every way has a process of i
   ask them to trust the file, so tests that read one fail.
 - `stock-unsafe`: the same, with torch's switch that lets it unpickle anything.
 - `plugin`: --user-dir fairseq_gradinit.
-- `gradinit`: --gradinit too, with few iterations and small batches, in every training.
+- `gradinit`: --gradinit too, with few iterations, sentences and small batches, in every training.
 
 What counts is the difference. The record is benchmarks/results/fairseq-suite.json, in which --ways
 replaces some and keeps the rest. The exit code is 1 if a test fails with the plugin and passes with
@@ -44,6 +44,8 @@ UNSAFE_LOADING = {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}
 PLUGIN = ("--user-dir", "fairseq_gradinit")
 # The tests train on some hundred tokens, of which a batch must leave another one.
 SHORTENED = ("--gradinit-iterations", "2", "--gradinit-max-tokens", "100")
+# Some of the models have six layers of width 512, and the tests train 80 of them.
+SENTENCES = 3
 
 
 @dataclass(frozen=True)
@@ -142,8 +144,8 @@ def options_added(way: Way) -> Iterator[None]:
 
 
 @contextmanager
-def learning_counted(recorder: Recorder) -> Iterator[None]:
-    """Count the trainings that learn scales."""
+def counted_and_shortened(recorder: Recorder) -> Iterator[None]:
+    """Count the trainings that learn scales, and center their LayerNorms on few sentences."""
     from fairseq_gradinit import phase
 
     learn: Callable[..., Any] = phase.learn_scales
@@ -154,7 +156,7 @@ def learning_counted(recorder: Recorder) -> Iterator[None]:
         recorder.learned += 1
         return learned
 
-    with mock.patch.object(phase, "learn_scales", wrapper):
+    with mock.patch.multiple(phase, learn_scales=wrapper, CENTERING_SENTENCES=SENTENCES):
         yield
 
 
@@ -178,7 +180,7 @@ def run_tests(checkout: Path, way: Way, only: str) -> dict[str, Outcome]:
     with options_added(way):
         suite = loader.loadTestsFromName("tests.test_binaries")
         if way.in_training:
-            with learning_counted(recorder):
+            with counted_and_shortened(recorder):
                 suite.run(recorder)
         else:
             suite.run(recorder)
