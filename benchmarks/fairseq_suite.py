@@ -1,9 +1,10 @@
 """Run fairseq's own tests of its programs without the plugin, with it, and with GradInit.
 
-    python benchmarks/fairseq_suite.py CHECKOUT [--ways NAME ...] [--only TEST]
+    python benchmarks/fairseq_suite.py CHECKOUT [--ways NAME ...] [--classes CLASS ...]
 
 CHECKOUT is a clone of fairseq, of which tests/test_binaries.py is taken, with the examples that it
-loads; the fairseq under test is the installed one. Every way has a process of its own:
+loads; the fairseq under test is the installed one. Every class of tests has a process of its own, in
+each of four ways:
 
 - `stock`: as it is. torch 2.6 and later refuse to load the checkpoints of a fairseq that does not
   ask them to trust the file, so tests that read one fail.
@@ -11,8 +12,8 @@ loads; the fairseq under test is the installed one. Every way has a process of i
 - `plugin`: --user-dir fairseq_gradinit.
 - `gradinit`: --gradinit too, with few iterations, sentences and small batches, in every training.
 
-What counts is the difference. The record is benchmarks/results/fairseq-suite.json, in which --ways
-replaces some and keeps the rest. The exit code is 1 if a test fails with the plugin and passes with
+What counts is the difference. The record is benchmarks/results/fairseq-suite.json, in which a run
+replaces what it ran and keeps the rest. The exit code is 1 if a test fails with the plugin and passes with
 unsafe loading. A training that GradInit refuses with a sentence counts as refused.
 """
 
@@ -33,6 +34,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
+from itertools import chain, product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,10 @@ import torch
 
 UNSAFE_LOADING = {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}
 PLUGIN = ("--user-dir", "fairseq_gradinit")
+CLASSES = (
+    *("TestLanguageModeling", "TestTranslation", "TestStories", "TestOptimizers"),
+    *("TestMaskedLanguageModel", "TestActivationCheckpointing"),
+)
 # The tests train on some hundred tokens, of which a batch must leave another one.
 SHORTENED = ("--gradinit-iterations", "2", "--gradinit-max-tokens", "100")
 # Some of the models have six layers of width 512, and the tests train 80 of them.
@@ -160,8 +166,8 @@ def counted_and_shortened(recorder: Recorder) -> Iterator[None]:
         yield
 
 
-def run_tests(checkout: Path, way: Way, only: str) -> dict[str, Outcome]:
-    """Run the tests one way, in a process that is used for nothing else."""
+def run_tests(checkout: Path, way: Way, test_class: str) -> dict[str, Outcome]:
+    """Run the tests of a class one way, in a process that is used for nothing else."""
     os.environ.update(way.environment)
     os.chdir(checkout)
     # Last, so that the fairseq of the checkout is not the one that is imported.
@@ -174,11 +180,8 @@ def run_tests(checkout: Path, way: Way, only: str) -> dict[str, Outcome]:
     recorder = Recorder()
     if way.everywhere:
         utils.import_user_module(argparse.Namespace(user_dir="fairseq_gradinit"))
-    loader = unittest.TestLoader()
-    if only:
-        loader.testNamePatterns = [f"*{only}*"]
+    suite = unittest.TestLoader().loadTestsFromName(f"tests.test_binaries.{test_class}")
     with options_added(way):
-        suite = loader.loadTestsFromName("tests.test_binaries")
         if way.in_training:
             with counted_and_shortened(recorder):
                 suite.run(recorder)
@@ -212,31 +215,37 @@ def main() -> None:
     parser.add_argument("checkout", type=Path, help="a clone of fairseq")
     names = [way.name for way in WAYS]
     parser.add_argument("--ways", nargs="+", choices=names, default=names)
-    parser.add_argument("--only", default="", help="tests whose names contain this; no record")
+    parser.add_argument("--classes", nargs="+", default=CLASSES, help="classes of tests")
     options = parser.parse_args()
     path = RESULTS / "fairseq-suite.json"
     found = read(path)["results"] if path.exists() else {}
-    for way in WAYS:
+    for way, test_class in product(WAYS, options.classes):
         if way.name not in options.ways:
             continue
         with ProcessPoolExecutor(1, get_context("spawn")) as process:
-            job = process.submit(run_tests, options.checkout.resolve(), way, options.only)
-            found[way.name] = report(way, job.result())
-        print(way.name, json.dumps(found[way.name], indent=1), flush=True)
-        if not options.only:
-            write(path, found)
+            job = process.submit(run_tests, options.checkout.resolve(), way, test_class)
+            outcome = report(way, job.result())
+        found.setdefault(way.name, {})[test_class] = outcome
+        print(way.name, test_class, json.dumps(outcome, indent=1), flush=True)
+        write(path, found)
     if worse := regressions(found):
         sys.exit(f"fairseq_suite: worse with the plugin: {json.dumps(worse, indent=1)}")
 
 
 def regressions(found: dict[str, Any]) -> dict[str, str]:
     """Tests that fail with the plugin and not without; a refusal is not a failure."""
-    usual = found.get("stock-unsafe", {}).get("not_passed", {})
+
+    def failures(way: str) -> dict[str, str]:
+        classes = found.get(way, {}).values()
+        lists = [outcome["not_passed"].items() for outcome in classes]
+        return {test: why for test, why in chain(*lists) if why.startswith("failed")}
+
+    usual = failures("stock-unsafe")
     return {
         f"{way}: {test}": why
         for way in ("plugin", "gradinit")
-        for test, why in found.get(way, {}).get("not_passed", {}).items()
-        if why.startswith("failed") and not usual.get(test, "").startswith("failed")
+        for test, why in failures(way).items()
+        if test not in usual
     }
 
 
