@@ -3,8 +3,8 @@
     python benchmarks/fairseq_suite.py CHECKOUT [--ways NAME ...] [--classes CLASS ...]
 
 CHECKOUT is a clone of fairseq, of which tests/test_binaries.py is taken, with the examples that it
-loads; the fairseq under test is the installed one. Every class of tests has a process of its own, in
-each of four ways:
+loads; the fairseq under test is the installed one. Every class of tests has a process of its own,
+in each of four ways:
 
 - `stock`: as it is. torch 2.6 and later refuse to load the checkpoints of a fairseq that does not
   ask them to trust the file, so tests that read one fail.
@@ -13,8 +13,8 @@ each of four ways:
 - `gradinit`: --gradinit too, with few iterations, sentences and small batches, in every training.
 
 What counts is the difference. The record is benchmarks/results/fairseq-suite.json, in which a run
-replaces what it ran and keeps the rest. The exit code is 1 if a test fails with the plugin and passes with
-unsafe loading. A training that GradInit refuses with a sentence counts as refused.
+replaces what it ran and keeps the rest. The exit code is 1 if a test fails with the plugin and does
+not with unsafe loading. A training that GradInit refuses with a sentence counts as refused.
 """
 
 from __future__ import annotations
