@@ -50,6 +50,10 @@ CLASSES = (
 )
 # The tests train on some hundred tokens, of which a batch must leave another one.
 SHORTENED = ("--gradinit-iterations", "2", "--gradinit-max-tokens", "100")
+# Language models have blocks of 500 tokens there, of which no batch could be cut in thirds.
+SHORT_BLOCKS = {
+    "TestLanguageModeling": ("--tokens-per-sample", "20", "--max-target-positions", "1024")
+}
 # Some of the models have six layers of width 512, and the tests train 80 of them.
 SENTENCES = 3
 
@@ -133,8 +137,8 @@ def refusal_behind(error: BaseException | None) -> BaseException | None:
 
 
 @contextmanager
-def options_added(way: Way) -> Iterator[None]:
-    """Add the options of `way` to all that the tests have fairseq parse."""
+def options_added(way: Way, test_class: str) -> Iterator[None]:
+    """Add the options of `way` to all that the tests of a class have fairseq parse."""
     from fairseq import options
 
     parse = options.parse_args_and_arch
@@ -142,8 +146,10 @@ def options_added(way: Way) -> Iterator[None]:
     @wraps(parse)
     def wrapper(parser: Any, input_args: Sequence[str], **kwargs: Any) -> Any:
         # A user dir of a test's own comes later, and so stays.
-        added = [*way.everywhere, *(way.in_training if "--arch" in input_args else ())]
-        return parse(parser, [*added, *input_args], **kwargs)
+        words = [*way.everywhere, *input_args]
+        if way.in_training and "--arch" in input_args:
+            words += [*way.in_training, *SHORT_BLOCKS.get(test_class, ())]
+        return parse(parser, words, **kwargs)
 
     with mock.patch.object(options, "parse_args_and_arch", wrapper):
         yield
@@ -181,7 +187,7 @@ def run_tests(checkout: Path, way: Way, test_class: str) -> dict[str, Outcome]:
     if way.everywhere:
         utils.import_user_module(argparse.Namespace(user_dir="fairseq_gradinit"))
     suite = unittest.TestLoader().loadTestsFromName(f"tests.test_binaries.{test_class}")
-    with options_added(way):
+    with options_added(way, test_class):
         if way.in_training:
             with counted_and_shortened(recorder):
                 suite.run(recorder)
