@@ -65,6 +65,7 @@ def run_phase(trainer: Any, plan: Plan) -> None:
     start = time.monotonic()
     drop_copies(trainer)
     modules = trained_modules(trainer)
+    clear_unset_biases(trainer.get_model())
     frozen = frozen_names(modules)
     if frozen:
         logger.info("frozen, so kept at scale 1: %s", ", ".join(frozen))
@@ -96,6 +97,16 @@ def drop_copies(trainer: Any) -> None:
     """
     trainer.reinitialize()
     trainer._ema = None
+
+
+def clear_unset_biases(model: nn.Module) -> None:
+    """Zero the biases that fairseq's dynamic convolutions have, and neither set nor use.
+
+    They are what the memory held: not finite at times, and another in each run and process.
+    """
+    for module in model.modules():
+        if getattr(module, "has_conv_bias", True) is False:
+            nn.init.zeros_(module.conv_bias)
 
 
 def require_writable(save_dir: str) -> None:
