@@ -12,6 +12,9 @@ in each of four ways:
 - `plugin`: --user-dir fairseq_gradinit.
 - `gradinit`: --gradinit too, with few iterations, sentences and small batches, in every training.
 
+In all of them NumPy is given back `numpy.compat`, which fairseq uses and NumPy 2 has not: without it
+the tests of language models fail in every way.
+
 What counts is the difference. The record is benchmarks/results/fairseq-suite.json, in which a run
 replaces what it ran and keeps the rest. The exit code is 1 if a test fails with the plugin and does
 not with unsafe loading. A training that GradInit refuses with a sentence counts as refused.
@@ -37,9 +40,11 @@ from functools import wraps
 from itertools import chain, product
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 
 UNSAFE_LOADING = {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}
@@ -178,6 +183,8 @@ def run_tests(checkout: Path, way: Way, test_class: str) -> dict[str, Outcome]:
     os.chdir(checkout)
     # Last, so that the fairseq of the checkout is not the one that is imported.
     sys.path.append(str(checkout))
+    if not hasattr(np, "compat"):
+        np.compat = SimpleNamespace(long=int)  # type: ignore[attr-defined]
     logging.captureWarnings(True)
     warnings.simplefilter("ignore")
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
