@@ -12,8 +12,8 @@ in each of four ways:
 - `plugin`: --user-dir fairseq_gradinit.
 - `gradinit`: --gradinit too, with few iterations, sentences and small batches, in every training.
 
-In all of them NumPy is given back `numpy.compat`, which fairseq uses and NumPy 2 has not: without it
-the tests of language models fail in every way.
+In all of them NumPy is given back `numpy.compat`, without which, as NumPy 2 is, fairseq does not
+generate from language models.
 
 What counts is the difference. The record is benchmarks/results/fairseq-suite.json, in which a run
 replaces what it ran and keeps the rest. The exit code is 1 if a test fails with the plugin and does

@@ -216,7 +216,7 @@ def main() -> None:
             (folder / task).mkdir()
             found[task] = measure(data, folder / task, settings, options.repeats)
             print(task, found[task], flush=True)
-    write(RESULTS / "unused.json", found)
+            write(RESULTS / "unused.json", found)
     if not all(result["all_runs_the_same"] for result in found.values()):
         sys.exit("unused: a run with the plugin loaded came to other numbers than one without it")
 

@@ -77,6 +77,15 @@ def test_it_runs_once_in_two_epochs(learned):
     assert not learned.lines(SKIPPED)
 
 
+def test_the_same_command_gives_the_same_numbers(corpus, folders, learned, tmp_path):
+    """`benchmarks/determinism.py` has two threads, and a process for each run."""
+    again = train_here(corpus.translation, tmp_path, *GRADINIT, *OVER_AN_EPOCH)
+    assert again.updates == learned.updates
+    assert same(again.weights, learned.weights)
+    first = (folders / "learned" / "gradinit_scales.json").read_bytes()
+    assert (tmp_path / "gradinit_scales.json").read_bytes() == first
+
+
 def test_random_numbers_are_not_used_up(corpus, tmp_path, monkeypatch):
     import fairseq_gradinit.hook as hook
 
