@@ -105,8 +105,9 @@ def clear_unset_biases(model: nn.Module) -> None:
     They are what the memory held: not finite at times, and another in each run and process.
     """
     for module in model.modules():
-        if getattr(module, "has_conv_bias", True) is False:
-            nn.init.zeros_(module.conv_bias)
+        bias = getattr(module, "conv_bias", None)
+        if isinstance(bias, nn.Parameter) and not getattr(module, "has_conv_bias", True):
+            nn.init.zeros_(bias)
 
 
 def require_writable(save_dir: str) -> None:
