@@ -78,7 +78,10 @@ PROGRAM = """
 from fairseq_cli.train import cli_main
 from fairseq.logging import meters, progress_bar
 meters.safe_round = lambda number, digits: number
-progress_bar.format_stat = lambda stat: repr(float(getattr(stat, "avg", stat)))
+format_stat = progress_bar.format_stat
+progress_bar.format_stat = lambda stat: (
+    format_stat(stat) if isinstance(stat, str) else repr(float(getattr(stat, "avg", stat)))
+)
 cli_main()
 """
 # What the log says of an update that is of times and not of numbers.
