@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Literal
 
 from fairseq_gradinit import __version__
@@ -128,7 +130,22 @@ def _plugin() -> Iterator[Finding]:
     except Exception as error:
         yield Finding("problem", f"the plugin cannot be loaded: {type(error).__name__}: {error}")
     else:
-        yield Finding("ok", "the plugin loads: --user-dir fairseq_gradinit")
+        yield Finding("ok", f"the plugin loads: --user-dir {user_dir()}")
+
+
+def user_dir() -> str:
+    """What to give as --user-dir from any folder.
+
+    fairseq looks beside itself for a folder of the name. That is in site-packages, where this
+    package is too, unless fairseq runs from a clone.
+    """
+    fairseq = importlib.util.find_spec("fairseq")
+    ours = Path(__file__).parent
+    if fairseq is not None and fairseq.origin is not None:
+        beside = Path(fairseq.origin).parents[1] / ours.name
+        if beside.is_dir():
+            return ours.name
+    return str(ours)
 
 
 def _extras() -> Iterator[Finding]:

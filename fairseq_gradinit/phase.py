@@ -67,6 +67,7 @@ def run_phase(trainer: Any, plan: Plan) -> None:
     start = time.monotonic()
     drop_copies(trainer)
     modules = trained_modules(trainer)
+    clear_unset_biases(trainer.get_model())
     frozen = frozen_names(modules)
     if frozen:
         logger.info("frozen, so kept at scale 1: %s", ", ".join(frozen))
@@ -104,6 +105,17 @@ def drop_copies(trainer: Any) -> None:
     """
     trainer.reinitialize()
     trainer._ema = None
+
+
+def clear_unset_biases(model: nn.Module) -> None:
+    """Zero the biases that fairseq's dynamic convolutions have, and neither set nor use.
+
+    They are what the memory held: not finite at times, and another in each run and process.
+    """
+    for module in model.modules():
+        bias = getattr(module, "conv_bias", None)
+        if isinstance(bias, nn.Parameter) and not getattr(module, "has_conv_bias", True):
+            nn.init.zeros_(bias)
 
 
 def require_writable(save_dir: str) -> None:

@@ -21,6 +21,8 @@ from unittest import mock
 import pytest
 import torch
 
+from fairseq_gradinit.doctor import user_dir
+
 # Models this small lose more to the hand-over between threads than they gain.
 torch.set_num_threads(1)
 
@@ -40,7 +42,7 @@ SHORT_TRAINING = [
     *("--max-tokens", "400", "--max-update", "4", "--cpu", "--disable-validation"),
     *("--log-format", "simple", "--log-interval", "1", "--num-workers", "0"),
 ]
-PLUGIN = ["--user-dir", "fairseq_gradinit"]
+PLUGIN = ["--user-dir", user_dir()]
 GRADINIT = ["--gradinit", "--gradinit-iterations", "3"]
 SCALES_ALONE = ["--gradinit-centering", "off", "--gradinit-encoder-branches", "1"]
 OWN_USER_DIR = ["--user-dir", str(ROOT / "tests" / "own_user_dir")]
@@ -198,12 +200,20 @@ def digest(sample: object) -> str:
 
 
 def train_here(
-    data: Path, save_dir: Path, *arguments: object, base: Sequence[str] = ()
+    data: Path,
+    save_dir: Path,
+    *arguments: object,
+    base: Sequence[str] = (),
+    plugin: bool = True,
 ) -> Training:
-    """Run fairseq-train as `train` does, but in this process, where the plugin stays loaded."""
+    """Run fairseq-train as `train` does, but in this process, where the plugin stays loaded.
+
+    Without `plugin` it is not loaded, so that has to come first in a process of its own.
+    """
     import fairseq_cli.train as program
 
-    import fairseq_gradinit.plugin  # noqa: F401
+    if plugin:
+        import fairseq_gradinit.plugin  # noqa: F401
 
     seen = Training(0, "")
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import run_command
+from conftest import PLUGIN, ROOT, run_command
 from test_packaging import NO_FAIRSEQ, python
 
 from fairseq_gradinit import command, doctor
@@ -24,7 +24,7 @@ def test_here_it_works():
     assert done.code == 0, done.output
     lines = done.output.splitlines()
     assert f"ok      torch {torch.__version__}, built without CUDA" in lines or torch.version.cuda
-    assert "ok      the plugin loads: --user-dir fairseq_gradinit" in lines
+    assert f"ok      the plugin loads: {' '.join(PLUGIN)}" in lines
     assert {line[:8].strip() for line in lines} <= {"ok", "note"}
 
 
@@ -83,6 +83,14 @@ def test_another_fairseq_is_a_note(monkeypatch):
     monkeypatch.setattr(doctor, "fairseq_distribution", lambda: ("fairseq", "0.12.2"))
     assert "fairseq 0.12.2: tested is ve-fairseq 0.12.3" in texts("note")
     assert not any(text.startswith("known of") for text in texts("note"))
+
+
+def test_beside_a_fairseq_that_runs_from_a_clone_the_user_dir_is_a_path(monkeypatch, tmp_path):
+    clone = SimpleNamespace(origin=str(tmp_path / "fairseq" / "__init__.py"))
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: clone)
+    assert f"the plugin loads: --user-dir {ROOT / 'fairseq_gradinit'}" in texts("ok")
+    (tmp_path / "fairseq_gradinit").mkdir()
+    assert "the plugin loads: --user-dir fairseq_gradinit" in texts("ok")
 
 
 @pytest.mark.parametrize("cuda", [None, "12.8"])

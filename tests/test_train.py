@@ -77,6 +77,15 @@ def test_it_runs_once_in_two_epochs(learned):
     assert not learned.lines(SKIPPED)
 
 
+def test_the_same_command_gives_the_same_numbers(corpus, folders, learned, tmp_path):
+    """`benchmarks/determinism.py` has two threads, and a process for each run."""
+    again = train_here(corpus.translation, tmp_path, *GRADINIT, *OVER_AN_EPOCH)
+    assert again.updates == learned.updates
+    assert same(again.weights, learned.weights)
+    first = (folders / "learned" / "gradinit_scales.json").read_bytes()
+    assert (tmp_path / "gradinit_scales.json").read_bytes() == first
+
+
 def test_random_numbers_are_not_used_up(corpus, tmp_path, monkeypatch):
     import fairseq_gradinit.hook as hook
 
@@ -340,6 +349,32 @@ def test_a_criterion_with_parameters_is_scaled_too(corpus, tmp_path):
     assert scale != 1.0
     found = run.trainer.get_criterion().temperature.detach()
     assert torch.equal(found, torch.full((1,), 1.5) * torch.tensor(scale))
+
+
+def test_biases_that_dynamic_convolutions_leave_unset_are_no_obstacle(
+    corpus, tmp_path, monkeypatch
+):
+    """fairseq allocates them, and neither fills nor uses them; here the memory held NaN."""
+    from fairseq.modules import DynamicConv_scripatable
+
+    reset = DynamicConv_scripatable.reset_parameters
+
+    def leave_unset(conv):
+        reset(conv)
+        conv.conv_bias.data.fill_(float("nan"))
+
+    monkeypatch.setattr(DynamicConv_scripatable, "reset_parameters", leave_unset)
+    options = ["--arch", "lightconv_iwslt_de_en", "--weight-softmax", "True"]
+    for side in ("encoder", "decoder"):
+        options += [f"--{side}-conv-type", "dynamic", f"--{side}-kernel-size-list", "[3,3]"]
+    run = train_here(corpus.translation, tmp_path, *GRADINIT, *STANDSTILL, *options)
+    assert run.code == 0, run.output
+    unset = [name for name in run.initial if name.endswith("conv_bias")]
+    assert len(unset) == 4
+    scales = scales_in(tmp_path)
+    for name in unset:
+        assert scales[name] == 1.0
+        assert not run.first[name].any()
 
 
 def test_frozen_tensors_are_listed_and_kept(corpus, tmp_path):
