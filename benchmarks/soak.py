@@ -1,7 +1,7 @@
 """Kill a training with GradInit at random moments, and watch its memory and files over many steps.
 
     python benchmarks/soak.py kills [--count 50] [--seed 1] [--minutes 10]
-    python benchmarks/soak.py memory [--updates 1000] [--iterations 1000]
+    python benchmarks/soak.py memory [--updates 20000] [--iterations 1000]
 
 `kills` trains a tiny model on sentences of random words, once unbroken. Then the same command is
 started again and again, and killed by SIGKILL at a moment drawn between its start and the time
@@ -9,7 +9,8 @@ that the unbroken run took; each time it is let go on, five times in a run, and 
 Model and scales must be those of the unbroken run, to the last bit.
 
 `memory` samples resident memory and open files of a training with a checkpoint every 50 updates,
-and of one whose GradInit takes many iterations.
+and of one whose GradInit takes many iterations. What starts up is over after the first quarter; the
+slope is that of the other three.
 
 Both leave a record in benchmarks/results/soak-*.json, and need Linux.
 """
@@ -17,17 +18,19 @@ Both leave a record in benchmarks/results/soak-*.json, and need Linux.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import random
+import re
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
-from statistics import mean
 
+import numpy as np
 import torch
 from record import REPOSITORY, RESULTS, write
 
@@ -40,6 +43,9 @@ from fairseq_gradinit.scales import FILE_NAME, Scales
 
 UPDATES = 12
 KILLS_IN_A_RUN = 5
+SAMPLES_KEPT = 200
+# In the log: updates at the end of an epoch, or iterations of GradInit.
+STEP = re.compile(r"\| num_updates (\d+) \||\| gradinit: +(\d+) / ")
 BIN = Path(sys.executable).parent
 TRAINING = [
     *("--user-dir", "fairseq_gradinit", "--gradinit", "--gradinit-save-interval", "1"),
@@ -54,10 +60,11 @@ TRAINING = [
 
 @dataclass(frozen=True)
 class Sample:
-    """Of a process: seconds since its start, resident memory in MiB, open files."""
+    """Of a process: seconds since its start, steps in its log, resident KiB, open files."""
 
     seconds: float
-    memory: float
+    step: int
+    memory: int
     files: int
 
 
@@ -166,32 +173,48 @@ def kills(count: int, seed: int, minutes: float) -> None:
         sys.exit("soak: a run that was killed came to another model or other scales")
 
 
-def sampled(process: subprocess.Popen[bytes], interval: float = 0.5) -> list[Sample]:
+def sampled(process: subprocess.Popen[bytes], log: Path, interval: float = 0.2) -> list[Sample]:
     """Samples of a process until it ends."""
     begun = time.monotonic()
     samples: list[Sample] = []
     proc = Path(f"/proc/{process.pid}")
-    while process.poll() is None:
-        try:
-            pages = int((proc / "statm").read_text().split()[1])
-            files = len(list((proc / "fd").iterdir()))
-        except (OSError, IndexError):
-            break
-        memory = pages * os.sysconf("SC_PAGE_SIZE") / 2**20
-        samples.append(Sample(round(time.monotonic() - begun, 1), round(memory, 1), files))
-        time.sleep(interval)
+    with log.open() as lines:
+        step = 0
+        while process.poll() is None:
+            for told in STEP.findall(lines.read()):
+                step = max(step, int("".join(told)))
+            try:
+                pages = int((proc / "statm").read_text().split()[1])
+                files = len(list((proc / "fd").iterdir()))
+            except (OSError, IndexError):
+                break
+            resident = pages * os.sysconf("SC_PAGE_SIZE") // 1024
+            samples.append(Sample(round(time.monotonic() - begun, 2), step, resident, files))
+            time.sleep(interval)
     return samples
 
 
 def growth(samples: Sequence[Sample]) -> dict[str, float]:
-    """From the third quarter of a run to the last: what starts up is done by then."""
-    quarter = len(samples) // 4
-    third, last = samples[2 * quarter : 3 * quarter], samples[3 * quarter :]
+    """How memory and files grew once what starts up was done, a quarter into the run.
+
+    The slope is the mean of the growths from each tenth of the rest to the next, and its error
+    the standard error of that mean: neighbouring samples are too much alike to count one by one.
+    """
+    last = samples[-1].step
+    rest = [sample for sample in samples if last / 4 < sample.step < last]
+    # The log tells of steps now and then, of which there are as many in any second.
+    per_second = np.polyfit([s.seconds for s in rest], [s.step for s in rest], 1)[0]
+    tenths = np.array_split(np.array([astuple(s) for s in rest]), 10)
+    seconds, _, memory, _ = np.array([tenth.mean(axis=0) for tenth in tenths]).T
+    slopes = 1000 / per_second * np.diff(memory) / np.diff(seconds)
     return {
-        "memory_mib_third_quarter": round(mean(s.memory for s in third), 1),
-        "memory_mib_last_quarter": round(mean(s.memory for s in last), 1),
-        "files_third_quarter": max(s.files for s in third),
-        "files_last_quarter": max(s.files for s in last),
+        "kib_per_1000_steps": round(float(slopes.mean()), 2),
+        "standard_error": round(float(slopes.std(ddof=1) / math.sqrt(len(slopes))), 2),
+        "memory_kib_first_tenth": round(float(memory[0])),
+        "memory_kib_last_tenth": round(float(memory[-1])),
+        "files_first_half": max(s.files for s in rest[: len(rest) // 2]),
+        "files_second_half": max(s.files for s in rest[len(rest) // 2 :]),
+        "samples": len(rest),
     }
 
 
@@ -200,6 +223,8 @@ def memory(updates: int, iterations: int) -> None:
     long_training = ["--max-update", updates, "--save-interval-updates", 50]
     long_training += ["--keep-interval-updates", 2, "--gradinit-iterations", 2]
     long_learning = ["--max-update", 1, "--gradinit-iterations", iterations, "--no-save"]
+    # fairseq's thread that reads ahead may be at work when the program ends, which aborts it.
+    long_learning += ["--data-buffer-size", 0]
     found = {}
     with tempfile.TemporaryDirectory(prefix="soak-") as name:
         folder = Path(name)
@@ -208,9 +233,10 @@ def memory(updates: int, iterations: int) -> None:
         for title, options in cases.items():
             save_dir = folder / title.replace(" ", "-")
             process = start(data, save_dir, *options)
-            samples = sampled(process)
+            samples = sampled(process, save_dir / "log")
             finish(process, save_dir)
-            found[title] = {**growth(samples), "samples": [asdict(s) for s in samples]}
+            thinned = samples[:: math.ceil(len(samples) / SAMPLES_KEPT)]
+            found[title] = {**growth(samples), "some_samples": [astuple(s) for s in thinned]}
             print(title, growth(samples), flush=True)
     write(RESULTS / "soak-memory.json", found)
 
@@ -224,7 +250,7 @@ def main() -> None:
     killing.add_argument("--seed", type=int, default=1)
     killing.add_argument("--minutes", type=float, default=10.0)
     watching = programs.add_parser("memory")
-    watching.add_argument("--updates", type=int, default=1000)
+    watching.add_argument("--updates", type=int, default=20_000)
     watching.add_argument("--iterations", type=int, default=1000)
     options = parser.parse_args()
     if options.program == "kills":
