@@ -9,9 +9,11 @@ import subprocess
 import time
 from pathlib import Path
 
+import average_checkpoints
 import pytest
 import resume
 import run_record
+import torch
 from conftest import BIN, ROOT
 
 from fairseq_gradinit.results import RunRecord, read_runs
@@ -144,6 +146,16 @@ def test_nothing_to_go_on_from_is_said(tmp_path, capsys):
     (tmp_path / "checkpoint_last.pt").write_bytes(b"PK")
     assert resume.main([str(tmp_path)]) == 1
     assert "no other checkpoint is there to go on from: remove it" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_is_broken_is_not_averaged(tmp_path, capsys):
+    good, bad = (tmp_path / f"checkpoint_1_{update}.pt" for update in (4, 8))
+    torch.save({"model": {"weight": torch.ones(3)}}, good)
+    bad.write_bytes(good.read_bytes()[:-30])
+    output = tmp_path / "average.pt"
+    assert average_checkpoints.main([str(tmp_path), "--last", "2", "--output", str(output)]) == 1
+    assert f"{bad} is broken: remove it, and average others" in capsys.readouterr().err
+    assert not output.exists()
 
 
 def test_a_run_that_diverges_is_a_result(smoke):
