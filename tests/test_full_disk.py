@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import itertools
 import os
 import shutil
@@ -33,47 +32,6 @@ from fairseq_gradinit.results import append_run, read_runs
 NOBODY = 65534
 TRAINING = [*GRADINIT, *SCALES_ALONE, "--max-update", "1", "--no-save"]
 NUMBERS = ["numbers", "--source-lang", "de", "--target-lang", "en", "--workers", "1"]
-
-
-class Disk:
-    """A small file system in memory, at `folder`."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def resize(self, kib: int, *, new: bool = False) -> None:
-        options = f"{'' if new else 'remount,'}size={kib}k"
-        # Not `run`, which a test replaces.
-        if subprocess.call(["mount", "-t", "tmpfs", "-o", options, "tmpfs", self.folder]) != 0:
-            pytest.skip("no file system can be mounted here")
-
-    def fill(self, leave: int = 0) -> None:
-        """Fill it to the brim, or but for so many KiB."""
-        filler = self.folder / "filler"
-        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
-            while True:
-                file.write(bytes(4096))
-        os.truncate(filler, filler.stat().st_size - 1024 * leave)
-
-    def contents(self) -> dict[str, bytes]:
-        files = (path for path in self.folder.rglob("*") if path.is_file())
-        return {
-            str(path.relative_to(self.folder)): path.read_bytes()
-            for path in files
-            if path.name != "filler"
-        }
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Disk]:
-    if os.geteuid() != 0:
-        pytest.skip("only root can mount a file system")
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    found = Disk(folder)
-    found.resize(1024, new=True)
-    yield found
-    subprocess.check_call(["umount", folder])
 
 
 @pytest.mark.parametrize("first", ["state", "scales"])

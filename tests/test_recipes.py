@@ -125,6 +125,26 @@ def test_a_killed_recipe_goes_on_to_the_same_scores(smoke, tmp_path):
     assert broken.scores == unbroken.scores
 
 
+def test_a_disk_that_is_full_is_told_and_nothing_half_written_is_believed(smoke, disk, tmp_path):
+    bash("multi30k/pre-ln.sh", "--smoke", runs=smoke)
+    (tmp_path / "runs/smoke").mkdir(parents=True)
+    (tmp_path / "runs/smoke/data").symlink_to(smoke / "smoke/data")
+    (tmp_path / "runs/smoke/multi30k").symlink_to(disk.folder)
+
+    def run(steps: str) -> subprocess.CompletedProcess[str]:
+        return bash("multi30k/pre-ln.sh", "--smoke", runs=tmp_path / "runs", STEPS=steps)
+
+    disk.fill()
+    done = run("none")
+    assert done.returncode == 1
+    assert "corpus.sha256 cannot be written: make room on its disk" in done.stderr
+    disk.fill(leave=64)
+    assert run("none").returncode == 0
+    done = run("train")
+    assert done.returncode == 1
+    assert "train failed: there is no room left in " in done.stderr
+
+
 @pytest.mark.parametrize("kept", [0.5, 1.0])
 def test_a_kill_around_the_last_checkpoint_adds_no_update(smoke, kept):
     """While it was copied, and after it before the stamp that says that training has ended."""
