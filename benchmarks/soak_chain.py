@@ -1,6 +1,7 @@
 """Kill a recipe at random moments, from preparation to scores, and give the same command again.
 
     python benchmarks/soak_chain.py FOLDER [--count 50] [--seed 1] [--minutes 30]
+    python benchmarks/soak_chain.py FOLDER --disk
 
 The recipe is `multi30k/gradinit-adam.sh --smoke`: corpus, GradInit, training, averaging,
 translation, scores. It runs once unbroken. Then it is started again and again in a folder of its
@@ -10,17 +11,22 @@ each copy of a checkpoint to checkpoint_last.pt, when nothing, half or all of it
 a run came to must be what the unbroken one did: corpus, models and scales to the last bit,
 translations and scores.
 
-FOLDER keeps the runs; the same command goes on with what is not done. The record is
-benchmarks/results/soak-chain.json.
+With --disk nothing is killed. One run is made on a disk that is too small, and given again with 50
+KiB more after each failure until it ends; each failure must be told as one of room. It takes root.
+
+FOLDER keeps the runs; the same command goes on with what is not done. The records are
+benchmarks/results/soak-chain.json and soak-disk.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -44,6 +50,7 @@ from fairseq_gradinit.typed_json import parse
 
 RECIPE = ["bash", str(REPOSITORY / "recipes/multi30k/gradinit-adam.sh"), "--smoke"]
 KILLS_IN_A_RUN = 5
+FIRST_KIB, MORE_KIB = 2000, 50  # of a disk; the preparation refuses a smaller one
 COPIES = 3  # of a checkpoint to checkpoint_last.pt, in a smoke run
 # Python reads it when it starts. The copy is that of fairseq, which is then not gone on with.
 KILLED_IN_THE_COPY = """
@@ -112,7 +119,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Broken:
-    """A run with kills.
+    """A run with kills, or failures for want of room.
 
     Attributes:
         kills: the step in which each of them fell.
@@ -211,6 +218,28 @@ def killed_in_copies(folder: Path, part: float) -> list[str]:
     return [f"copy of a checkpoint, {part:.0%} written"] * COPIES
 
 
+def on_a_growing_disk(folder: Path) -> list[str]:
+    """Run on a disk that fills up, with more room each time; returns the steps it failed in."""
+    disk = folder / "smoke"
+    disk.mkdir()
+    met: list[str] = []
+    for kib in itertools.count(FIRST_KIB, MORE_KIB):
+        options = f"{'remount,' if met else ''}size={kib}k"
+        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", disk], check=True)
+        process = start(folder)
+        if process.wait() == 0:
+            break
+        met.append(step_of(folder))
+        told = "\n".join((folder / "output").read_text().splitlines()[-2:])
+        if not re.search("room|No space left", told):
+            raise RunFailed(told)
+    kept = shutil.copytree(disk, folder / "kept")
+    subprocess.run(["umount", disk], check=True)
+    disk.rmdir()
+    kept.rename(disk)
+    return met
+
+
 def files_of(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
@@ -280,6 +309,17 @@ def soak(folder: Path, count: int, seed: int, minutes: float) -> list[Broken]:
     return runs
 
 
+def soak_disk(folder: Path) -> list[Broken]:
+    """The run on a growing disk, written down."""
+    unbroken = folder / "unbroken"
+    unbroken_run(unbroken)
+    run = broken(folder / "disk", unbroken, on_a_growing_disk)
+    results = {"failures": len(run.kills), "failures_by_step": dict(Counter(run.kills))}
+    write(RESULTS / "soak-disk.json", {**results, "differs": run.differs})
+    print(results)
+    return [run]
+
+
 def main() -> None:
     """Run the program."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n")[0])
@@ -287,14 +327,20 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=50, help="of kills at random moments")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=30.0, help="after which no run begins")
+    parser.add_argument("--disk", action="store_true", help="fill up a disk instead")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
+    folder = options.folder.resolve()
     try:
-        runs = soak(options.folder.resolve(), options.count, options.seed, options.minutes)
+        runs = (
+            soak_disk(folder)
+            if options.disk
+            else soak(folder, options.count, options.seed, options.minutes)
+        )
     except RunFailed as failure:
         sys.exit(f"soak_chain: the recipe failed: {failure}")
     if any(run.differs for run in runs):
-        sys.exit("soak_chain: a run that was killed came to something else")
+        sys.exit("soak_chain: a run came to something else than the unbroken one")
 
 
 if __name__ == "__main__":
