@@ -9,6 +9,8 @@ import math
 import os
 import resource
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -262,23 +264,26 @@ def test_whatever_a_disk_refuses_is_said_and_the_earlier_file_stays(
         assert [p.name for p in tmp_path.iterdir()] == ["s.json"]
 
 
-@pytest.fixture
-def room():
-    """Sets how many bytes the system lets this process write into a file."""
+@contextmanager
+def room(size: int) -> Iterator[None]:
+    """The system lets this process write so many bytes into a file, pytest's own log among them."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_write_that_the_system_cuts_short_leaves_the_earlier_file(tmp_path, room):
+def test_a_write_that_the_system_cuts_short_leaves_the_earlier_file(tmp_path):
     path = tmp_path / "s.json"
     model = make_model()
     blocks = collect_blocks({"": model}, "fixed")
     scales = Scales.of(blocks, {block.name: 1.0 for block in blocks}, "signature", ())
     scales.save(path)
     before = path.read_bytes()
-    room(100)
-    with pytest.raises(GradInitError, match=r"cannot write .*s\.json: File too large"):
+    error = pytest.raises(GradInitError, match=r"cannot write .*s\.json: File too large")
+    with room(100), error:
         replace(scales, signature="another").save(path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["s.json"]
