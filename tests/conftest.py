@@ -10,6 +10,7 @@ import logging
 import os
 import random
 import re
+import resource
 import subprocess
 import sys
 import warnings
@@ -240,6 +241,17 @@ def train_here(
         root.removeHandler(handler)
         root.setLevel(level)
     return Training(**{**vars(seen), "output": log.getvalue()})
+
+
+@contextlib.contextmanager
+def nearly_full_disk(limit: int) -> Iterator[None]:
+    """No file can become longer; what does not fit is cut off, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 class Disk:

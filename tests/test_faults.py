@@ -7,15 +7,13 @@ import itertools
 import logging
 import math
 import os
-import resource
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import nearly_full_disk
 from tiny import loss_of, make_model, make_pair
 
 from fairseq_gradinit.blocks import collect_blocks
@@ -264,17 +262,6 @@ def test_whatever_a_disk_refuses_is_said_and_the_earlier_file_stays(
         assert [p.name for p in tmp_path.iterdir()] == ["s.json"]
 
 
-@contextmanager
-def room(size: int) -> Iterator[None]:
-    """The system lets this process write so many bytes into a file, pytest's own log among them."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 def test_a_write_that_the_system_cuts_short_leaves_the_earlier_file(tmp_path):
     path = tmp_path / "s.json"
     model = make_model()
@@ -283,7 +270,7 @@ def test_a_write_that_the_system_cuts_short_leaves_the_earlier_file(tmp_path):
     scales.save(path)
     before = path.read_bytes()
     error = pytest.raises(GradInitError, match=r"cannot write .*s\.json: File too large")
-    with room(100), error:
+    with nearly_full_disk(100), error:
         replace(scales, signature="another").save(path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["s.json"]
