@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import shlex
 import sys
 from argparse import Namespace
@@ -292,6 +293,21 @@ def _extra(name: str, what: str) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def _printing() -> Iterator[None]:
+    """Turns standard output that takes no more, such as a full disk, into a sentence."""
+    try:
+        yield
+        # At exit it would be too late for one.
+        sys.stdout.flush()
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        # What is left in the buffer cannot be written at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise GradInitError(f"cannot print what there is to say: {error.strerror}") from error
+
+
 def runs_in(paths: Sequence[Path]) -> list[RunRecord]:
     """The runs of all files, at least one.
 
@@ -319,7 +335,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     here = f"{Path.cwd()}/"
     options.command = shlex.join([PROGRAM, *(word.removeprefix(here) for word in words)])
     try:
-        return options.run(options) or 0
+        with _printing():
+            return int(options.run(options) or 0)
     except GradInitError as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return int(options.trouble)

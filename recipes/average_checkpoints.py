@@ -10,7 +10,8 @@ without the optimizer's state.
 from __future__ import annotations
 
 import argparse
-import os
+import io
+import pickle
 import re
 import sys
 from collections.abc import Sequence
@@ -20,12 +21,14 @@ from typing import Any
 import torch
 
 from fairseq_gradinit.checkpoints import allow_fairseq_checkpoints
+from fairseq_gradinit.errors import GradInitError
+from fairseq_gradinit.files import write_atomically
 
 NAME = re.compile(r"checkpoint_\d+_(\d+)\.pt")
 
 
-class NothingToAverage(Exception):
-    """The message says what is missing."""
+class CannotAverage(Exception):
+    """The message says what is missing or broken."""
 
 
 def interval_checkpoints(folder: Path) -> list[Path]:
@@ -38,11 +41,11 @@ def last_checkpoints(folder: Path, count: int) -> list[Path]:
     """The checkpoints of the most updates, in the order of their updates.
 
     Raises:
-        NothingToAverage: there are fewer.
+        CannotAverage: there are fewer.
     """
     found = interval_checkpoints(folder)
     if len(found) < count:
-        raise NothingToAverage(
+        raise CannotAverage(
             f"{folder} holds {len(found)} checkpoints named checkpoint_EPOCH_UPDATE.pt, and "
             f"{count} are to be averaged: train for longer, save more often, or average fewer"
         )
@@ -53,11 +56,18 @@ def average(paths: Sequence[Path]) -> dict[str, Any]:
     """The last checkpoint with the mean of all in place of its parameters.
 
     Sums are in fp64 and the mean is fp32; tensors of integers are the last one's.
+
+    Raises:
+        CannotAverage: a file is broken.
+        OSError: a file cannot be read.
     """
     allow_fairseq_checkpoints()
     sums: dict[str, torch.Tensor] = {}
     for path in paths:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise CannotAverage(f"{path} is broken: remove it, and average others") from error
         for name, tensor in state["model"].items():
             if tensor.is_floating_point():
                 sums[name] = sums.get(name, 0.0) + tensor.double()
@@ -82,12 +92,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--last must be at least 1")
     try:
         paths = last_checkpoints(options.checkpoints, options.last)
-    except NothingToAverage as error:
+        # torch does not say what a disk refused.
+        content = io.BytesIO()
+        torch.save(average(paths), content)
+        write_atomically(options.output, content.getvalue())
+    except (CannotAverage, GradInitError, OSError) as error:
         print(f"average_checkpoints: {error}", file=sys.stderr)
         return 1
-    partial = options.output.with_name(f"{options.output.name}.{os.getpid()}.partial")
-    torch.save(average(paths), partial)
-    partial.replace(options.output)
     print(f"{options.output}: the mean of {', '.join(path.name for path in paths)}")
     return 0
 

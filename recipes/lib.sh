@@ -114,14 +114,26 @@ once() {
     stamp "$name" "$key"
 }
 
-# stamp NAME KEY: this step has ended. Written under another name first, never half.
-stamp() {
-    ((NODE_RANK == 0)) || return 0
-    printf '%s' "$2" >"$RUN/$1.done.partial"
-    mv "$RUN/$1.done.partial" "$RUN/$1.done"
+# write_whole FILE TEXT: under another name first, never half.
+write_whole() {
+    { printf '%s' "$2" >"$1.partial" && mv "$1.partial" "$1"; } 2>/dev/null ||
+        die "$1 cannot be written: make room on its disk, or choose another folder with RUNS"
+}
+
+# stamp NAME KEY: this step has ended.
+stamp() { ((NODE_RANK > 0)) || write_whole "$RUN/$1.done" "$2"; }
+
+# Where a disk is full, a log does not end with the reason.
+has_room() {
+    local status=0
+    head -c 64K /dev/zero >"$RUN/room.partial" 2>/dev/null || status=1
+    rm -f "$RUN/room.partial"
+    return "$status"
 }
 
 failed() {
+    has_room || die "$1 failed: there is no room left in $RUN: make some, and give the same" \
+        "command again"
     die "$1 failed: $(grep -v '^ *$' "$RUN/$1.log" | tail -n 1) (all of it: $RUN/$1.log)"
 }
 
@@ -255,7 +267,7 @@ ended() {
 same_corpus() {
     local digest
     digest=$(cat "$1"/dict.* "$1"/*.idx "$1"/*.bin | sha256sum) || die "there is no corpus in $1"
-    [[ -e $RUN/corpus.sha256 ]] || printf '%s' "$digest" >"$RUN/corpus.sha256"
+    [[ -e $RUN/corpus.sha256 ]] || write_whole "$RUN/corpus.sha256" "$digest"
     [[ $(<"$RUN/corpus.sha256") == "$digest" ]] ||
         die "the corpus in $1 is another one than when $RUN was begun: remove that folder, or" \
             "choose another one with RUNS"

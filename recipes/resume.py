@@ -10,9 +10,7 @@ that cannot be read. It is replaced by the newest checkpoint of --save-interval-
 from __future__ import annotations
 
 import argparse
-import os
 import pickle
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +19,8 @@ import torch
 from average_checkpoints import interval_checkpoints
 
 from fairseq_gradinit.checkpoints import allow_fairseq_checkpoints
+from fairseq_gradinit.errors import GradInitError
+from fairseq_gradinit.files import write_atomically
 
 
 class CannotResume(Exception):
@@ -46,7 +46,8 @@ def trained_updates(folder: Path) -> int:
 
     Raises:
         CannotResume: it is broken, and there is no other to go on from.
-        OSError: a file cannot be read or written.
+        GradInitError: the last one cannot be written.
+        OSError: a file cannot be read.
     """
     last = folder / "checkpoint_last.pt"
     if not last.exists():
@@ -57,9 +58,7 @@ def trained_updates(folder: Path) -> int:
     for checkpoint in reversed(interval_checkpoints(folder)):
         updates = updates_of(checkpoint)
         if updates is not None:
-            partial = last.with_name(f"{last.name}.{os.getpid()}.partial")
-            shutil.copyfile(checkpoint, partial)
-            partial.replace(last)
+            write_atomically(last, checkpoint.read_bytes())
             return updates
     raise CannotResume(
         f"{last} is broken, and no other checkpoint is there to go on from: remove it, and "
@@ -74,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         print(trained_updates(options.checkpoints))
-    except (CannotResume, OSError) as error:
+    except (CannotResume, GradInitError, OSError) as error:
         print(f"resume: {error}", file=sys.stderr)
         return 1
     return 0

@@ -10,10 +10,11 @@ import logging
 import os
 import random
 import re
+import resource
 import subprocess
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
@@ -250,3 +251,55 @@ def train_here(
         root.removeHandler(handler)
         root.setLevel(level)
     return Training(**{**vars(seen), "output": log.getvalue()})
+
+
+@contextlib.contextmanager
+def nearly_full_disk(limit: int) -> Iterator[None]:
+    """No file can become longer; what does not fit is cut off, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+class Disk:
+    """A small file system in memory, at `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def resize(self, kib: int, *, new: bool = False) -> None:
+        options = f"{'' if new else 'remount,'}size={kib}k"
+        # Not `run`, which a test replaces.
+        if subprocess.call(["mount", "-t", "tmpfs", "-o", options, "tmpfs", self.folder]) != 0:
+            pytest.skip("no file system can be mounted here")
+
+    def fill(self, leave: int = 0) -> None:
+        """Fill it to the brim, or but for so many KiB."""
+        filler = self.folder / "filler"
+        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        os.truncate(filler, filler.stat().st_size - 1024 * leave)
+
+    def contents(self) -> dict[str, bytes]:
+        files = (path for path in self.folder.rglob("*") if path.is_file())
+        return {
+            str(path.relative_to(self.folder)): path.read_bytes()
+            for path in files
+            if path.name != "filler"
+        }
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount a file system")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    found = Disk(folder)
+    found.resize(1024, new=True)
+    yield found
+    subprocess.check_call(["umount", folder])

@@ -8,7 +8,6 @@ import http.server
 import io
 import random
 import re
-import resource
 import socket
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from conftest import nearly_full_disk
 from dataprep import DataPrepError, archives, downloads
 from dataprep.archives import MAX_HEADERS_BYTES, unpack
 from dataprep.checksums import check_file, file_digest, file_sha256, scratch_folder
@@ -39,17 +39,6 @@ LOST = downloads._CHUNK_BYTES  # at most, of what was sent before a transfer bro
 
 def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-@contextlib.contextmanager
-def nearly_full_disk(limit: int) -> Iterator[None]:
-    """No file can become longer; what does not fit is cut off, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

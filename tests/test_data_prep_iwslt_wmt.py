@@ -433,6 +433,10 @@ def test_room_is_asked_for_before_anything_is_fetched(run, site, tmp_path, capsy
     # What an earlier run left there counts.
     (tmp_path / "out/big").write_bytes(bytes(200_000))
     assert run("wmt14-en-de", "--mirror", site) == 0
+    # What is finished takes no more.
+    (tmp_path / "out/big").unlink()
+    usage.free = 0
+    assert run("wmt14-en-de", "--mirror", site) == 0
 
 
 def test_a_disk_that_fills_up(run, site, tmp_path, capsys, monkeypatch):

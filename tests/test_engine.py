@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -23,7 +25,9 @@ from fairseq_gradinit.blocks import collect_blocks
 from fairseq_gradinit.config import GradInitConfig
 from fairseq_gradinit.engine import BatchPair, ScaleLearner, learn_scales
 from fairseq_gradinit.errors import GradInitError
+from fairseq_gradinit.history import Iteration
 from fairseq_gradinit.quiet import quiet
+from fairseq_gradinit.state import StateFile
 
 
 @pytest.fixture
@@ -228,3 +232,27 @@ def test_a_batch_that_counts_nothing_is_an_error(model, pair):
 def test_settings_outside_their_range_are_refused(settings, message):
     with pytest.raises(GradInitError, match=message):
         GradInitConfig(**{"eta": 0.1, **settings})
+
+
+def test_nothing_is_kept_of_an_iteration_but_its_record(tmp_path):
+    model = make_model()
+    found = []
+
+    def count(iteration: Iteration) -> None:
+        if iteration.index in (10, 40):
+            gc.collect()
+            found.append(Counter(type(thing).__name__ for thing in gc.get_objects()))
+
+    with quiet(model):
+        learn_scales(
+            collect_blocks({"": model}, "fixed"),
+            loss_of(model),
+            [make_pair(seed) for seed in range(41)],
+            GradInitConfig(eta=0.05, iterations=41),
+            on_iteration=count,
+            state_file=StateFile(tmp_path / "state.json", interval=1),
+        )
+    grown = found[1] - found[0]
+    # One more may be on its way.
+    assert 30 <= grown.pop("Iteration") <= 31
+    assert max(grown.values(), default=0) < 30

@@ -75,6 +75,9 @@ SPACE: dict[str, st.SearchStrategy[Any]] = {
     "common.fp16": st.booleans(),
     "common.bf16": st.booleans(),
     "common.amp": st.booleans(),
+    "common.memory_efficient_fp16": st.booleans(),
+    "common.memory_efficient_bf16": st.booleans(),
+    "common.cpu": st.booleans(),
     "common.tpu": st.booleans(),
     "common.model_parallel_size": st.integers(1, 2),
     "common.seed": st.integers(0, 2**32 - 1),
@@ -175,6 +178,15 @@ def test_any_options_give_a_plan_or_a_sentence_that_names_one():
     assert met["refused"] > 20
 
 
+def drawn_of_fairseq(rng: random.Random) -> list[str]:
+    """Options of fairseq's own that say how it trains, of those that a CPU takes."""
+    return [
+        *rng.choice(([], ["--update-freq", "2"], ["--clip-norm", "0.1"])),
+        *rng.choice(([], ["--memory-efficient-fp16"], ["--amp"])),
+        *rng.choice(([], ["--ddp-backend", rng.choice(("legacy_ddp", "no_c10d"))])),
+    ]
+
+
 def drawn_command(seed: int) -> list[str]:
     """Options of a run that must train, drawn anew until they go together."""
     rng = random.Random(seed)
@@ -196,7 +208,7 @@ def drawn_command(seed: int) -> list[str]:
             if rng.random() < 0.5:
                 options += [f"--gradinit-{name}", rng.choice(values)]
         options += rng.choice(([], ["--gradinit-through-step"]))
-        options += rng.choice(([], ["--update-freq", "2"], ["--clip-norm", "0.1"]))
+        options += drawn_of_fairseq(rng)
         try:
             make_plan(configuration(*options))
         except GradInitError:

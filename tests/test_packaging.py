@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import re
 import runpy
@@ -108,6 +109,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(installed):
     text = (metadata / "METADATA").read_text()
     assert "Provides-Extra: fairseq" in text
     assert "\nLicense: MIT\n" in text
+    assert (metadata / "licenses" / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
     assert not any(line.startswith("Requires-Dist: fairseq") for line in text.splitlines())
 
 
@@ -215,11 +217,47 @@ def test_every_dependency_is_bounded_on_both_sides_around_the_tested_version():
         assert requirement.specifier.contains(pinned()[name]), name
 
 
-def test_the_licences_are_those_of_the_pinned_versions():
+def listed_licences() -> dict[str, tuple[str, str]]:
+    """Version and licence of each package, as docs/licences.md has them."""
     text = (ROOT / "docs" / "licences.md").read_text()
     rows = re.findall(r"^\| (\S+) +\| (\S+) +\| ([^|]+?) +\|$", text, re.MULTILINE)
-    listed = {canonicalize_name(name): version.partition("+")[0] for name, version, _ in rows}
-    assert {name: listed.get(name) for name in pinned()} == pinned()
+    return {
+        canonicalize_name(name): (version.partition("+")[0], licence)
+        for name, version, licence in rows
+        if name != "Name"
+    }
+
+
+def test_the_licences_are_those_of_the_pinned_versions():
+    found = {name: version for name, (version, _) in listed_licences().items()}
+    assert found == pinned()
+
+
+def stated_licences(name: str) -> set[str]:
+    """What the metadata of an installed package call its licence, in each of their ways."""
+    metadata = importlib.metadata.metadata(name)
+    classifiers = [
+        text.rpartition(" :: ")[2]
+        for text in metadata.get_all("Classifier", [])
+        if text.startswith("License :: ")
+    ]
+    # Some have the whole text there.
+    line = (metadata.get("License") or "").partition("\n")[0]
+    return {metadata.get("License-Expression") or "", "; ".join(classifiers), line} - {""}
+
+
+def test_the_licences_are_what_the_packages_say():
+    listed = listed_licences()
+    installed = {
+        canonicalize_name(found.name): found.version.partition("+")[0]
+        for found in importlib.metadata.distributions()
+    }
+    checked = [name for name, version in pinned().items() if installed.get(name) == version]
+    assert checked
+    for name in checked:
+        assert listed[name][1] in stated_licences(name), name
+    # What the page says of copyleft; the MPL's holds for the files that it is in alone.
+    assert [name for name, (_, licence) in listed.items() if "GPL" in licence] == ["python-debian"]
 
 
 def test_the_changelog_names_the_version():

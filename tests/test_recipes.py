@@ -9,9 +9,11 @@ import subprocess
 import time
 from pathlib import Path
 
+import average_checkpoints
 import pytest
 import resume
 import run_record
+import torch
 from conftest import BIN, ROOT
 
 from fairseq_gradinit.results import RunRecord, read_runs
@@ -123,6 +125,26 @@ def test_a_killed_recipe_goes_on_to_the_same_scores(smoke, tmp_path):
     assert broken.scores == unbroken.scores
 
 
+def test_a_disk_that_is_full_is_told_and_nothing_half_written_is_believed(smoke, disk, tmp_path):
+    bash("multi30k/pre-ln.sh", "--smoke", runs=smoke)
+    (tmp_path / "runs/smoke").mkdir(parents=True)
+    (tmp_path / "runs/smoke/data").symlink_to(smoke / "smoke/data")
+    (tmp_path / "runs/smoke/multi30k").symlink_to(disk.folder)
+
+    def run(steps: str) -> subprocess.CompletedProcess[str]:
+        return bash("multi30k/pre-ln.sh", "--smoke", runs=tmp_path / "runs", STEPS=steps)
+
+    disk.fill()
+    done = run("none")
+    assert done.returncode == 1
+    assert "corpus.sha256 cannot be written: make room on its disk" in done.stderr
+    disk.fill(leave=64)
+    assert run("none").returncode == 0
+    done = run("train")
+    assert done.returncode == 1
+    assert "train failed: there is no room left in " in done.stderr
+
+
 @pytest.mark.parametrize("kept", [0.5, 1.0])
 def test_a_kill_around_the_last_checkpoint_adds_no_update(smoke, kept):
     """While it was copied, and after it before the stamp that says that training has ended."""
@@ -144,6 +166,16 @@ def test_nothing_to_go_on_from_is_said(tmp_path, capsys):
     (tmp_path / "checkpoint_last.pt").write_bytes(b"PK")
     assert resume.main([str(tmp_path)]) == 1
     assert "no other checkpoint is there to go on from: remove it" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_is_broken_is_not_averaged(tmp_path, capsys):
+    good, bad = (tmp_path / f"checkpoint_1_{update}.pt" for update in (4, 8))
+    torch.save({"model": {"weight": torch.ones(3)}}, good)
+    bad.write_bytes(good.read_bytes()[:-30])
+    output = tmp_path / "average.pt"
+    assert average_checkpoints.main([str(tmp_path), "--last", "2", "--output", str(output)]) == 1
+    assert f"{bad} is broken: remove it, and average others" in capsys.readouterr().err
+    assert not output.exists()
 
 
 def test_a_run_that_diverges_is_a_result(smoke):

@@ -41,6 +41,17 @@ def test_it_trains_with_warmup_and_with_sgd(corpus, tmp_path, name):
     assert len(done.updates) == 2
 
 
+@pytest.mark.parametrize("name", SCHEMES)
+def test_it_trains_in_half_precision(corpus, tmp_path, name):
+    """Of fairseq's ways of fp16, the one that a CPU takes."""
+    options = ("--memory-efficient-fp16", "--max-update", "2", "--no-save")
+    done = train_here(corpus.translation, tmp_path, *scheme(name), *options)
+    assert done.code == 0, done.output
+    assert len(done.updates) == 2
+    assert {tensor.dtype for tensor in done.weights.values()} == {torch.float16}
+    assert all(torch.isfinite(tensor).all() for tensor in done.weights.values())
+
+
 @pytest.mark.parametrize("name", [name for name in SCHEMES if name != "t-fixup"])
 def test_language_models(corpus, tmp_path, name):
     base = [

@@ -94,7 +94,10 @@ def prepare(corpus: Corpus, options: Options) -> Path:
     Raises:
         DataPrepError: anything that the user can mend.
     """
-    require_space(options.out, corpus.disk_bytes)
+    manifest = options.out / "manifest.json"
+    # What is finished takes no more, and is not refused for want of room.
+    if not manifest.exists():
+        require_space(options.out, corpus.disk_bytes)
     files = corpus.origin.obtain(options.languages, options.cache, options.mirror)
     inputs = corpus.origin.inputs(files)
     text = _text(corpus, options, files, inputs)
@@ -103,7 +106,6 @@ def prepare(corpus: Corpus, options: Options) -> Path:
     tokens = _tokens(corpus, options, text) if moses else None
     subwords = _subwords(options, tokens or text, moses)
     binary = _binary(corpus, options, subwords)
-    manifest = options.out / "manifest.json"
     steps = Steps(text, tokens, subwords, binary)
     write_json(manifest, _manifest(corpus, options, inputs, steps))
     return manifest
