@@ -230,6 +230,8 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=names, default=names)
     parser.add_argument("--classes", nargs="+", default=CLASSES, help="classes of tests")
     options = parser.parse_args()
+    # The record has the command, which need not tell where the clone is.
+    sys.argv = ["CHECKOUT" if word == str(options.checkout) else word for word in sys.argv]
     path = RESULTS / "fairseq-suite.json"
     found = read(path)["results"] if path.exists() else {}
     for way, test_class in product(WAYS, options.classes):
