@@ -239,7 +239,7 @@ def test_nothing_is_kept_of_an_iteration_but_its_record(tmp_path):
     found = []
 
     def count(iteration: Iteration) -> None:
-        if iteration.index in (10, 40):
+        if iteration.index in (10, 40, 70):
             gc.collect()
             found.append(Counter(type(thing).__name__ for thing in gc.get_objects()))
 
@@ -247,12 +247,13 @@ def test_nothing_is_kept_of_an_iteration_but_its_record(tmp_path):
         learn_scales(
             collect_blocks({"": model}, "fixed"),
             loss_of(model),
-            [make_pair(seed) for seed in range(41)],
-            GradInitConfig(eta=0.05, iterations=41),
+            [make_pair(seed) for seed in range(71)],
+            GradInitConfig(eta=0.05, iterations=71),
             on_iteration=count,
             state_file=StateFile(tmp_path / "state.json", interval=1),
         )
-    grown = found[1] - found[0]
+    # Twice the same: what other threads and a first import make comes once.
+    grown = (found[1] - found[0]) & (found[2] - found[1])
     # One more may be on its way.
     assert 30 <= grown.pop("Iteration") <= 31
     assert max(grown.values(), default=0) < 30

@@ -37,7 +37,6 @@ MUTANTS = 5_000
 
 CONFIG = GradInitConfig(eta=0.05, iterations=4, gamma=36.0, norm_gains="learned", seed=4)
 PAIRS = [make_pair(seed) for seed in range(6)]
-CPU = torch.device("cpu")
 one_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 
 
@@ -292,7 +291,7 @@ def forged(content: bytes) -> bytes:
 
 def load_state(path: Path, content: bytes, identity: str) -> LearnerState | None:
     path.write_bytes(content)
-    return StateFile(path).load(identity, CPU)
+    return StateFile(path).load(identity)
 
 
 def test_mutants_of_a_state_file_are_refused_or_mean_what_they_say(tmp_path, real_state, caplog):
@@ -380,7 +379,7 @@ def test_bytes_that_are_no_such_file_are_refused_by_both(tmp_path, content):
     with pytest.raises(GradInitError) as error:
         Scales.load(path)
     assert str(path) in sentence(error.value)
-    assert StateFile(path).load("identity", CPU) is None
+    assert StateFile(path).load("identity") is None
 
 
 @one_folder
