@@ -32,6 +32,7 @@ from fairseq.dataclass.utils import gen_parser_from_dataclass
 from fairseq.distributed import utils as distributed_utils
 from fairseq.trainer import Trainer
 from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
 
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.options import GradInitOptions, make_plan
@@ -91,11 +92,25 @@ def _add_fields(task_name: str) -> None:
 
 def _with_fields(setup_task: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(setup_task)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
+    def wrapper(cfg: Any, **kwargs: Any) -> Any:
         extend_tasks()
-        return setup_task(*args, **kwargs)
+        return setup_task(_without_old_type(cfg), **kwargs)
 
     return wrapper
+
+
+def _without_old_type(cfg: Any) -> Any:
+    """A task's configuration, which fits its dataclass although that has been extended since."""
+    kind = OmegaConf.get_type(cfg) if isinstance(cfg, DictConfig) else None
+    if kind is None:
+        return cfg
+    extended = tasks.TASK_DATACLASS_REGISTRY.get(cfg.get("_name"))
+    if extended is None or extended is kind or not issubclass(extended, kind):
+        return cfg
+    untyped = OmegaConf.create(OmegaConf.to_container(cfg))
+    # Some of its values refer to others beside it.
+    untyped._set_parent(cfg._get_parent())
+    return untyped
 
 
 @contextmanager

@@ -386,6 +386,24 @@ def signature_fields(*options: str, **more: str) -> dict[str, str]:
     return dict(field.split(":", 1) for field in line.split("|"))
 
 
+def test_a_task_whose_configuration_is_older_than_the_options_is_set_up(corpus):
+    from fairseq import tasks
+    from fairseq.dataclass.configs import FairseqConfig
+    from fairseq.tasks.translation import TranslationConfig
+    from omegaconf import OmegaConf
+
+    import fairseq_gradinit.plugin  # noqa: F401
+
+    cfg = OmegaConf.structured(FairseqConfig())
+    cfg.task = TranslationConfig(_name="translation", data=str(corpus.translation))
+    assert "gradinit" not in cfg.task
+    task = tasks.setup_task(cfg.task)
+    assert task.cfg.gradinit is False
+    assert task.cfg.data == str(corpus.translation)
+    assert task.cfg.dataset_impl is cfg.dataset.dataset_impl
+    assert task.source_dictionary.index("w1") != task.source_dictionary.unk()
+
+
 def test_the_signature_names_the_options_that_determine_the_scales():
     plain = signature_fields()
     assert (
