@@ -231,8 +231,9 @@ def unigram_plateau(
     main = 1 - LABEL_SMOOTHING - rest
     p = frequencies(train)
     bits = {token: -math.log2(main * p.get(token, 0.0) + rest) for token in vocabulary}
-    right = sum(share * bits[token] for token, share in frequencies(valid).items())
-    return main * right + rest * sum(bits.values())
+    right = math.fsum(share * bits[token] for token, share in frequencies(valid).items())
+    # The order of a set differs between processes, and with it the last digit of a plain sum.
+    return main * right + rest * math.fsum(bits.values())
 
 
 def translation_command(corpus: Path, checkpoint: Path, results: Path) -> list[str]:

@@ -82,6 +82,24 @@ def test_no_constant_prediction_beats_the_plateau_on_its_own_data() -> None:
     assert all(unigram_plateau(other, sentences, ["a", "b", "c"]) > lowest for other in others)
 
 
+def test_plateau_is_the_same_in_every_process() -> None:
+    """Hashes of strings, and so the order of sets, differ from process to process."""
+    program = """
+from fairseq_runs import unigram_plateau
+words = [str(n) for n in range(3000)]
+print(unigram_plateau([words[:n] for n in range(0, 1000, 50)], [words[:70]], words))
+"""
+    path = os.pathsep.join(str(ROOT / folder) for folder in ("recipes", "data-prep"))
+    plateaus = {
+        subprocess.check_output(
+            [sys.executable, "-c", program],
+            env={**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": str(seed)},
+        )
+        for seed in range(4)
+    }
+    assert len(plateaus) == 1
+
+
 def test_settings_table_takes_mean_and_deviation_over_seeds() -> None:
     gradinit = case(MULTI30K, GRADINIT, updates=100)
     runs = [
