@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fairseq_gradinit.blocks import Block
-from fairseq_gradinit.checkpoints import allow_fairseq_checkpoints
+from fairseq_gradinit.checkpoints import read_checkpoint
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.files import write_atomically
 from fairseq_gradinit.scales import Scales
@@ -41,7 +41,7 @@ def scale_checkpoint(scales: Scales, checkpoint: Path, out: Path) -> int:
     """
     if out.exists() and out.resolve() == checkpoint.resolve():
         raise GradInitError(f"{out} is the checkpoint itself: choose another name for --out")
-    document = _load(checkpoint)
+    document = read_checkpoint(checkpoint)
     found = _state_dicts(document, checkpoint)
     changed = _scaled(scales, {name: tensor for name, _, tensor in _tensors(found)})
     for name, (state_dict, key), _ in list(_tensors(found)):
@@ -52,18 +52,6 @@ def scale_checkpoint(scales: Scales, checkpoint: Path, out: Path) -> int:
     torch.save(document, content)
     write_atomically(out, content.getvalue())
     return len(changed)
-
-
-def _load(path: Path) -> dict[str, Any]:
-    allow_fairseq_checkpoints()
-    try:
-        document = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # What is no checkpoint ends in errors of many kinds.
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise GradInitError(f"cannot read the checkpoint {path}: {reason}") from error
-    if not isinstance(document, dict):
-        raise GradInitError(f"{path} is no checkpoint: it holds no dictionary")
-    return document
 
 
 def _state_dicts(document: dict[str, Any], path: Path) -> dict[str, dict[str, Any]]:

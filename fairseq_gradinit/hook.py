@@ -120,10 +120,10 @@ def _errors_as_sentences() -> Iterator[None]:
         yield
     except GradInitError as error:
         logger.error("GradInit: %s", error)
-        _leave(1)
+        _exit(1)
 
 
-def _leave(code: int) -> NoReturn:
+def _exit(code: int) -> NoReturn:
     if torch.distributed.is_initialized():
         # gloo's threads may abort an interpreter that ends in order after a collective has failed.
         logging.shutdown()

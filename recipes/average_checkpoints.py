@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import pickle
 import re
 import sys
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from typing import Any
 
 import torch
 
-from fairseq_gradinit.checkpoints import allow_fairseq_checkpoints
+from fairseq_gradinit.checkpoints import BrokenCheckpoint, read_checkpoint
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.files import write_atomically
 
@@ -59,14 +58,13 @@ def average(paths: Sequence[Path]) -> dict[str, Any]:
 
     Raises:
         CannotAverage: a file is broken.
-        OSError: a file cannot be read.
+        GradInitError: a file cannot be read.
     """
-    allow_fairseq_checkpoints()
     sums: dict[str, torch.Tensor] = {}
     for path in paths:
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            state = read_checkpoint(path)
+        except BrokenCheckpoint as error:
             raise CannotAverage(f"{path} is broken: remove it, and average others") from error
         for name, tensor in state["model"].items():
             if tensor.is_floating_point():
@@ -96,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         content = io.BytesIO()
         torch.save(average(paths), content)
         write_atomically(options.output, content.getvalue())
-    except (CannotAverage, GradInitError, OSError) as error:
+    except (CannotAverage, GradInitError) as error:
         print(f"average_checkpoints: {error}", file=sys.stderr)
         return 1
     print(f"{options.output}: the mean of {', '.join(path.name for path in paths)}")

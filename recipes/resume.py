@@ -10,15 +10,13 @@ that cannot be read. It is replaced by the newest checkpoint of --save-interval-
 from __future__ import annotations
 
 import argparse
-import pickle
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from average_checkpoints import interval_checkpoints
 
-from fairseq_gradinit.checkpoints import allow_fairseq_checkpoints
+from fairseq_gradinit.checkpoints import BrokenCheckpoint, read_checkpoint
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.files import write_atomically
 
@@ -31,14 +29,13 @@ def updates_of(checkpoint: Path) -> int | None:
     """After how many updates it was written; None if the file is not whole.
 
     Raises:
-        OSError: it cannot be opened.
+        GradInitError: it cannot be read.
     """
-    allow_fairseq_checkpoints()
     try:
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        return int(state["optimizer_history"][-1]["num_updates"])
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError):
+        state = read_checkpoint(checkpoint)
+    except BrokenCheckpoint:
         return None
+    return int(state["optimizer_history"][-1]["num_updates"])
 
 
 def trained_updates(folder: Path) -> int:
@@ -46,8 +43,8 @@ def trained_updates(folder: Path) -> int:
 
     Raises:
         CannotResume: it is broken, and there is no other to go on from.
-        GradInitError: the last one cannot be written.
-        OSError: a file cannot be read.
+        GradInitError: a file cannot be read, or the last one cannot be written.
+        OSError: the checkpoint to go on from cannot be copied.
     """
     last = folder / "checkpoint_last.pt"
     if not last.exists():

@@ -168,6 +168,14 @@ def test_nothing_to_go_on_from_is_said(tmp_path, capsys):
     assert "no other checkpoint is there to go on from: remove it" in capsys.readouterr().err
 
 
+def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_a_broken_one(tmp_path, capsys):
+    (tmp_path / "checkpoint_last.pt").mkdir()
+    torch.save({"optimizer_history": [{"num_updates": 4}]}, tmp_path / "checkpoint_1_4.pt")
+    assert resume.main([str(tmp_path)]) == 1
+    assert "checkpoint_last.pt: Is a directory" in capsys.readouterr().err
+    assert (tmp_path / "checkpoint_last.pt").is_dir()
+
+
 def test_a_checkpoint_that_is_broken_is_not_averaged(tmp_path, capsys):
     good, bad = (tmp_path / f"checkpoint_1_{update}.pt" for update in (4, 8))
     torch.save({"model": {"weight": torch.ones(3)}}, good)
