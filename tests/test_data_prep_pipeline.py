@@ -15,6 +15,7 @@ import sacrebleu
 from dataprep import (
     DataPrepError,
     binary_step,
+    origins,
     pipeline,
     sentencepiece_model,
     steps,
@@ -180,6 +181,34 @@ def test_finished_steps_are_skipped_and_changed_ones_redone(
     assert skipped(caplog) == []
     assert command() == 0
     assert contents(tmp_path / "out") == before
+
+
+def test_nothing_is_fetched_for_a_finished_text(
+    command, instant_fairseq, tmp_path, caplog, capsys, monkeypatch
+):
+    def no_network(*_):
+        raise DataPrepError("the network was asked")
+
+    assert command() == 0
+    monkeypatch.setattr(origins, "obtain_wheels", no_network)
+    alone = ["mini", "--out", str(tmp_path / "out"), "--workers", "1"]
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text(encoding="utf-8"))
+
+    caplog.set_level("INFO")
+    assert prepare.main(alone) == 0
+    assert skipped(caplog) == ["text", "subwords", "data-bin"]
+    again = json.loads((tmp_path / "out/manifest.json").read_text(encoding="utf-8"))
+    assert again | {"command": ""} == manifest | {"command": ""}
+    assert prepare.main([*alone, "--vocab-size", "130"]) == 0
+    assert skipped(caplog) == ["text"]
+
+    capsys.readouterr()
+    for changed in (["--seed", "2"], ["--mirror", str(tmp_path / "wheels")]):
+        assert prepare.main([*alone, *changed]) == 1
+        assert "the network was asked" in capsys.readouterr().err
+    (tmp_path / "out/text/train.de").write_text("tampered\n", encoding="utf-8")
+    assert prepare.main(alone) == 1
+    assert "the network was asked" in capsys.readouterr().err
 
 
 def test_a_damaged_output_is_made_again(command, instant_fairseq, tmp_path, caplog):

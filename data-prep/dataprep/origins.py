@@ -18,6 +18,9 @@ from dataprep.wheels import Wheel, obtain_wheels
 
 Files = Mapping[str, Path]
 
+Inputs = list[dict[str, str]]
+"""What tells others exactly which files a corpus was made of."""
+
 
 @dataclass(frozen=True)
 class Terms:
@@ -77,8 +80,8 @@ class Origin(Protocol):
             DataPrepError: a file does not hold what it should.
         """
 
-    def inputs(self, files: Files) -> list[dict[str, str]]:
-        """What tells others exactly which files these were, for the manifest."""
+    def inputs(self, files: Files) -> Inputs:
+        """What goes into the manifest about files that were obtained."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ class Wheels:
             pairs = iter(read_wheel(files[wheel.project], wheel.reader, languages))
             yield Stretch("train", wheel.project, pairs)
 
-    def inputs(self, files: Files) -> list[dict[str, str]]:
+    def inputs(self, files: Files) -> Inputs:
         """See `Origin.inputs`."""
         return [
             {
@@ -161,7 +164,7 @@ class PublishedTexts:
             unpack(files[archive], places)
         return tuple(places[name] for name in source.names)
 
-    def inputs(self, files: Files) -> list[dict[str, str]]:
+    def inputs(self, files: Files) -> Inputs:
         """See `Origin.inputs`."""
         return [
             {
@@ -195,7 +198,7 @@ class NumberWords:
         for part, numbers in number_words.choose().items():
             yield Stretch(part, f"numbers for {part}", (Pair(first(n), second(n)) for n in numbers))
 
-    def inputs(self, files: Files) -> list[dict[str, str]]:
+    def inputs(self, files: Files) -> Inputs:
         """See `Origin.inputs`."""
         generator = Path(number_words.__file__)
         return [{"generator": generator.name, "sha256": file_sha256(generator)}]
@@ -222,7 +225,7 @@ class HelpPackages:
         pages = read_pages(first, second, languages)
         yield Stretch("train", "manual", iter(pages.pairs), pages.left_out)
 
-    def inputs(self, files: Files) -> list[dict[str, str]]:
+    def inputs(self, files: Files) -> Inputs:
         """See `Origin.inputs`."""
         return [
             {

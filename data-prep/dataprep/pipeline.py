@@ -1,6 +1,7 @@
 """Prepares one corpus from beginning to end: files, text, subwords, binary data, manifest."""
 
 import importlib.metadata
+import json
 import logging
 import platform
 import shutil
@@ -12,8 +13,8 @@ from typing import Any
 from dataprep import DataPrepError
 from dataprep.binary_step import fairseq_version, make_binary
 from dataprep.corpora import MOSES_BPE, Corpus
-from dataprep.origins import Files
-from dataprep.steps import StepRecord, code_fingerprint, run_step, write_json
+from dataprep.origins import Inputs
+from dataprep.steps import StepRecord, code_fingerprint, finished_step, run_step, write_json
 from dataprep.subwords_step import (
     DICTIONARY,
     make_bpe_subwords,
@@ -23,6 +24,8 @@ from dataprep.subwords_step import (
 from dataprep.text_step import counts, make_text
 
 log = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -94,13 +97,11 @@ def prepare(corpus: Corpus, options: Options) -> Path:
     Raises:
         DataPrepError: anything that the user can mend.
     """
-    manifest = options.out / "manifest.json"
+    manifest = options.out / MANIFEST
     # What is finished takes no more, and is not refused for want of room.
     if not manifest.exists():
         require_space(options.out, corpus.disk_bytes)
-    files = corpus.origin.obtain(options.languages, options.cache, options.mirror)
-    inputs = corpus.origin.inputs(files)
-    text = _text(corpus, options, files, inputs)
+    inputs, text = _kept_text(corpus, options) or _text(corpus, options)
     log_text(text.report)
     moses = options.tokenisation == MOSES_BPE
     tokens = _tokens(corpus, options, text) if moses else None
@@ -149,23 +150,42 @@ def log_text(report: Mapping[str, Any]) -> None:
 # ---- The steps, each with all that decides its outcome.
 
 
-def _text(
-    corpus: Corpus, options: Options, files: Files, inputs: list[dict[str, str]]
-) -> StepRecord:
-    ingredients = {
+def _text_ingredients(corpus: Corpus, options: Options, inputs: Inputs) -> dict[str, object]:
+    return {
         "code": code_fingerprint(),
         "inputs": inputs,
         "corpus": repr(corpus),
         "languages": options.languages,
         "seed": options.seed,
     }
-    return run_step(
+
+
+def _kept_text(corpus: Corpus, options: Options) -> tuple[Inputs, StepRecord] | None:
+    """A finished text, where what it was made of lies neither in a mirror nor in the cache.
+
+    Nothing is fetched anew for it. Files that are there might be others by now: they are looked at.
+    """
+    if options.mirror is not None or options.cache.exists():
+        return None
+    try:
+        inputs = json.loads((options.out / MANIFEST).read_text(encoding="utf-8"))["inputs"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    text = finished_step(options.out / "text", _text_ingredients(corpus, options, inputs))
+    return None if text is None else (inputs, text)
+
+
+def _text(corpus: Corpus, options: Options) -> tuple[Inputs, StepRecord]:
+    files = corpus.origin.obtain(options.languages, options.cache, options.mirror)
+    inputs = corpus.origin.inputs(files)
+    text = run_step(
         options.out / "text",
-        ingredients,
+        _text_ingredients(corpus, options, inputs),
         lambda folder: make_text(
             folder, corpus, options.languages, files, options.seed, options.workers
         ),
     )
+    return inputs, text
 
 
 def _tokens(corpus: Corpus, options: Options, text: StepRecord) -> StepRecord:
@@ -228,9 +248,7 @@ def _binary(corpus: Corpus, options: Options, subwords: StepRecord) -> StepRecor
 # ---- The manifest.
 
 
-def _manifest(
-    corpus: Corpus, options: Options, inputs: list[dict[str, str]], steps: Steps
-) -> dict[str, Any]:
+def _manifest(corpus: Corpus, options: Options, inputs: Inputs, steps: Steps) -> dict[str, Any]:
     """What makes a prepared corpus citable, and tells recipes how to undo its tokenisation."""
     text = steps.text.report
     moses = {"moses": asdict(corpus.moses)} if steps.tokens else {}

@@ -54,6 +54,26 @@ def fingerprint(ingredients: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
 
 
+def finished_step(folder: Path, ingredients: Mapping[str, object]) -> StepRecord | None:
+    """The record of a step that was done before, or None if it has to be done.
+
+    Args:
+        folder: the step's.
+        ingredients: as for `run_step`; with others, or with a file changed, it has to be done anew.
+    """
+    try:
+        record = StepRecord(**json.loads((folder / RECORD).read_text(encoding="utf-8")))
+        fits = record.fingerprint == fingerprint(ingredients) and all(
+            file_sha256(folder / name) == sha for name, sha in record.files.items()
+        )
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
+    if not fits:
+        return None
+    log.info("step %s: finished before, skipped", folder.name)
+    return record
+
+
 def run_step(
     folder: Path, ingredients: Mapping[str, object], work: Callable[[Path], Report]
 ) -> StepRecord:
@@ -70,12 +90,13 @@ def run_step(
     Raises:
         DataPrepError: `folder` exists and was not made by such a step.
     """
-    wanted = fingerprint(ingredients)
-    done = _finished(folder)
-    if done is not None and done.fingerprint == wanted:
-        log.info("step %s: finished before, skipped", folder.name)
+    done = finished_step(folder, ingredients)
+    if done is not None:
         return done
-    log.info("step %s: %s", folder.name, "inputs changed, redone" if done else "started")
+    changed = (folder / RECORD).exists()
+    log.info(
+        "step %s: %s", folder.name, "inputs or outputs changed, redone" if changed else "started"
+    )
     for abandoned in folder.parent.glob(f".partial-{folder.name}-*"):
         shutil.rmtree(abandoned, ignore_errors=True)
     # With the process in its name, it cannot be the one that a child of a killed run still fills.
@@ -84,7 +105,7 @@ def run_step(
     start = time.monotonic()
     report = work(partial)
     files = {path.name: file_sha256(path) for path in sorted(partial.iterdir())}
-    record = StepRecord(wanted, files, report)
+    record = StepRecord(fingerprint(ingredients), files, report)
     write_json(partial / RECORD, asdict(record))
     _replace_folder(partial, folder)
     log.info("step %s: done in %.0f s", folder.name, time.monotonic() - start)
@@ -97,16 +118,6 @@ def write_json(path: Path, content: object) -> None:
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
-
-
-def _finished(folder: Path) -> StepRecord | None:
-    """The record of a finished step whose files are all as it left them."""
-    try:
-        record = StepRecord(**json.loads((folder / RECORD).read_text(encoding="utf-8")))
-        intact = all(file_sha256(folder / name) == sha for name, sha in record.files.items())
-    except (OSError, ValueError, TypeError, AttributeError):
-        return None
-    return record if intact else None
 
 
 def _replace_folder(partial: Path, folder: Path) -> None:
