@@ -9,8 +9,10 @@ docs/experiments.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +32,8 @@ def center_layer_norms(
     """Set the bias of every LayerNorm to minus the mean of what it puts out without.
 
     One after the other in the order of the forward pass, since each changes the input of the next.
-    What the biases were before has no influence. Call this inside `quiet`.
+    What the biases were before has no influence. A forward pass ends with the LayerNorm that it was
+    made for. Call this inside `quiet`.
 
     Args:
         modules: where to look for LayerNorms (by class name: torch's, fairseq's and apex's). Only
@@ -47,27 +50,21 @@ def center_layer_norms(
         GradInitError: an output is not finite.
     """
     processes = processes or OneProcess()
-    norms = _in_order_of_use(modules, lambda: evaluate(batches[0]))
-    for name, norm in norms:
+    # In all processes the same, whatever their share of the batches.
+    names = {norm: name for root in modules for name, norm in root.named_modules()}
+    norms = list(_calls(names, partial(evaluate, batches[0])))
+    share = batches[processes.rank :: processes.count]
+    calls = [_calls(names, partial(evaluate, batch)) for batch in share]
+    for norm in norms:
         norm.bias.zero_()
         total = torch.zeros(norm.bias.numel() + 1, dtype=torch.float64, device=norm.bias.device)
-
-        def add(_: nn.Module, __: object, output: Tensor, total: Tensor = total) -> None:
-            rows = output.reshape(-1, output.shape[-1]).double()
-            total[:-1] += rows.sum(0)
-            total[-1] += len(rows)
-
-        handle = norm.register_forward_hook(add)
-        try:
-            for batch in batches[processes.rank :: processes.count]:
-                evaluate(batch)
-        finally:
-            handle.remove()
+        for batch, counted in zip(share, calls, strict=True):
+            _add_outputs(norm, counted[norm], partial(evaluate, batch), total)
         processes.sum_([total])
         mean = total[:-1] / total[-1]
         if not torch.isfinite(mean).all():
             raise GradInitError(
-                f"the output of {name} is not finite before training: check how the model "
+                f"the output of {names[norm]} is not finite before training: check how the model "
                 "initialises its parameters, and the data"
             )
         norm.bias.copy_(-mean)
@@ -94,23 +91,51 @@ def undone_on_error(modules: Sequence[nn.Module]) -> Iterator[None]:
         raise
 
 
-def _in_order_of_use(
-    modules: Sequence[nn.Module], run: Callable[[], object]
-) -> list[tuple[str, Any]]:
-    """The LayerNorms with a trainable bias that `run` calls, by the first call of each."""
-    used: dict[nn.Module, None] = {}
+class _Seen(Exception):
+    """A forward pass has come as far as it was needed."""
+
+
+def _add_outputs(norm: Any, calls: int, run: Callable[[], object], total: Tensor) -> None:
+    """Add the outputs of `norm` in `run` to `total`, and their number to its last element.
+
+    Args:
+        calls: how often `run` calls it; what comes after the last time is left out.
+    """
+    left = calls
+
+    def add(_: nn.Module, __: object, output: Tensor) -> None:
+        nonlocal left
+        rows = output.reshape(-1, output.shape[-1]).double()
+        total[:-1] += rows.sum(0)
+        total[-1] += len(rows)
+        left -= 1
+        if not left:
+            raise _Seen
+
+    if not calls:
+        return
+    handle = norm.register_forward_hook(add)
+    try:
+        with suppress(_Seen):
+            run()
+    finally:
+        handle.remove()
+
+
+def _calls(modules: Iterable[nn.Module], run: Callable[[], object]) -> Counter[Any]:
+    """How often `run` calls each LayerNorm with a trainable bias, by the first call of each."""
+    used: Counter[Any] = Counter()
 
     def note(norm: nn.Module, _: object) -> None:
-        used.setdefault(norm)
+        used[norm] += 1
 
-    names = {norm: name for root in modules for name, norm in root.named_modules()}
-    handles = [m.register_forward_pre_hook(note) for m in names if _is_layer_norm(m)]
+    handles = [m.register_forward_pre_hook(note) for m in modules if _is_layer_norm(m)]
     try:
         run()
     finally:
         for handle in handles:
             handle.remove()
-    return [(names[norm], norm) for norm in used]
+    return used
 
 
 def _is_layer_norm(module: nn.Module) -> bool:

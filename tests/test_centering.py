@@ -77,6 +77,38 @@ def test_the_biases_before_have_no_influence(model, batches):
     assert torch.equal(model.norm_2.bias, once[1])
 
 
+class Twice(nn.Module):
+    """A LayerNorm that some batches pass through twice, and others never, before another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared, self.last = nn.LayerNorm(6), nn.LayerNorm(6)
+        self.layer, self.end = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.ends = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.shared(self.layer(x)) if x.shape[1] != 5 else x
+        x = self.shared(x + self.layer(x).relu()) if x.shape[1] == 7 else x
+        x = self.last(x)
+        self.ends += 1
+        return self.end(x)
+
+
+def test_each_pass_through_a_norm_counts_and_nothing_after_the_last_one_is_run(batches):
+    torch.manual_seed(0)
+    model = Twice().double()
+    assert center_layer_norms([model], model, batches) == 2
+    # Once to see which norms there are, and once for each batch to see how often it meets them.
+    assert model.ends == 1 + len(batches)
+    for norm in (model.shared, model.last):
+        found = norm.bias.detach().clone()
+        with torch.no_grad():
+            norm.bias.zero_()
+            mean = outputs(model, norm, batches).mean(0)
+            norm.bias.copy_(-mean)
+        torch.testing.assert_close(norm.bias, found, rtol=1e-12, atol=1e-12)
+
+
 class OneOfTwo:
     """A process of two; to its sums it adds those that the other one is known to have."""
 
@@ -125,7 +157,7 @@ def biases(weights: dict) -> dict:
 def test_a_run_centers_every_layer_norm_before_and_after_learning(centered):
     _, run = centered
     assert run.code == 0, run.output
-    assert len(run.lines("centered the outputs of 10 LayerNorms on 32 sentences")) == 2
+    assert len(run.lines("centered the outputs of 10 LayerNorms on 4 sentences")) == 2
     assert len(biases(run.first)) == 10
     assert all(bias.any() for bias in biases(run.first).values())
     assert not any(bias.any() for bias in biases(run.initial).values())
