@@ -21,7 +21,7 @@ quickstart-compare: $(STAMP)
 	PYTHONPATH=data-prep $(BIN)/python recipes/quickstart.py --compare $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

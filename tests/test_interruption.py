@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import BIN, GRADINIT, PLUGIN, SHORT_TRAINING, SMALL_MODEL, Outcome
+from conftest import BIN, ENVIRONMENT, GRADINIT, PLUGIN, SHORT_TRAINING, SMALL_MODEL, Outcome
 
 ITERATIONS = 40
 
@@ -26,8 +26,7 @@ def command(data: Path, save_dir: Path, *arguments: str) -> list[str]:
 def start(words: list[str], save_dir: Path) -> subprocess.Popen:
     save_dir.mkdir(exist_ok=True)
     with (save_dir / "log").open("a") as log:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-        return subprocess.Popen(words, stdout=log, stderr=log, env=environment)
+        return subprocess.Popen(words, stdout=log, stderr=log, env={**os.environ, **ENVIRONMENT})
 
 
 def finish(data: Path, save_dir: Path, *arguments: str) -> Outcome:

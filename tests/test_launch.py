@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BIN, GRADINIT, PLUGIN, ROOT, Outcome, usual_options
+from conftest import BIN, ENVIRONMENT, GRADINIT, PLUGIN, ROOT, Outcome, usual_options
 from fairseq.dataclass.configs import FairseqConfig
 from fairseq.distributed.utils import infer_init_method
 from omegaconf import DictConfig, OmegaConf
@@ -39,7 +39,8 @@ def environment(variables: Mapping[str, object], *programs: Path) -> dict[str, s
     path = os.pathsep.join([*map(str, programs), str(BIN), os.environ["PATH"]])
     inherited = {name: value for name, value in os.environ.items() if "SLURM" not in name}
     given = {name: str(value) for name, value in variables.items()}
-    return {**inherited, "PATH": path, "PYTHONWARNINGS": "ignore", **given}
+    light = {name: ENVIRONMENT[name] for name in ("PYTHONPATH", "PYTHONWARNINGS")}
+    return {**inherited, **light, "PATH": path, **given}
 
 
 def launch(script: str, words: Sequence[object], *programs: Path, **variables: object) -> Outcome:

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import OWN_USER_DIR, ROOT, Outcome, usual_options
+from conftest import ENVIRONMENT, OWN_USER_DIR, ROOT, Outcome, usual_options
 
 import fairseq_gradinit
 from fairseq_gradinit.scales import FORMAT, VERSION, Scales
@@ -94,13 +94,12 @@ Start = Callable[..., list[list[Outcome]]]
 def start() -> Iterator[Start]:
     """Start runs side by side, and wait for what each of their ranks comes to."""
     program = str(Path(__file__).with_name("forked_ranks.py"))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     with subprocess.Popen(
         [sys.executable, program],
         **{"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL},
         text=True,
         cwd="/",
-        env=environment,
+        env={**os.environ, **ENVIRONMENT},
     ) as server:
 
         def start_runs(*runs: Run) -> list[list[Outcome]]:

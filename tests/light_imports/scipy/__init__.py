@@ -1,0 +1,1 @@
+"""In place of scipy, see sklearn beside it."""
