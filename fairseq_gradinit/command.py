@@ -47,7 +47,7 @@ def add_table(subparsers: Subparsers) -> None:
         metavar="FILE",
         help=(
             'figures of papers to stand beside the runs of a recipe: a JSON array of {"corpus": '
-            '"iwslt14-de-en", "recipe": "iwslt14-de-en/gradinit-adam", "metric": "BLEU", "value": '
+            '"iwslt14-de-en", "recipe": "iwslt14_de_en/gradinit-adam", "metric": "BLEU", "value": '
             '..., "source": "https://..., Table ..."}; a source must have a link'
         ),
     )

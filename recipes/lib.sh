@@ -22,6 +22,9 @@ ROOT=$(dirname "$LIB")
 : "${LAUNCH:=}"                      # what starts several processes, such as launch/torchrun.sh
 : "${FP16:=$((GPUS > 0))}"           # train in fp16: 1 or 0
 export NODES NODE_RANK WORKERS GPUS_PER_NODE=$GPUS
+for name in RUNS DATA RESULTS; do
+    [[ ${!name} == /* ]] || printf -v "$name" '%s' "$PWD/${!name}"
+done
 
 # glibc returns freed memory at every step unless told otherwise: 10 to 30 % of the time on a CPU.
 for limit in MMAP_THRESHOLD TRIM_THRESHOLD TOP_PAD; do
@@ -98,19 +101,31 @@ transformer() {
     MODEL_NAME="$1+$1 layers, d $2, ffn $3"
 }
 
-# once NAME KEY COMMAND...: run a command with its output in $RUN/NAME.log, unless it ended well
-# before with the same key. A key is the command and those of the steps before it.
+# log_of NAME: of this machine, since lines of several may not stay whole in one file.
+log_of() {
+    local node=
+    ((NODE_RANK == 0)) || node=.node-$NODE_RANK
+    say "$RUN/$1$node.log"
+}
+
+# once NAME KEY COMMAND...: run a command with its output in a log, unless it ended well before with
+# the same key. A key is the command and those of the steps before it.
 once() {
-    local name=$1 key=$2
+    local name=$1 key=$2 log
     shift 2
+    log=$(log_of "$name")
     if [[ -e $RUN/$name.done && $(<"$RUN/$name.done") == "$key" ]]; then
         say "$name: done before"
         return
     fi
     quoted "$@"
-    say " >> $RUN/$name.log"
+    say " >> $log"
     ((DRY_RUN)) && return
-    "$@" >>"$RUN/$name.log" 2>&1 || return
+    # What it made before is overwritten.
+    ((NODE_RANK > 0)) || rm -f "$RUN/$name.done"
+    # A log that was cut off ends within a line.
+    [[ ! -s $log || -z $(tail -c 1 "$log") ]] || say >>"$log"
+    "$@" >>"$log" 2>&1 || return
     stamp "$name" "$key"
 }
 
@@ -134,7 +149,19 @@ has_room() {
 failed() {
     has_room || die "$1 failed: there is no room left in $RUN: make some, and give the same" \
         "command again"
-    die "$1 failed: $(grep -v '^ *$' "$RUN/$1.log" | tail -n 1) (all of it: $RUN/$1.log)"
+    local log
+    log=$(log_of "$1")
+    die "$1 failed: $(grep -v '^ *$' "$log" | tail -n 1) (all of it: $log)"
+}
+
+# lock FILE [OPTION...]: until this program ends, or lets go of LOCK. What it starts holds the lock
+# too: nothing that outlived a kill is disturbed. Returns 75 if another one has it and OPTION is -n.
+lock() {
+    local status=0
+    exec {LOCK}>"$1"
+    flock -E 75 "${@:2}" "$LOCK" || status=$?
+    ((status != 0 && status != 75)) || return "$status"
+    say "$1 is on a file system without locks: see that no other recipe works there" >&2
 }
 
 # ---- The steps.
@@ -147,22 +174,65 @@ prepare() {
     ((DRY_RUN)) && return
     mkdir -p "$DATA"
     # Recipes side by side wait for the first one.
-    flock "$DATA/$CORPUS.lock" "${command[@]}" || die "the corpus could not be prepared"
+    lock "$DATA/$CORPUS.lock"
+    "${command[@]}" || die "the corpus could not be prepared"
+    exec {LOCK}>&-
+}
+
+# share_of TOKENS MOST: what each process takes at a time, MOST if it can be, when all of them take
+# TOKENS in an update.
+share_of() {
+    local most=$2 each=$(($1 / WORKERS)) times
+    for ((times = (each + most - 1) / most; times > 0 && each / times > most / 2; times++)); do
+        ((each % times)) || { say $((each / times)) && return; }
+    done
+    say "$((each > 0 && each < most ? each : most))"
 }
 
 # Sets UPDATE_FREQ so that an update learns from BATCH_TOKENS on whatever trains.
 choose_update_freq() {
-    local once_around=$((MAX_TOKENS * WORKERS))
+    local here=$((GPUS > 0 ? GPUS : 1)) once_around=$((MAX_TOKENS * WORKERS))
+    ((WORKERS > 0)) || die "WORKERS=$WORKERS: there must be at least one process"
+    [[ $LAUNCH ]] || ((WORKERS <= here)) ||
+        die "WORKERS=$WORKERS, and without LAUNCH $here can be started: LAUNCH=launch/gloo.sh" \
+            "starts more on CPUs, launch/torchrun.sh or launch/srun.sh on several machines"
+    [[ $LAUNCH != *torchrun.sh && $LAUNCH != *srun.sh ]] || ((WORKERS == NODES * GPUS)) ||
+        die "WORKERS=$WORKERS, and $LAUNCH starts one for each of NODES x GPUS = $NODES x $GPUS"
+    ((BATCH_TOKENS % WORKERS == 0)) ||
+        die "BATCH_TOKENS=$BATCH_TOKENS cannot be divided by the $WORKERS processes that train:" \
+            "choose another BATCH_TOKENS, or another number of processes"
     UPDATE_FREQ=$((BATCH_TOKENS / once_around))
     ((UPDATE_FREQ >= 1 && UPDATE_FREQ * once_around == BATCH_TOKENS)) ||
         die "BATCH_TOKENS=$BATCH_TOKENS is no multiple of MAX_TOKENS=$MAX_TOKENS times the" \
-            "$WORKERS processes that train: choose another MAX_TOKENS"
+            "$WORKERS processes that train: choose a MAX_TOKENS that divides" \
+            "$((BATCH_TOKENS / WORKERS))"
+}
+
+# What has a variable, which tables and other steps read, is not to be set behind their backs.
+declare -A VARIABLES=(
+    [--lr]=LR [--warmup-updates]=WARMUP [--max-update]=UPDATES [--total-num-update]=UPDATES
+    [--max-tokens]=MAX_TOKENS [--update-freq]=BATCH_TOKENS [--distributed-world-size]=WORKERS
+    [--seed]=SEEDS [--save-dir]=RUNS [--save-interval-updates]=SAVE_EVERY
+    [--keep-interval-updates]=AVERAGE [--fp16]=FP16
+)
+
+# check_extra WORD...: dies if EXTRA has an option that it must not have.
+check_extra() {
+    local word
+    for word in "$@"; do
+        word=${word%%=*}
+        [[ ! $word =~ ^--(en|de)coder-((ffn-)?embed-dim|layers)$ ]] ||
+            die "EXTRA has $word: the model's size, and its name in the tables, stand in" \
+                "$(dirname "$0")/corpus.sh"
+        [[ -z ${VARIABLES[$word]:-} ]] || die "EXTRA has $word: set ${VARIABLES[$word]} instead"
+    done
 }
 
 # Sets SETTINGS, all that decides what is trained but for the corpus's bytes and the seed.
 choose_settings() {
     local extra log_every=$((UPDATES > 75 ? UPDATES / 75 : 1))
     read -ra extra <<<"$EXTRA"
+    check_extra ${extra[@]+"${extra[@]}"}
     choose_update_freq
     SETTINGS=(
         --user-dir fairseq_gradinit --task translation
@@ -219,9 +289,7 @@ train_and_score() {
     if ((!DRY_RUN)); then
         mkdir -p "$RUN"
         if ((NODE_RANK == 0)); then
-            # What it starts holds the lock too: nothing that outlived a kill is disturbed.
-            exec {LOCK}>"$RUN/lock"
-            flock -n "$LOCK" || die "another program is at work in $RUN: wait for it, or end it"
+            lock "$RUN/lock" -n || die "another program is at work in $RUN: wait for it, or end it"
         fi
         same_corpus "$data/data-bin"
     fi
@@ -267,8 +335,9 @@ ended() {
 same_corpus() {
     local digest
     digest=$(cat "$1"/dict.* "$1"/*.idx "$1"/*.bin | sha256sum) || die "there is no corpus in $1"
-    [[ -e $RUN/corpus.sha256 ]] || write_whole "$RUN/corpus.sha256" "$digest"
-    [[ $(<"$RUN/corpus.sha256") == "$digest" ]] ||
+    ((NODE_RANK > 0)) || [[ -e $RUN/corpus.sha256 ]] || write_whole "$RUN/corpus.sha256" "$digest"
+    # Another machine may be here before the first one.
+    [[ ! -e $RUN/corpus.sha256 || $(<"$RUN/corpus.sha256") == "$digest" ]] ||
         die "the corpus in $1 is another one than when $RUN was begun: remove that folder, or" \
             "choose another one with RUNS"
 }
@@ -286,8 +355,10 @@ about() {
 
 # not_trained KEY: a run that diverged is a result, anything else an error.
 not_trained() {
-    python3 "$LIB/run_record.py" diverged "$RUN" || failed train
-    say "diverged: $(<"$RUN/diverged")"
+    local reason
+    reason=$(python3 "$LIB/run_record.py" divergence "$(log_of train)") || failed train
+    say "diverged: $reason"
+    ((NODE_RANK > 0)) || write_whole "$RUN/diverged" "$reason"
     stamp train "$1"
 }
 
@@ -307,6 +378,10 @@ recipe() {
         esac
     done
     ((!SMOKE)) || shrink
+    for word in $STEPS; do
+        [[ " prepare train average translate score " == *" $word "* ]] ||
+            die "STEPS has $word, which is none of: prepare train average translate score"
+    done
     command -v fairseq-train >/dev/null || ((DRY_RUN)) ||
         die "fairseq-train is not on PATH: run make test once, or pip install '.[fairseq,quickstart]'"
     choose_settings

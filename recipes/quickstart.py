@@ -211,7 +211,8 @@ def once(
     except (OSError, ValueError, KeyError, TypeError):
         pass
     start = time.monotonic()
-    report = {"key": key, **(work() or {}), "seconds": time.monotonic() - start}
+    found = work() or {}
+    report = {"key": key, "seconds": time.monotonic() - start, **found}
     write_json(marker, report)
     return report
 
@@ -275,7 +276,12 @@ def train(arm: Arm, settings: Settings) -> dict[str, Any]:
         losses = TrainingLog.read(folder / "train.log")
         if not losses.valid:
             raise RunError(f"no validation loss in {folder / 'train.log'}")
-        return {"curve": losses.training, "valid_loss": losses.valid[-1][1]}
+        # What earlier processes took, too, if this one went on from a checkpoint.
+        return {
+            "curve": losses.training,
+            "valid_loss": losses.valid[-1][1],
+            "seconds": losses.seconds,
+        }
 
     return once(folder / "train.json", ingredients, work)
 
@@ -337,8 +343,9 @@ def show_results(results: list[Result], settings: Settings) -> None:
         # The last logged update that all arms have up to this part of training.
         curves = [dict(result.curve) for result in results]
         shared = set.intersection(*map(set, curves))
-        update = max(u for u in shared if u <= settings.updates // part)
-        table[f"training loss at {update}"] = [f"{curve[update]:.2f}" for curve in curves]
+        update = max((u for u in shared if u <= settings.updates // part), default=None)
+        if update is not None:
+            table[f"training loss at {update}"] = [f"{curve[update]:.2f}" for curve in curves]
     table["training, seconds"] = [f"{result.train_seconds:.0f}" for result in results]
     table["translation, seconds"] = [f"{result.translate_seconds:.0f}" for result in results]
     log.info("== results on the test set (%d sentences)", len(results[0].rows))

@@ -1,7 +1,7 @@
 """What a run of a recipe is and came to: from its folder to a line of the results file.
 
     python recipes/run_record.py begin RUN --recipe ... --command 'fairseq-train ...'
-    python recipes/run_record.py diverged RUN
+    python recipes/run_record.py divergence LOG
     python recipes/run_record.py score RUN --results FILE
 
 The recipes call it; `bash recipes/score.sh RUN...` scores again by hand.
@@ -145,19 +145,6 @@ def begin(run: Path, about: About) -> None:
     write_atomically(run / "run.json", json.dumps(asdict(about), indent=1) + "\n")
 
 
-def note_divergence(run: Path) -> bool:
-    """Whether training failed because it diverged; the reason then stands in RUN/diverged.
-
-    Raises:
-        GradInitError: the file cannot be written.
-        OSError: there is no log of training.
-    """
-    reason = TrainingLog.read(run / "train.log").diverged
-    if reason is not None:
-        write_atomically(run / "diverged", reason)
-    return reason is not None
-
-
 def record(run: Path) -> RunRecord:
     """What came of a run.
 
@@ -186,7 +173,7 @@ def record(run: Path) -> RunRecord:
         plateau=corpus.plateau,
         settings=settings,
         seed=about.seed,
-        commands=(_without_folders(about.command, about.corpus, run),),
+        commands=(_without_folders(about),),
         circumstances=about.circumstances,
         status="diverged" if diverged else "finished",
         reason=diverged,
@@ -202,8 +189,11 @@ def record(run: Path) -> RunRecord:
     )
 
 
-def _without_folders(command: str, corpus: str, run: Path) -> str:
-    return command.replace(corpus, Path(corpus).name).replace(f"{run.resolve()}/", "")
+def _without_folders(about: About) -> str:
+    """The command, whatever the run's folder was called by then."""
+    options = dict(_options(shlex.split(about.command)[2:]))
+    folder = Path(options["--save-dir"]).parent
+    return about.command.replace(f"{folder}/", "").replace(about.corpus, Path(about.corpus).name)
 
 
 def _scores(run: Path, about: About, corpus: Corpus, subset: str) -> TestScores:
@@ -248,14 +238,14 @@ def _baseline_run(run: Path, about: About, settings: Settings) -> Path | None:
     # RUNS/CORPUS/ARM/SETTINGS/seed-N
     found: list[tuple[float, Path]] = []
     for path in sorted(run.resolve().parents[3].glob(f"{about.baseline}/*/seed-{about.seed}")):
+        # One that is being trained or translated has no such stamp yet.
+        if not (path / f"translate-{about.subsets[-1]}.done").exists():
+            continue
         other = About.read(path)
         theirs = other.settings
         alike = ("model", "updates", "tokens_per_batch")
-        last = f"generate-{about.subsets[-1]}.txt"
-        if (
-            other.corpus == about.corpus
-            and all(getattr(theirs, name) == getattr(settings, name) for name in alike)
-            and (path / last).exists()
+        if (other.corpus, other.decoding) == (about.corpus, about.decoding) and all(
+            getattr(theirs, name) == getattr(settings, name) for name in alike
         ):
             found.append((TrainingLog.read(path / "train.log").valid[-1][1], path))
     return min(found)[1] if found else None
@@ -310,12 +300,13 @@ def _parser() -> argparse.ArgumentParser:
         start.add_argument(f"--{name}", nargs="+", required=True)
     start.add_argument("--split-compounds", action="store_true")
     start.set_defaults(run_command=_begin)
-    diverged = commands.add_parser("diverged", help="whether that is why training failed")
-    diverged.set_defaults(run_command=lambda options: not note_divergence(options.run))
+    diverged = commands.add_parser("divergence", help="why training diverged; 1 if it did not")
+    diverged.add_argument("log", type=Path, help="of fairseq-train")
+    diverged.set_defaults(run_command=_divergence)
     scores = commands.add_parser("score", help="score it and add a line to the results")
     scores.add_argument("--results", type=Path, required=True)
     scores.set_defaults(run_command=_score)
-    for command in (start, diverged, scores):
+    for command in (start, scores):
         command.add_argument("run", type=Path, help="its folder")
     return parser
 
@@ -337,6 +328,14 @@ def _begin(options: argparse.Namespace) -> int:
         circumstances=circumstances(ROOT, workers=options.workers),
     )
     begin(options.run, about)
+    return 0
+
+
+def _divergence(options: argparse.Namespace) -> int:
+    reason = TrainingLog.read(options.log).diverged
+    if reason is None:
+        return 1
+    print(reason)
     return 0
 
 

@@ -20,13 +20,17 @@ set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # Slurm runs a copy of this file from elsewhere.
 [[ -e $HERE/lib.sh ]] || HERE=$SLURM_SUBMIT_DIR/recipes
-export RUNS=${RUNS:-$HERE/../runs/sweep}
+export RUNS=${RUNS:-${HERE%/*}/runs/sweep}
+
+usage() { sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0"; }
 
 points() {
-    local seed recipe beta2 lr
+    local seed recipe beta2s beta2 lr
     for seed in $SEEDS; do
         for recipe in $RECIPES; do
-            for beta2 in $BETA2S; do
+            beta2s=$BETA2S
+            [[ $recipe != *-sgd ]] || beta2s=none
+            for beta2 in $beta2s; do
                 for lr in $LRS; do
                     echo "$seed $recipe $beta2 $lr"
                 done
@@ -48,7 +52,7 @@ point() {
         export SCHEME=${2#*/}
         script=$HERE/${2%/*}/scheme.sh
     fi
-    SEEDS=$1 BETA2=$3 LR=$4 bash "$script" ${OPTIONS[@]+"${OPTIONS[@]}"} || {
+    SEEDS=$1 BETA2=${3#none} LR=$4 bash "$script" ${OPTIONS[@]+"${OPTIONS[@]}"} || {
         echo "sweep.sh: $2 with SEEDS=$1 BETA2=$3 LR=$4 failed, for the reason above" >&2
         return 1
     }
@@ -61,7 +65,8 @@ for word in "$@"; do
         --smoke) OPTIONS+=("$word") && results=$RUNS/smoke/results.jsonl ;;
         --count) points | wc -l && exit ;;
         --point) point "${@: -4}" && exit ;;
-        *) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0" && exit ;;
+        --help | -h) usage && exit ;;
+        *) echo "sweep.sh: $word is no option" >&2 && usage >&2 && exit 2 ;;
     esac
 done
 : "${results:=${RESULTS:-$RUNS/results.jsonl}}"

@@ -14,7 +14,8 @@ import pytest
 import resume
 import run_record
 import torch
-from conftest import BIN, ROOT
+from conftest import BIN, ENVIRONMENT, ROOT
+from fairseq_runs import TrainingLog
 
 from fairseq_gradinit.results import RunRecord, read_runs
 from fairseq_gradinit.schemes.options import SCHEMES
@@ -33,7 +34,7 @@ RECIPES = [f"{corpus}/{arm}" for corpus in CORPORA for arm in ARMS]
 def environment(runs: Path, **knobs: str) -> dict[str, str]:
     """Of a user whose virtual environment is active."""
     path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
-    return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "RUNS": str(runs), **knobs}
+    return {**os.environ, **ENVIRONMENT, "PATH": path, "RUNS": str(runs), **knobs}
 
 
 def bash(script: str, *options: str, runs: Path, **knobs: str) -> subprocess.CompletedProcess[str]:
@@ -74,8 +75,15 @@ def test_scripts_are_clean_for_shellcheck():
 def test_smoke_runs(smoke, corpus):
     for arm in ARMS:
         recipe = f"{corpus}/{arm}"
-        done = bash(f"{recipe}.sh", "--smoke", runs=smoke)
+        # What comes after training is the same for all arms of a corpus.
+        whole = corpus == "multi30k" or arm in ("default-warmup", "gradinit-adam")
+        steps = {} if whole else {"STEPS": "prepare train"}
+        done = bash(f"{recipe}.sh", "--smoke", runs=smoke, **steps)
         assert done.returncode == 0, done.stdout + done.stderr
+        if not whole:
+            (stamp,) = smoke.glob(f"smoke/{recipe}/*/seed-1/train.done")
+            assert TrainingLog.read(stamp.with_name("train.log")).valid[-1][0] == 12
+            continue
         run = records(smoke)[recipe]
         assert (run.status, run.corpus, run.settings.updates) == ("finished", "numbers", 12)
         assert [part.name for part in run.scores] == ["test"]
@@ -93,11 +101,59 @@ def test_what_is_done_is_not_done_again(smoke):
         assert f"{step}: done before" in done.stdout
     assert (smoke / "smoke/results.jsonl").read_bytes() == before
     # What translates otherwise is translated again, and nothing else.
+    (log,) = smoke.glob("smoke/multi30k/gradinit-adam/*/seed-1/translate-test.log")
+    log.write_text("a line that was cut")
     done = bash("multi30k/gradinit-adam.sh", "--smoke", runs=smoke, LENPEN="0.5")
     assert "average: done before" in done.stdout
     assert "translate-test: done before" not in done.stdout
     longer = read_runs([smoke / "smoke/results.jsonl"])[-1]
     assert "--lenpen 0.5" in longer.settings.options
+    assert log.read_text().startswith("a line that was cut\n")
+    # What was decoded otherwise is no baseline.
+    assert longer.comparison is None
+
+
+def test_a_baseline_that_is_not_translated_yet_is_none(smoke):
+    for arm in ("default-warmup", "gradinit-sgd"):
+        bash(f"multi30k/{arm}.sh", "--smoke", runs=smoke)
+    (run,) = smoke.glob("smoke/multi30k/gradinit-sgd/*/seed-1")
+    (stamp,) = smoke.glob("smoke/multi30k/default-warmup/*/seed-1/translate-test.done")
+    assert run_record.record(run).comparison is not None
+    key = stamp.read_text()
+    stamp.unlink()
+    try:
+        assert run_record.record(run).comparison is None
+    finally:
+        stamp.write_text(key)
+
+
+def test_other_machines_write_nothing_that_the_first_one_writes(smoke):
+    bash("multi30k/pre-ln.sh", "--smoke", runs=smoke, STEPS="prepare")
+    (stamp,) = smoke.glob("smoke/multi30k/pre-ln/*/seed-1/corpus.sha256")
+    digest = stamp.read_text()
+    stamp.unlink()
+    other = {"STEPS": "prepare", "NODE_RANK": "1"}
+    done = bash("multi30k/pre-ln.sh", "--smoke", runs=smoke, **other)
+    assert done.returncode == 0, done.stderr
+    assert not stamp.exists()
+    stamp.write_text(digest)
+
+
+def test_a_file_system_without_locks_is_told_and_used(smoke, tmp_path):
+    # util-linux's, where the system call is not there.
+    (tmp_path / "flock").write_text("#!/bin/sh\nexit 65\n")
+    (tmp_path / "flock").chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{environment(smoke)['PATH']}"
+    done = bash("multi30k/pre-ln.sh", "--smoke", runs=smoke, PATH=path, STEPS="prepare")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("is on a file system without locks") == 2
+
+
+def test_records_name_no_folder(smoke):
+    bash("multi30k/default-warmup.sh", "--smoke", runs=smoke)
+    for run in read_runs([smoke / "smoke/results.jsonl"]):
+        assert run.commands[0].startswith("fairseq-train numbers/data-bin ")
+        assert run.commands[0].endswith(" --save-dir checkpoints")
 
 
 def killed_after(seconds: float, runs: Path) -> None:
@@ -135,11 +191,11 @@ def test_a_disk_that_is_full_is_told_and_nothing_half_written_is_believed(smoke,
         return bash("multi30k/pre-ln.sh", "--smoke", runs=tmp_path / "runs", STEPS=steps)
 
     disk.fill()
-    done = run("none")
+    done = run("prepare")
     assert done.returncode == 1
     assert "corpus.sha256 cannot be written: make room on its disk" in done.stderr
     disk.fill(leave=64)
-    assert run("none").returncode == 0
+    assert run("prepare").returncode == 0
     done = run("train")
     assert done.returncode == 1
     assert "train failed: there is no room left in " in done.stderr
@@ -213,6 +269,12 @@ def test_sweep_ends_in_a_table_and_a_picture(smoke, tmp_path):
         shutil.copytree(smoke / "smoke/data", tmp_path / "smoke/data")
     knobs = {"LRS": "1e-3 1e20", "BETA2S": "0.98", "RECIPES": "multi30k/default-no-warmup"}
     assert bash("sweep.sh", "--count", runs=tmp_path, **knobs).stdout.strip() == "2"
+    # SGD has no beta2.
+    sgd = {**knobs, "BETA2S": "0.9 0.98", "RECIPES": "multi30k/default-sgd multi30k/pre-ln"}
+    assert bash("sweep.sh", "--count", runs=tmp_path, **sgd).stdout.strip() == "6"
+    mistyped = bash("sweep.sh", "--dryrun", runs=tmp_path, **knobs)
+    assert (mistyped.returncode, mistyped.stdout) == (2, "")
+    assert "--dryrun is no option" in mistyped.stderr
     done = bash("sweep.sh", "--smoke", runs=tmp_path, JOBS="2", **knobs)
     assert done.returncode == 0, done.stdout + done.stderr
     runs = read_runs([tmp_path / "smoke/results.jsonl"])
@@ -298,9 +360,18 @@ def test_help_shows_variables_as_they_are(tmp_path):
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        ({"MAX_TOKENS": "3000"}, "choose another MAX_TOKENS"),
-        ({"WORKERS": "16"}, "BATCH_TOKENS=32768 is no multiple of MAX_TOKENS=4096 times the 16"),
+        ({"MAX_TOKENS": "3000"}, "choose a MAX_TOKENS that divides 32768"),
+        ({"GPUS": "3"}, "BATCH_TOKENS=32768 cannot be divided by the 3 processes that train"),
+        ({"WORKERS": "4"}, "WORKERS=4, and without LAUNCH 1 can be started: LAUNCH=launch/gloo.sh"),
+        ({"WORKERS": "0"}, "WORKERS=0: there must be at least one process"),
+        (
+            {"GPUS": "8", "WORKERS": "2", "LAUNCH": "launch/torchrun.sh"},
+            "WORKERS=2, and launch/torchrun.sh starts one for each of NODES x GPUS = 1 x 8",
+        ),
         ({"SIZE": "huge"}, "SIZE=huge is not among: base big"),
+        ({"STEPS": "trian"}, "STEPS has trian, which is none of: prepare train"),
+        ({"EXTRA": "--clip-norm 1 --update-freq=4"}, "EXTRA has --update-freq: set BATCH_TOKENS"),
+        ({"EXTRA": "--encoder-layers 12"}, "EXTRA has --encoder-layers: the model's size"),
     ],
     ids=str,
 )
@@ -310,11 +381,25 @@ def test_a_mistake_is_answered_by_a_sentence(tmp_path, knobs, message):
     assert message in done.stderr
 
 
-def test_batches_are_the_same_on_any_number_of_processes(tmp_path):
-    for workers, update_freq in ((1, 8), (2, 4), (8, 1)):
-        knobs = {"WORKERS": str(workers), "SEEDS": "1"}
-        done = bash("wmt14_en_de/gradinit-adam.sh", "--dry-run", runs=tmp_path, **knobs)
-        assert f"--max-tokens 4096 --update-freq {update_freq} " in done.stdout
+@pytest.mark.parametrize(
+    ("recipe", "gpus", "max_tokens", "update_freq"),
+    [
+        *(("wmt14_en_de/gradinit-adam", *row) for row in ((0, 4096, 8), (2, 4096, 4))),
+        *(("wmt14_en_de/gradinit-adam", *row) for row in ((8, 4096, 1), (16, 2048, 1))),
+        *(("iwslt14_de_en/gradinit-adam", *row) for row in ((1, 4096, 1), (8, 512, 1))),
+        *(("multi30k/gradinit-adam", *row) for row in ((0, 1000, 1), (4, 250, 1))),
+    ],
+)
+def test_batches_are_the_same_on_any_number_of_gpus(
+    tmp_path, recipe, gpus, max_tokens, update_freq
+):
+    done = bash(f"{recipe}.sh", "--dry-run", runs=tmp_path, GPUS=str(gpus), SEEDS="1")
+    assert f"--max-tokens {max_tokens} --update-freq {update_freq} " in done.stdout
+
+
+def test_what_a_process_takes_at_a_time_does_not_change_the_batch(tmp_path):
+    done = bash("multi30k/pre-ln.sh", "--dry-run", runs=tmp_path, MAX_TOKENS="500", SEEDS="1")
+    assert "--max-tokens 500 --update-freq 2 " in done.stdout
 
 
 def test_another_corpus_under_a_run_is_refused(smoke):

@@ -7,8 +7,8 @@ source "$(dirname "$0")/../lib.sh"
 
 : "${SEEDS:=1 2 3 4 5}"
 : "${UPDATES:=100000}"
-: "${MAX_TOKENS:=4096}"       # what a process takes at a time
 : "${BATCH_TOKENS:=4096}"     # what an update learns from, of all processes
+: "${MAX_TOKENS:=$(share_of "$BATCH_TOKENS" 4096)}"  # what one takes at a time
 : "${SAVE_EVERY:=1000}"       # updates between two checkpoints, about an epoch
 : "${AVERAGE:=10}"            # the last so many are averaged
 : "${BEAM:=5}"

@@ -11,8 +11,8 @@ choose_size base big
 : "${LAYERS:=6}"              # of encoder and of decoder: 6, 12 or 18
 : "${SEEDS:=1 2 3}"
 : "${UPDATES:=100000}"
-: "${MAX_TOKENS:=4096}"       # what a process takes at a time
 : "${BATCH_TOKENS:=32768}"    # what an update learns from, of all processes: 8 x 4096; or 524288
+: "${MAX_TOKENS:=$(share_of "$BATCH_TOKENS" 4096)}"  # what one takes at a time
 : "${SAVE_EVERY:=1000}"       # updates between two checkpoints
 : "${AVERAGE:=10}"            # the last so many are averaged
 : "${BEAM:=4}"
