@@ -216,17 +216,12 @@ def train_here(
 ) -> Training:
     """Run fairseq-train as `train` does, but in this process, where the plugin stays loaded.
 
-    Without `plugin` it is not loaded, so that has to come first in a process of its own. LayerNorms
-    are centered on fewer sentences, which would otherwise take most of the time.
+    Without `plugin` it is not loaded, so that has to come first in a process of its own.
     """
     import fairseq_cli.train as program
 
-    fewer_sentences = contextlib.nullcontext()
     if plugin:
         import fairseq_gradinit.plugin  # noqa: F401
-        from fairseq_gradinit import phase
-
-        fewer_sentences = mock.patch.object(phase, "CENTERING_SENTENCES", 4)
 
     seen = Training(0, "")
 
@@ -253,7 +248,6 @@ def train_here(
         with (
             mock.patch.object(sys, "argv", list(map(str, argv))),
             mock.patch.object(program, "Trainer", RecordingTrainer),
-            fewer_sentences,
             contextlib.redirect_stderr(log),
             warnings.catch_warnings(action="ignore"),
         ):

@@ -157,7 +157,7 @@ def biases(weights: dict) -> dict:
 def test_a_run_centers_every_layer_norm_before_and_after_learning(centered):
     _, run = centered
     assert run.code == 0, run.output
-    assert len(run.lines("centered the outputs of 10 LayerNorms on 4 sentences")) == 2
+    assert len(run.lines("centered the outputs of 10 LayerNorms on 32 sentences")) == 2
     assert len(biases(run.first)) == 10
     assert all(bias.any() for bias in biases(run.first).values())
     assert not any(bias.any() for bias in biases(run.initial).values())
