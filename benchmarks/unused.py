@@ -67,7 +67,7 @@ TASKS = {
 USUAL = [
     *("--optimizer", "adam", "--lr", "1e-3", "--lr-scheduler", "inverse_sqrt"),
     *("--warmup-updates", "50", "--clip-norm", "1", "--dropout", "0.1", "--max-tokens", "400"),
-    *("--cpu", "--num-workers", "0", "--disable-validation", "--save-interval", "10000"),
+    *("--num-workers", "0", "--disable-validation", "--save-interval", "10000"),
     # Without the thread that reads ahead, which at times aborts a process that is done.
     *("--data-buffer-size", "0"),
     *("--log-format", "json", "--log-interval", "1"),
@@ -107,9 +107,13 @@ class Run:
     cpu_seconds: float
 
 
-def train(data: Path, save_dir: Path, options: Sequence[str], threads: int = 1) -> Run:
+def train(
+    data: Path, save_dir: Path, options: Sequence[str], threads: int = 1, device: str = "cpu"
+) -> Run:
     """Run fairseq-train in a process of its own."""
     command = [sys.executable, "-c", PROGRAM, str(data), *USUAL, *options]
+    if device == "cpu":
+        command.append("--cpu")
     log = save_dir.with_suffix(".log")
     begun = monotonic()
     with log.open("w") as file:

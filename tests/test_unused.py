@@ -15,7 +15,7 @@ from pathlib import Path
 from conftest import ROOT, digest, train_here
 from unused import TASKS, USUAL
 
-SHORT = ["--max-update", "5", "--log-format", "simple", "--no-save"]
+SHORT = ["--cpu", "--max-update", "5", "--log-format", "simple", "--no-save"]
 
 
 def outcomes(parallel: Path, monolingual: Path, plugin: bool) -> dict[str, object]:
