@@ -7,10 +7,10 @@ source "$(dirname "$0")/../lib.sh"
 : "${SIZE:=small}"            # or base: model and batch of IWSLT'14, for a GPU
 choose_size small base
 : "${SEEDS:=1 2 3}"
-: "${UPDATES:=$(by_size 2000 1600)}"
+: "${UPDATES:=$(by_size 2000 2400)}"
 : "${BATCH_TOKENS:=$(by_size 1000 4096)}"  # what an update learns from, of all processes
 : "${MAX_TOKENS:=$(share_of "$BATCH_TOKENS" "$(by_size 1000 4096)")}"  # what one takes at a time
-: "${SAVE_EVERY:=$(by_size 100 160)}"  # updates between two checkpoints
+: "${SAVE_EVERY:=$(by_size 100 240)}"  # updates between two checkpoints
 : "${AVERAGE:=3}"             # the last so many are averaged
 : "${BEAM:=5}"
 : "${LENPEN:=1}"
