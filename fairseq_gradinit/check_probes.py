@@ -36,7 +36,14 @@ from fairseq_gradinit.check_data import ProbeData
 from fairseq_gradinit.check_records import Arm, Look, Probe, Update
 from fairseq_gradinit.data import MicroBatch
 from fairseq_gradinit.errors import GradInitError
-from fairseq_gradinit.options import OPTION_NAMES, GradInitOptions, Plan, make_plan, peak_lr
+from fairseq_gradinit.options import (
+    APPLYING,
+    OPTION_NAMES,
+    GradInitOptions,
+    Plan,
+    make_plan,
+    peak_lr,
+)
 from fairseq_gradinit.phase import run_phase
 from fairseq_gradinit.quiet import quiet
 from fairseq_gradinit.scales import FILE_NAME
@@ -65,7 +72,8 @@ class Session:
         _keep_nothing(cfg, folder)
         self._plan_cfg = copy.deepcopy(cfg)
         _set(self._plan_cfg.task, "gradinit", True)
-        _set(self._plan_cfg.task, "gradinit_save_interval", 0)
+        if getattr(cfg.task, "gradinit_scales", None) is None:
+            _set(self._plan_cfg.task, "gradinit_save_interval", 0)
         self._plan()
         for name in OPTION_NAMES:
             _set(cfg.task, name, getattr(GradInitOptions, name))
@@ -98,8 +106,7 @@ class Session:
             self._data = self._data or ProbeData(trainer)
         if arm.start == "gradinit":
             run_phase(trainer, self._plan())
-            scales = Path(self._plan_cfg.checkpoint.save_dir) / FILE_NAME
-            _set(self._plan_cfg.task, "gradinit_scales", str(scales))
+            self._apply_from_now_on(Path(self._plan_cfg.checkpoint.save_dir) / FILE_NAME)
         trainer.begin_epoch(1)
         watched = Watched(trainer, self._data.looked)
         made: list[Update] = []
@@ -122,6 +129,13 @@ class Session:
             *(arm, lr, tuple(watched.tensors), watched.layers),
             *(tuple(made), tuple(looks), diverged, round(time.monotonic() - start, 1)),
         )
+
+    def _apply_from_now_on(self, scales: Path) -> None:
+        """Have GradInit's probes take the scales in this file, as they were learned."""
+        for name in OPTION_NAMES:
+            if name not in APPLYING:
+                _set(self._plan_cfg.task, name, getattr(GradInitOptions, name))
+        _set(self._plan_cfg.task, "gradinit_scales", str(scales))
 
     def _plan(self) -> Plan:
         plan = make_plan(self._plan_cfg)

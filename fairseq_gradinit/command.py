@@ -12,6 +12,7 @@ import logging
 import os
 import shlex
 import sys
+import traceback
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -339,4 +340,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return int(options.run(options) or 0)
     except GradInitError as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return int(options.trouble)
+    except Exception:
+        # A defect. Python would end with 1, which says something else where `trouble` is not 1.
+        traceback.print_exc()
         return int(options.trouble)

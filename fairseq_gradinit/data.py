@@ -19,6 +19,7 @@ from fairseq import utils
 
 from fairseq_gradinit.engine import BatchPair
 from fairseq_gradinit.errors import GradInitError
+from fairseq_gradinit.quiet import random_state_kept, seed_everything
 
 # Training shuffles with seed + epoch; this keeps GradInit's batches apart from any epoch's.
 SEED_OFFSET = 1_000_003
@@ -67,7 +68,7 @@ class PairedBatches:
         self._drawn = micro_batches * self._processes
         self._trial_steps = trial_steps
         self._seed = cfg.common.seed + SEED_OFFSET
-        self._cuda = trainer.cuda
+        self._cuda, self._device = trainer.cuda, trainer.device
         self._digest = hashlib.blake2b(digest_size=4)
         epoch_itr = trainer.task.get_batch_iterator(
             dataset=self._dataset,
@@ -113,11 +114,15 @@ class PairedBatches:
     def sentences(self, count: int) -> list[MicroBatch]:
         """So many sentences, each a batch of its own and so without padding.
 
-        The same ones in every process; apart from the pairs, and not part of their `digest`.
+        The same ones in every process and every time, with the same noise where the data have some;
+        apart from the pairs, and not part of their `digest`. No random state is changed.
         """
         rng = np.random.default_rng(self._seed)
         chosen = rng.choice(self._indices, min(count, len(self._indices)), replace=False)
-        return [MicroBatch(one, self._ready(self._collate(one))) for one in chosen.reshape(-1, 1)]
+        with random_state_kept([self._device] if self._cuda else []):
+            seed_everything(self._seed)
+            rows = chosen.reshape(-1, 1)
+            return [MicroBatch(one, self._ready(self._collate(one))) for one in rows]
 
     def digest(self) -> str:
         """Fingerprint of all the tensors handed out to this process so far."""

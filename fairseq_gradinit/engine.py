@@ -18,13 +18,11 @@ from __future__ import annotations
 
 import logging
 import math
-import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,6 +33,7 @@ from fairseq_gradinit.first_step import first_step, global_norm, norm_direction,
 from fairseq_gradinit.gradients import Halve, LossFunction, LossGradients, MeanGradient
 from fairseq_gradinit.history import KINDS, Iteration, IterationKind
 from fairseq_gradinit.processes import OneProcess, Processes
+from fairseq_gradinit.quiet import seed_everything
 from fairseq_gradinit.second_order import HessianProducts, agree
 from fairseq_gradinit.state import LearnerState, Moments, StateFile
 from fairseq_gradinit.training_steps import MakeOptimizer, TrainingSteps
@@ -274,6 +273,12 @@ class ScaleLearner:
             by_scales, trial_loss = self._objective_of_several(pair, first, self._steps)
         return ScaleGradient("objective", by_scales, loss, trial_loss, norm_value)
 
+    def agree_to_stop(self, stop: bool) -> bool:
+        """Whether a process wants all of them to stop; all must ask."""
+        wish = torch.full((1,), float(stop), dtype=torch.float64, device=self.device)
+        self._processes.max_(wish)
+        return bool(wish.item())
+
     def flush(self) -> None:
         """Read what the last iteration came to, if that has not been read yet.
 
@@ -303,9 +308,10 @@ class ScaleLearner:
     def fits(self, state: LearnerState, pair: BatchPair) -> bool:
         """Whether this learner can have been in the `state`, the first batch's loss included.
 
-        A state that it cannot come to, though the identity is right, was made by hand. What the
-        initial weights cannot tell shows here too: other data, another criterion, another
-        activation function. To be asked before the first iteration.
+        A state that it cannot come to, though the identity is right, was made by hand. Of what the
+        identity does not tell, what changes the loss by more than 0.1 % shows here too: other
+        data under the same indices, or another model of the same weights. To be asked before the
+        first iteration.
         """
         if not self._can_reach(state):
             return False
@@ -593,7 +599,7 @@ def learn_scales(
         halve: cuts a batch that does not fit in the memory of a GPU, see `Halve`.
         optimizer: makes the steps of a trial of several, see `MakeOptimizer`.
         state_file: where to go on from, and to keep the state; None keeps none.
-        stop: asked before each iteration whether to stop after it.
+        stop: asked before each iteration whether to stop after it, and once after the last.
 
     Raises:
         GradInitError: too many losses or gradients are not finite, `pairs` ended early, or a file
@@ -616,9 +622,7 @@ def _draw(pairs: Iterable[BatchPair], seed: int) -> Iterator[BatchPair]:
     iterator = iter(pairs)
     index = 0
     while True:
-        random.seed(seed + index)
-        np.random.seed((seed + index) % 2**32)
-        torch.manual_seed(seed + index)
+        seed_everything(seed + index)
         try:
             pair = next(iterator)
         except StopIteration:
@@ -680,6 +684,9 @@ def _iterate(
             raise GradInitStopped(f"GradInit stopped after iteration {told}")
         if told == learner.config.iterations:
             save()
+            # A wish that came during the last iteration has not been asked for yet.
+            if learner.agree_to_stop(stop()):
+                raise GradInitStopped(f"GradInit stopped after iteration {told}, the last")
             return
         if state_file is not None and learner.iterations_done >= saved + state_file.interval:
             save()

@@ -64,8 +64,12 @@ class FirstStep:
     eps: Callable[[OptimizerConfig], float] | None = None
 
 
-def trial_step(choice: str, optimizer: OptimizerConfig) -> TrialStep:
+def trial_step(choice: str, optimizer: OptimizerConfig, steps: int = 1) -> TrialStep:
     """The step to try for `--gradinit-optimizer choice` in a run with this optimizer.
+
+    Args:
+        steps: of the trial; several are made by the optimizer, and this is what stands for it in
+            the norm constraint and in clipping.
 
     Raises:
         GradInitError: the choice leaves it to the run's optimizer, which has no such step.
@@ -81,6 +85,7 @@ def trial_step(choice: str, optimizer: OptimizerConfig) -> TrialStep:
         raise GradInitError(
             f"GradInit does not know the first step of --optimizer {name} by itself{reason}; name "
             f"the closest of its own with --gradinit-optimizer {{{','.join(TARGET_NAMES)}}}"
+            + (f", and leave out --gradinit-trial-steps {steps}" if steps > 1 else "")
         )
     first = FIRST_STEPS[name]
     return TrialStep(first.target, first.length(optimizer))

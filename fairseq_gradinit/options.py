@@ -5,12 +5,19 @@ checkpoint of any task, and a fairseq without this plugin drops them when it loa
 """
 # No postponed annotations here: fairseq reads the types of dataclass fields as objects.
 
+import ast
+import hashlib
+import json
 import math
+import os
+from argparse import Namespace
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Literal, Optional, cast
 
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from omegaconf import DictConfig, OmegaConf
 
 from fairseq_gradinit.config import (
     PRECISION_NAMES,
@@ -21,6 +28,7 @@ from fairseq_gradinit.config import (
     SecondOrder,
 )
 from fairseq_gradinit.errors import GradInitError
+from fairseq_gradinit.files import shown
 from fairseq_gradinit.optimizers import AUTO, CHOICES, TrialStep, parse_betas, trial_step
 
 
@@ -267,6 +275,13 @@ class GradInitOptions(FairseqDataclass):
 
 OPTION_NAMES = tuple(name for name in GradInitOptions.__dataclass_fields__ if name != "_name")
 
+APPLYING = (
+    *("gradinit", "gradinit_scales", "gradinit_centering"),
+    # The size of batches, which a preset can have too, decides what sentences can be drawn.
+    *("gradinit_preset", "gradinit_max_tokens"),
+)
+"""What may stand beside scales from a file."""
+
 
 def read_options(task_cfg: Any) -> GradInitOptions:
     """The options in a task's configuration, a DictConfig or (legacy tasks) a Namespace."""
@@ -276,6 +291,15 @@ def read_options(task_cfg: Any) -> GradInitOptions:
         if value is not None:
             setattr(options, name, value)
     return options
+
+
+def given_options(options: GradInitOptions, but: Collection[str] = ()) -> list[str]:
+    """Names of the options that are not as they are by default, some left out."""
+    return [
+        name
+        for name in OPTION_NAMES
+        if name not in but and getattr(options, name) != getattr(GradInitOptions, name)
+    ]
 
 
 @dataclass(frozen=True)
@@ -293,6 +317,7 @@ class Plan:
         centering: whether LayerNorms are centered; None for what was done to learn `scales_file`.
         encoder_branches: fixed scale of the encoder's residual branches; 1 learns them.
         require_encoder: whether a model without such branches is an error.
+        unused: options that were given for learning, beside a `scales_file`.
     """
 
     preset: str
@@ -305,6 +330,7 @@ class Plan:
     centering: bool | None
     encoder_branches: float
     require_encoder: bool
+    unused: tuple[str, ...] = ()
 
 
 def make_plan(cfg: Any) -> Plan | None:
@@ -317,8 +343,7 @@ def make_plan(cfg: Any) -> Plan | None:
     # Programs of other projects pass through here too, with configurations of their own.
     options = read_options(getattr(cfg, "task", None))
     if not options.gradinit:
-        given = [n for n in OPTION_NAMES if getattr(options, n) != getattr(GradInitOptions, n)]
-        if given:
+        if given := given_options(options):
             raise GradInitError(
                 f"{_flag(given[0])} was given without --gradinit: add --gradinit, or leave it out"
             )
@@ -349,20 +374,27 @@ def make_plan(cfg: Any) -> Plan | None:
         centering=_centering(options, preset),
         encoder_branches=branches,
         require_encoder=options.gradinit_encoder_branches is not None,
+        unused=_unused(options),
     )
+
+
+def _unused(options: GradInitOptions) -> tuple[str, ...]:
+    if options.gradinit_scales is None:
+        return ()
+    return tuple(_flag(name) for name in given_options(options, APPLYING))
 
 
 def _engine_config(options: GradInitOptions, preset: Preset, cfg: Any) -> GradInitConfig:
     step = TrialStep("adam")
+    trial_steps = _trial_steps(options, preset)
     # Scales from a file are applied whatever the optimizer is.
     if options.gradinit_scales is None:
-        step = trial_step(str(options.gradinit_optimizer), cfg.optimizer)
+        step = trial_step(str(options.gradinit_optimizer), cfg.optimizer, trial_steps)
         if options.gradinit_through_step and step.target == "adam" and step.eps == 0.0:
             raise GradInitError(
                 "--gradinit-through-step has no effect on sign(g), whose derivative is 0: leave "
                 "it out, or choose --gradinit-optimizer adam-eps, sgd or sgd-normalized"
             )
-    trial_steps = _trial_steps(options, preset)
     eta = _pick(options, preset, "eta")
     if eta is None:
         eta = peak_lr(cfg) * (step.length if trial_steps == 1 else 1.0)
@@ -449,9 +481,48 @@ def _pick(options: GradInitOptions, preset: Preset, name: str) -> Any:
 
 def peak_lr(cfg: Any) -> float:
     """The highest learning rate that the run's schedule reaches."""
-    if getattr(cfg.lr_scheduler, "_name", None) == "triangular":
+    schedule = getattr(cfg.lr_scheduler, "_name", None)
+    if schedule == "triangular":
         return float(cfg.lr_scheduler.max_lr)
-    return float(max(cfg.optimization.lr, default=math.nan))
+    rates = list(cfg.optimization.lr)
+    if schedule == "manual":
+        # Without either of the two dictionaries the rate stays --lr.
+        rates = _manual_rates(cfg.lr_scheduler) or rates
+    return float(max(rates, default=math.nan))
+
+
+def _manual_rates(schedule: Any) -> list[float]:
+    """All rates in the dictionaries of fairseq's schedule that is written down by hand."""
+    rates: list[float] = []
+    for option in ("epoch2lr", "update2lr"):
+        text = getattr(schedule, option)
+        try:
+            rates += map(float, ast.literal_eval(text.replace(" ", "")).values())
+        except (ValueError, TypeError, SyntaxError, AttributeError) as error:
+            raise GradInitError(
+                f"--{option} {shown(text)} is no dictionary of learning rates, such as "
+                "\"{'1-3': 1e-3, '4': 5e-4}\""
+            ) from error
+    return rates
+
+
+def settings_digest(cfg: Any, section: str) -> str:
+    """Eight hexadecimal digits that change with what a section of the configuration says.
+
+    Legacy models and criteria have the whole command line as theirs; of that, what belongs to other
+    sections is left out, since it may change while a run goes on. So are paths.
+    """
+    found = getattr(cfg, section)
+    values: dict[Any, Any] = {}
+    if isinstance(found, DictConfig):
+        values = cast(dict[Any, Any], OmegaConf.to_container(found, resolve=True))
+    elif isinstance(found, Namespace):
+        groups = (cfg[name] for name in cfg if name not in ("model", "criterion"))
+        elsewhere = {key for group in groups if isinstance(group, DictConfig) for key in group}
+        values = {key: value for key, value in vars(found).items() if key not in elsewhere}
+    kept = {k: v for k, v in values.items() if not (isinstance(v, str) and os.sep in v)}
+    text = json.dumps(kept, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
 
 
 def _flag(name: str) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,7 +34,7 @@ from fairseq_gradinit.errors import GradInitError, GradInitStopped
 from fairseq_gradinit.fixed_scales import fixed_scales
 from fairseq_gradinit.iteration_log import IterationLog
 from fairseq_gradinit.optimizers import settings, training_optimizer
-from fairseq_gradinit.options import CENTERING_SENTENCES, Plan
+from fairseq_gradinit.options import CENTERING_SENTENCES, Plan, settings_digest
 from fairseq_gradinit.processes import OneProcess, Processes, ProcessGroup
 from fairseq_gradinit.quiet import quiet
 from fairseq_gradinit.rate_advice import short_warmup_advice
@@ -124,11 +124,11 @@ def require_writable(save_dir: str) -> None:
     Raises:
         GradInitError: the folder cannot be made, or no file can be made in it.
     """
-    probe = Path(save_dir) / f".{FILE_NAME}.{os.getpid()}"
     try:
         Path(save_dir).mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        # Process numbers of containers that share the folder are not unique.
+        with tempfile.NamedTemporaryFile(prefix=f".{FILE_NAME}.", dir=save_dir):
+            pass
     except OSError as error:
         raise GradInitError(
             f"cannot write to --save-dir {save_dir}: {error.strerror}; the scales and the "
@@ -141,13 +141,14 @@ def trained_modules(trainer: Any) -> dict[str, nn.Module]:
     return {"": trainer.get_model(), "criterion": trainer.get_criterion()}
 
 
-def _blocks(trainer: Any, plan: Plan) -> list[Block]:
+def _blocks(trainer: Any, plan: Plan, centering: bool) -> list[Block]:
     modules = trained_modules(trainer)
-    if plan.scales_file is not None:
-        return collect_blocks(modules, plan.config.norm_gains)
-    fixed = fixed_scales(modules, plan.encoder_branches, plan.require_encoder)
-    blocks = collect_blocks(modules, plan.config.norm_gains, fixed)
-    if not plan.centering:
+    if plan.scales_file is None:
+        fixed = fixed_scales(modules, plan.encoder_branches, plan.require_encoder)
+        blocks = collect_blocks(modules, plan.config.norm_gains, fixed)
+    else:
+        blocks = collect_blocks(modules, plan.config.norm_gains)
+    if not centering:
         return blocks
     centered = {id(bias) for bias in layer_norm_biases(list(modules.values()))}
     return [replace(b, state="centered") if id(b.parameter) in centered else b for b in blocks]
@@ -177,11 +178,11 @@ class _Prepared:
 
 
 def _prepare(trainer: Any, plan: Plan) -> _Prepared:
-    blocks = _blocks(trainer, plan)
     file = None if plan.scales_file is None else Scales.load(Path(plan.scales_file))
     centering = plan.centering
     if centering is None:
         centering = file is not None and file.centered
+    blocks = _blocks(trainer, plan, centering)
     try:
         batches = PairedBatches(
             trainer,
@@ -216,8 +217,10 @@ def _description(plan: Plan, prepared: _Prepared) -> dict[str, object]:
 def _apply(trainer: Any, plan: Plan, prepared: _Prepared) -> Scales:
     """Do with the scales in a file what learning them would have ended with."""
     assert prepared.file is not None
-    scales = prepared.file.apply(prepared.blocks)
+    scales = prepared.file.apply(prepared.blocks).with_centering(prepared.blocks)
     logger.info("applied the scales in %s", plan.scales_file)
+    if plan.unused:
+        logger.warning("nothing was learned, so without effect: %s", ", ".join(plan.unused))
     if changes := size_changes(prepared.file, scales):
         logger.warning("these scales were learned at other sizes: %s", changes)
     if prepared.centering:
@@ -319,6 +322,8 @@ def _state_file(
         "processes": trainer.data_parallel_world_size,
         "micro-batches": plan.micro_batches,
         "batches": pairs.plan_digest(),
+        "model": settings_digest(trainer.cfg, "model"),
+        "criterion": settings_digest(trainer.cfg, "criterion"),
         "optimizer": settings(trainer.cfg.optimizer) if plan.config.trial_steps > 1 else "-",
     }
     return StateFile(

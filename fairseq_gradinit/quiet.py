@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -27,9 +27,8 @@ def quiet(*modules: nn.Module) -> Iterator[None]:
     modes = [module.training for module in everything]
     recurrent = [(m, m.dropout) for m in everything if isinstance(m, nn.RNNBase)]
     buffers = [(b, b.detach().clone()) for root in modules for b in root.buffers()]
-    python_state, numpy_state = random.getstate(), np.random.get_state()
     devices = {p.device for root in modules for p in root.parameters() if p.is_cuda}
-    with torch.random.fork_rng(devices=sorted(devices, key=str)):
+    with random_state_kept(devices):
         try:
             for module in everything:
                 module.training = isinstance(module, _BatchNorm | nn.RNNBase)
@@ -48,5 +47,22 @@ def quiet(*modules: nn.Module) -> Iterator[None]:
             with torch.no_grad():
                 for buffer, value in buffers:
                     buffer.copy_(value)
+
+
+@contextmanager
+def random_state_kept(devices: Iterable[torch.device] = ()) -> Iterator[None]:
+    """Gives every random number generator, those of `devices` included, its state back on exit."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=sorted(devices, key=str)):
+        try:
+            yield
+        finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the random number generators of Python, NumPy and torch."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

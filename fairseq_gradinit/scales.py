@@ -158,6 +158,17 @@ class Scales:
         rows = (replace(row_of[b.name], shape=tuple(b.parameter.shape)) for b in blocks)
         return replace(self, blocks=tuple(rows))
 
+    def with_centering(self, blocks: Sequence[Block]) -> Scales:
+        """These scales in a model whose LayerNorms were centered, or not, as its blocks say."""
+        here = {b.name: b.state for b in blocks}
+        rows = tuple(
+            replace(row, state=here[row.name]) if "centered" in (row.state, here[row.name]) else row
+            for row in self.blocks
+        )
+        centered = "on" if "centered" in here.values() else "off"
+        signature = re.sub(r"(?<=\|centering:)[^|]*", centered, self.signature)
+        return replace(self, blocks=rows, signature=signature)
+
     def _check_fits(self, blocks: Sequence[Block]) -> None:
         file = {row.name: list(row.shape) for row in self.blocks}
         model = {block.name: list(block.parameter.shape) for block in blocks}

@@ -14,6 +14,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.utils import to_absolute_path
 
 USER_DIR_OPTION = "common.user_dir="
+OUR_OPTIONS = ("task.gradinit", "task.init_scheme")
 
 
 class FairseqGradInitSearchPath(SearchPathPlugin):
@@ -25,9 +26,12 @@ class FairseqGradInitSearchPath(SearchPathPlugin):
             return
         from fairseq.utils import import_user_module
 
-        for argument in sys.argv:
-            option, _, path = argument.partition(USER_DIR_OPTION)
-            if not option.strip("+") and "fairseq_gradinit" in path:
+        words = sys.argv[1:]
+        # A user dir of one's own that imports ours looks like any other.
+        ours = any(word.lstrip("+").startswith(OUR_OPTIONS) for word in words)
+        for word in words:
+            option, _, path = word.partition(USER_DIR_OPTION)
+            if not option.strip("+") and (ours or "fairseq_gradinit" in path):
                 import_user_module(Namespace(user_dir=path))
         add_defaults = program.add_defaults
 

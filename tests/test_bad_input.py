@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,16 @@ def test_options_that_cannot_work(corpus, tmp_path, options, message):
     assert message in run.error()
     assert not run.batches
     assert not list((tmp_path / "run").glob("*"))
+
+
+def test_trying_whether_a_folder_can_be_written_leaves_it_as_it_was(tmp_path):
+    from fairseq_gradinit.phase import require_writable
+
+    # Of a process with the same number, in another container.
+    other = tmp_path / f".gradinit_scales.json.{os.getpid()}"
+    other.touch()
+    require_writable(str(tmp_path))
+    assert list(tmp_path.iterdir()) == [other]
 
 
 def test_an_optimizer_that_gradinit_does_not_know(corpus, tmp_path):

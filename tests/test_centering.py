@@ -175,6 +175,25 @@ def test_it_can_be_switched_off(corpus, tmp_path):
     assert same(again.first, run.first)
     asked = train_here(corpus.translation, tmp_path / "asked", *file, "--gradinit-centering", "on")
     assert len(asked.lines("centered the outputs of 10 LayerNorms")) == 1
+    assert_saved_scales_give_the_same(asked, corpus, tmp_path / "asked", "on")
+
+
+def assert_saved_scales_give_the_same(run, corpus, folder, centering: str) -> None:
+    path = folder / "gradinit_scales.json"
+    assert f"|centering:{centering}|" in json.loads(path.read_text())["signature"]
+    file = ["--gradinit", "--gradinit-scales", path, *STANDSTILL]
+    again = train_here(corpus.translation, folder / "again", *file)
+    assert again.code == 0, again.output
+    assert same(again.first, run.first)
+
+
+def test_scales_that_were_applied_without_centering_are_saved_as_such(centered, corpus, tmp_path):
+    folder, _ = centered
+    file = ["--gradinit", "--gradinit-scales", folder / "gradinit_scales.json", *STANDSTILL, *OFF]
+    run = train_here(corpus.translation, tmp_path, *file)
+    assert run.code == 0, run.output
+    assert not any(bias.any() for bias in biases(run.first).values())
+    assert_saved_scales_give_the_same(run, corpus, tmp_path, "off")
 
 
 @pytest.mark.parametrize(

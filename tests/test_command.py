@@ -402,6 +402,18 @@ def test_a_mistake_is_answered_with_a_sentence(kept, capsys, words, sentence) ->
     assert printed.err.count("\n") == 1
 
 
+@pytest.mark.parametrize(("words", "status"), [(["table", "f"], 1), (["diff", "a", "b"], 2)])
+def test_a_defect_does_not_end_as_a_finding(monkeypatch, capsys, words, status) -> None:
+    function = {"table": "print_tables", "diff": "print_diff"}[words[0]]
+
+    def broken(options):
+        raise KeyError("of ours")
+
+    monkeypatch.setattr(command, function, broken)
+    assert command.main(words) == status
+    assert "KeyError: 'of ours'" in capsys.readouterr().err
+
+
 def test_a_missing_matplotlib_is_answered_with_what_to_install(kept) -> None:
     code = NO_FAIRSEQ.replace('"fairseq"', '"matplotlib"') + (
         "from fairseq_gradinit.command import main\n"

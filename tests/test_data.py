@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from types import SimpleNamespace
 
 import numpy as np
@@ -35,6 +36,7 @@ def make_trainer():
         return SimpleNamespace(
             task=task,
             cuda=False,
+            device=torch.device("cpu"),
             data_parallel_rank=rank,
             data_parallel_world_size=processes,
             get_model=lambda: SimpleNamespace(max_positions=lambda: (64, 64)),
@@ -146,6 +148,29 @@ def test_sentences_come_one_by_one_and_do_not_count_as_drawn(make_trainer):
     other = paired(make_trainer(lengths, processes=2, rank=1), max_tokens=90).sentences(8)
     assert [int(sample["id"]) for sample in found] == [int(b.sample["id"]) for b in other]
     assert len(pairs.sentences(1000)) == 90
+
+
+def test_sentences_have_the_same_noise_every_time_and_leave_random_numbers_alone(make_trainer):
+    trainer = make_trainer([6] * 90)
+    data = trainer.task.dataset("train")
+    collate = data.collater
+
+    def noisy(samples):
+        noise = random.random() + np.random.rand() + float(torch.rand(()))
+        return {**collate(samples), "noise": noise}
+
+    data.collater = noisy
+    batches = paired(trainer)
+    expected = [sentence.sample["noise"] for sentence in batches.sentences(3)]
+    assert len(set(expected)) == 3
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    again = [sentence.sample["noise"] for sentence in batches.sentences(3)]
+    assert again == expected
+    assert (*states,) == (
+        random.getstate(),
+        np.random.get_state()[1].tolist(),
+        torch.get_rng_state().tolist(),
+    )
 
 
 def test_the_seed_decides_and_the_digest_tells(make_trainer):

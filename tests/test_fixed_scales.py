@@ -71,6 +71,7 @@ def test_the_file_brings_them_to_another_run(small, corpus, tmp_path):
     options = ["--gradinit", "--gradinit-scales", folder / "gradinit_scales.json", *STANDSTILL]
     again = train_here(corpus.translation, tmp_path, *options)
     assert again.code == 0, again.output
+    assert again.lines("nothing was learned, so without effect: --gradinit-eta")
     assert same(again.first, run.first)
     assert scales_in(tmp_path) == scales_in(folder)
 

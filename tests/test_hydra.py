@@ -76,6 +76,12 @@ def test_options_on_the_command_line(corpus, tmp_path, cwd):
     check(hydra(*options, folder=tmp_path / "hydra", cwd=cwd), tmp_path / "save")
 
 
+def test_options_on_the_command_line_with_a_user_dir_of_ones_own(corpus, tmp_path):
+    document = configuration(corpus.language_model, tmp_path)
+    document["common"] = {**COMMON, "user_dir": str(ROOT / "tests" / "own_user_dir")}
+    check(hydra(*overrides(document), folder=tmp_path / "hydra"), tmp_path)
+
+
 def test_everything_in_a_file(corpus, tmp_path):
     import yaml
 

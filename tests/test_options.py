@@ -245,6 +245,72 @@ def test_eta_follows_the_peak_of_the_schedule():
     assert plan_of(*triangular).config.eta == pytest.approx(0.7)
 
 
+def test_eta_follows_the_highest_rate_of_a_schedule_written_by_hand():
+    manual = ["--lr", "0.1", "--lr-scheduler", "manual"]
+    assert plan_of(*manual).config.eta == pytest.approx(0.1)
+    both = [*manual, "--epoch2lr", "{'1-3': 2e-3, '4': 1e-3}", "--update2lr", "{'50': 3e-3}"]
+    assert plan_of(*both).config.eta == pytest.approx(3e-3)
+    message = refusal(*manual, "--epoch2lr", "1e-3")
+    assert message.startswith("--epoch2lr '1e-3' is no dictionary of learning rates, such as ")
+
+
+@pytest.mark.parametrize("optimizer", ["adafactor", "lamb", "adadelta"])
+def test_what_is_advised_for_an_optimizer_that_is_not_known_works(optimizer):
+    wish = ["--optimizer", optimizer, "--gradinit-trial-steps", "2"]
+    message = refusal(*wish)
+    advice = "with --gradinit-optimizer {adam,sgd,sgd-normalized}, and leave out "
+    assert message.endswith(f"{advice}--gradinit-trial-steps 2")
+    assert plan_of(*wish[:2], "--gradinit-optimizer", "sgd").config.target == "sgd"
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ["--gradinit-iterations", "5"],
+        ["--gradinit-encoder-branches", "1"],
+        ["--gradinit-optimizer", "sgd"],
+        ["--gradinit-precision", "bf16"],
+        ["--gradinit-save-interval", "0"],
+        ["--gradinit-second-order", "exact"],
+    ],
+    ids=" ".join,
+)
+def test_what_is_for_learning_is_known_to_be_unused_beside_scales_from_a_file(option):
+    assert plan_of(*option).unused == ()
+    usual = ["--gradinit-scales", "s.json", "--gradinit-centering", "off"]
+    assert plan_of(*usual, "--gradinit-max-tokens", "300").unused == ()
+    assert plan_of(*usual, *option).unused == (option[0],)
+
+
+def test_a_digest_of_settings_tells_those_of_model_and_criterion():
+    from fairseq_gradinit.options import settings_digest
+
+    usual = ["--arch", "transformer", "--criterion", "label_smoothed_cross_entropy"]
+
+    def digests(*options: str) -> tuple[str, str]:
+        cfg = configuration(*usual, *options)
+        return settings_digest(cfg, "model"), settings_digest(cfg, "criterion")
+
+    model, criterion = digests()
+    assert digests() == (model, criterion)
+    elsewhere = ["--save-dir", "other", "--log-interval", "3", "--max-update", "9", "--lr", "1"]
+    assert digests(*elsewhere, "--distributed-port", "1") == (model, criterion)
+    for options in (["--encoder-attention-heads", "4"], ["--activation-fn", "gelu"]):
+        found = digests(*options)
+        assert (found[0] == model, found[1]) == (False, criterion)
+    assert digests("--label-smoothing", "0.3")[1] != criterion
+
+
+def test_the_settings_of_a_model_with_a_configuration_of_its_own_are_told_too():
+    from fairseq_gradinit.options import settings_digest
+
+    usual = ["--task", "language_modeling", "--arch", "transformer_lm"]
+    plain = settings_digest(configuration(*usual), "model")
+    assert settings_digest(configuration(*usual, "--save-dir", "other"), "model") == plain
+    heads = configuration(*usual, "--decoder-attention-heads", "4")
+    assert settings_digest(heads, "model") != plain
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -152,10 +152,20 @@ def test_a_finished_run_is_not_done_again(tmp_path, unbroken):
     # One loss, to see that the state is of these data and this model.
     again = learn(path, model=model, stop=lambda: seen.append(1) or False)
     assert again == unbroken
-    assert seen == []
+    assert len(seen) == 1, "at the end"
     scaled = dict(model.named_parameters())
     for name, parameter in make_model().named_parameters():
         assert torch.equal(scaled[name], parameter * unbroken.scale_of[name])
+
+
+def test_a_wish_to_stop_that_comes_in_the_last_iteration_is_heard(tmp_path, unbroken, caplog):
+    caplog.set_level(logging.INFO)
+    path = tmp_path / "state.json"
+    asked = iter([False] * ITERATIONS + [True])
+    with pytest.raises(GradInitStopped, match=f"after iteration {ITERATIONS}, the last"):
+        learn(path, stop=lambda: next(asked))
+    assert learn(path) == unbroken
+    assert f"going on after iteration {ITERATIONS} of {ITERATIONS}" in caplog.text
 
 
 def saved(tmp_path):
