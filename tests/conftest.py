@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -11,8 +13,10 @@ import os
 import random
 import re
 import resource
+import shutil
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -92,12 +96,35 @@ class Outcome:
         return line.partition("GradInit: ")[2]
 
 
+@functools.cache
+def warm_programs() -> Path:
+    """The folder of what stands in for programs, see warm_programs.py; it serves this process."""
+    folder = Path(tempfile.mkdtemp(prefix="warm-programs-"))
+    server = subprocess.Popen(
+        [sys.executable, str(ROOT / "tests" / "warm_programs.py"), str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, **ENVIRONMENT},
+    )
+    atexit.register(shutil.rmtree, folder)
+    atexit.register(server.communicate)
+    assert any(line == "ready\n" for line in server.stdout)
+    return folder
+
+
 def run_command(
     program: str, *arguments: object, stdin: str | None = None, cwd: Path | str = "/", **env: str
 ) -> Outcome:
-    """Run a program of the environment that the tests run in, by default in a folder not ours."""
+    """Run a program of the environment that the tests run in, by default in a folder not ours.
+
+    With variables of its own it is started as a user starts it, and else by a stand-in.
+    """
+    stand_in = warm_programs() / program
+    start = BIN / program if env or not stand_in.exists() else stand_in
     done = subprocess.run(
-        [str(BIN / program), *map(str, arguments)],
+        [str(start), *map(str, arguments)],
         capture_output=True,
         text=True,
         input=stdin,

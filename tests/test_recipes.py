@@ -14,7 +14,7 @@ import pytest
 import resume
 import run_record
 import torch
-from conftest import BIN, ENVIRONMENT, ROOT
+from conftest import BIN, ENVIRONMENT, ROOT, warm_programs
 from fairseq_runs import TrainingLog
 
 from fairseq_gradinit.results import RunRecord, read_runs
@@ -31,19 +31,22 @@ CORPORA = ("multi30k", "libreoffice", "iwslt14_de_en", "wmt14_en_de")
 RECIPES = [f"{corpus}/{arm}" for corpus in CORPORA for arm in ARMS]
 
 
-def environment(runs: Path, **knobs: str) -> dict[str, str]:
+def environment(runs: Path) -> dict[str, str]:
     """Of a user whose virtual environment is active."""
     path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
-    return {**os.environ, **ENVIRONMENT, "PATH": path, "RUNS": str(runs), **knobs}
+    return {**os.environ, **ENVIRONMENT, "PATH": path, "RUNS": str(runs)}
 
 
 def bash(script: str, *options: str, runs: Path, **knobs: str) -> subprocess.CompletedProcess[str]:
+    """Run a script; its programs have stand-ins, unless PATH is given."""
     path = FOLDER / script
     if not path.exists():
         path, knobs = path.with_name("scheme.sh"), {"SCHEME": path.stem, **knobs}
+    variables = environment(runs)
+    variables["PATH"] = f"{warm_programs()}{os.pathsep}{variables['PATH']}"
     return subprocess.run(
         ["bash", str(path), *options],
-        env=environment(runs, **knobs),
+        env={**variables, **knobs},
         capture_output=True,
         text=True,
         check=False,
@@ -172,7 +175,9 @@ def test_a_killed_recipe_goes_on_to_the_same_scores(smoke, tmp_path):
     bash("multi30k/gradinit-adam.sh", "--smoke", runs=smoke)
     for seconds in (1, 4, 7, 10, 13, 16):
         killed_after(seconds, tmp_path)
-    done = bash("multi30k/gradinit-adam.sh", "--smoke", runs=tmp_path)
+    # All of it by the programs that a user has.
+    path = environment(tmp_path)["PATH"]
+    done = bash("multi30k/gradinit-adam.sh", "--smoke", runs=tmp_path, PATH=path)
     assert done.returncode == 0, done.stdout + done.stderr
     broken = records(tmp_path)["multi30k/gradinit-adam"]
     runs = read_runs([smoke / "smoke/results.jsonl"])
