@@ -266,9 +266,9 @@ class GradInitOptions(FairseqDataclass):
         default=None,
         metadata={
             "help": "apply the scales in this file, written by an earlier run beside its "
-            "checkpoints, instead of learning them; widths and vocabulary may differ from that "
-            "run's; LayerNorms are centered if they were in it, unless --gradinit-centering "
-            "says otherwise"
+            "checkpoints, instead of learning them, which leaves the options for learning without "
+            "effect; widths and vocabulary may differ from that run's; LayerNorms are centered if "
+            "they were in it, unless --gradinit-centering says otherwise"
         },
     )
 
