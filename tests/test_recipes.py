@@ -344,7 +344,7 @@ def test_paper_preset_has_the_authors_single_update_of_warmup(tmp_path):
 
 
 def test_size_decides_model_batch_and_rate(tmp_path):
-    base = ("--encoder-embed-dim 512 ", "--max-tokens 4096 ", "--lr 5e-4 --warmup-updates 400 ")
+    base = ("--encoder-embed-dim 512 ", "--max-tokens 4096 ", "--lr 5e-4 --warmup-updates 600 ")
     small = ("--encoder-embed-dim 128 ", "--max-tokens 1000 ", "--lr 2e-3 --warmup-updates 500 ")
     for size, words in (("base", base), ("small", small)):
         done = bash("multi30k/default-warmup.sh", "--dry-run", runs=tmp_path, SIZE=size, SEEDS="1")
@@ -357,7 +357,7 @@ def test_size_decides_model_batch_and_rate(tmp_path):
 def test_help_shows_variables_as_they_are(tmp_path):
     done = bash("multi30k/gradinit-sgd.sh", "--help", runs=tmp_path, SIZE="base", BEAM="9")
     assert done.returncode == 0, done.stderr
-    for words in ("[VARIABLE=value ...] bash", "  UPDATES=1600 ", "  BEAM=9 ", "  MOMENTUM=0.9 "):
+    for words in ("[VARIABLE=value ...] bash", "  UPDATES=2400 ", "  BEAM=9 ", "  MOMENTUM=0.9 "):
         assert words in done.stdout
     assert "  LR=0.0625                # peak learning rate" in done.stdout
 
