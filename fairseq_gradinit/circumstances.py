@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
+import runpy
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,21 +51,19 @@ def circumstances(repository: Path, workers: int = 1) -> Circumstances:
         repository: a folder of the code that is measured.
         workers: processes of the data-parallel run.
     """
-    # It takes seconds, and readers of records do not need it.
-    import torch
-
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    torch_version, for_gpus = _torch_build()
+    gpus, gpu = _gpus() if for_gpus else (0, None)
     name, number = fairseq_distribution() or ("fairseq", "of a checkout")
     return Circumstances(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         git_revision=_git(repository, "rev-parse", "HEAD"),
         git_dirty=bool(_git(repository, "status", "--porcelain", "--untracked-files=no")),
         python=platform.python_version(),
-        torch=str(torch.__version__),
+        torch=torch_version,
         fairseq=f"{name} {number}",
         cpu=_cpu_name(),
         cores=usable_cores(),
-        gpu=torch.cuda.get_device_name() if gpus else None,
+        gpu=gpu,
         gpus=gpus,
         workers=workers,
     )
@@ -111,6 +111,23 @@ def _several(count: int, name: str) -> str:
 def _revision(found: Circumstances) -> str:
     changes = " with changes" if found.git_dirty else ""
     return f"{(found.git_revision or 'unknown')[:7]}{changes}"
+
+
+def _torch_build() -> tuple[str, bool]:
+    """Version of the installed torch, and whether it is built for GPUs; importing takes seconds."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
+    build = runpy.run_path(str(Path(spec.origin).with_name("version.py")))
+    return str(build["__version__"]), bool(build["cuda"] or build["hip"])
+
+
+def _gpus() -> tuple[int, str | None]:
+    """How many there are, and the name of one."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return count, torch.cuda.get_device_name() if count else None
 
 
 def _git(repository: Path, *arguments: str) -> str | None:

@@ -12,10 +12,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from test_packaging import python
 
 from fairseq_gradinit import circumstances, json_lines, results
 from fairseq_gradinit.errors import GradInitError
@@ -280,6 +282,20 @@ def test_circumstances_are_those_of_the_repository(tmp_path) -> None:
     assert not circumstances.circumstances(tmp_path).git_dirty
     (tmp_path / "code.py").write_text("2")
     assert circumstances.circumstances(tmp_path).git_dirty
+
+
+def test_circumstances_are_told_without_waiting_for_torch(tmp_path) -> None:
+    done = python(
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from fairseq_gradinit.circumstances import circumstances\n"
+        f"found = circumstances(Path({str(tmp_path)!r}))\n"
+        "print(found.torch, found.gpus, found.gpu, 'torch' in sys.modules)\n"
+    )
+    gpus = torch.cuda.device_count()
+    name = torch.cuda.get_device_name() if gpus else None
+    for_gpus = bool(torch.version.cuda or torch.version.hip)
+    assert done.stdout.strip() == f"{torch.__version__} {gpus} {name} {for_gpus}"
 
 
 def test_a_source_tells_machines_days_versions_and_revisions() -> None:
