@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import functools
 import hashlib
@@ -13,7 +12,6 @@ import os
 import random
 import re
 import resource
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -102,27 +100,37 @@ def warm_programs() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="warm-programs-"))
     server = subprocess.Popen(
         [sys.executable, str(ROOT / "tests" / "warm_programs.py"), str(folder)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
+        **{"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL},
         env={**os.environ, **ENVIRONMENT},
     )
-    atexit.register(shutil.rmtree, folder)
-    atexit.register(server.communicate)
-    assert any(line == "ready\n" for line in server.stdout)
+    assert any(line == b"ready\n" for line in server.stdout)
+    # It ends when the other end of its standard input is closed.
+    warm_programs.server = server
     return folder
 
 
+@pytest.fixture(scope="module")
+def warm() -> Iterator[None]:
+    """What is started by the interpreter of this process, or beside it, has a stand-in."""
+    stand_in = str(warm_programs() / "python3")
+    with mock.patch.object(sys, "executable", stand_in), mock.patch.dict(os.environ, ENVIRONMENT):
+        yield
+
+
 def run_command(
-    program: str, *arguments: object, stdin: str | None = None, cwd: Path | str = "/", **env: str
+    program: str,
+    *arguments: object,
+    stdin: str | None = None,
+    cwd: Path | str = "/",
+    real: bool = False,
+    **env: str,
 ) -> Outcome:
     """Run a program of the environment that the tests run in, by default in a folder not ours.
 
-    With variables of its own it is started as a user starts it, and else by a stand-in.
+    Unless it is to be the `real` one, its stand-in, if there is one.
     """
     stand_in = warm_programs() / program
-    start = BIN / program if env or not stand_in.exists() else stand_in
+    start = BIN / program if real or not stand_in.exists() else stand_in
     done = subprocess.run(
         [str(start), *map(str, arguments)],
         capture_output=True,
@@ -167,8 +175,8 @@ def write_corpus(folder: Path, sentences: dict[str, int]) -> None:
         (folder / f"{split}.en").write_text("\n".join(target) + "\n")
 
 
-def binarise(folder: Path, *arguments: str) -> Path:
-    done = run_command("fairseq-preprocess", *arguments, "--destdir", folder)
+def binarise(folder: Path, *arguments: str, real: bool = False) -> Path:
+    done = run_command("fairseq-preprocess", *arguments, "--destdir", folder, real=real)
     assert done.code == 0, done.output
     return folder
 

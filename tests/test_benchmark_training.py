@@ -34,6 +34,8 @@ from training_runs import (
 
 from fairseq_gradinit.errors import GradInitError
 
+pytestmark = pytest.mark.usefixtures("warm")
+
 CASE = case(MULTI30K, DEFAULT, updates=100)
 
 

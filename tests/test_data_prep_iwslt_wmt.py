@@ -13,6 +13,8 @@ from dataprep import pipeline
 from dataprep.corpora import CORPORA, IWSLT14_DE_EN, WMT14_EN_DE, WMT14_EN_FR
 from loopback import serve_folder
 
+pytestmark = pytest.mark.usefixtures("warm")
+
 TALKS = 40
 WORDS = {
     "de": ["Haus", "Baum", "Stra\u00dfe", "M\u00e4dchen", "l\u00e4uft", "gr\u00fcn", "zehn"],

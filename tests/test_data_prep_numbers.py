@@ -8,6 +8,8 @@ import prepare
 import pytest
 from dataprep.number_words import choose, english, german
 
+pytestmark = pytest.mark.usefixtures("warm")
+
 # Every word that others are made of, and how they are put together.
 SPELT = """
 0 null zero; 1 eins one; 2 zwei two; 3 drei three; 4 vier four; 5 fünf five; 6 sechs six;

@@ -13,6 +13,8 @@ from dataprep.corpora import CORPORA, MULTI30K_DE_EN
 from dataprep.downloads import SourceFile
 from loopback import serve_folder
 
+pytestmark = pytest.mark.usefixtures("warm")
+
 LAYOUT = "/data/task1/raw"  # the published one
 PAIRS = {"train": 120, "valid": 7, "test": 5}
 NAMES = [file.filename for file in MULTI30K_DE_EN.origin.files]

@@ -55,8 +55,9 @@ def overrides(configuration: dict) -> list[str]:
     return found
 
 
-def hydra(*arguments: str, folder: Path, cwd: Path | str = "/") -> Outcome:
-    return run_command("fairseq-hydra-train", f"hydra.run.dir={folder}", *arguments, cwd=cwd)
+def hydra(*arguments: str, folder: Path, cwd: Path | str = "/", real: bool = False) -> Outcome:
+    words = [f"hydra.run.dir={folder}", *arguments]
+    return run_command("fairseq-hydra-train", *words, cwd=cwd, real=real)
 
 
 def check(outcome: Outcome, save_dir: Path) -> None:
@@ -88,7 +89,7 @@ def test_everything_in_a_file(corpus, tmp_path):
     document = configuration(corpus.language_model, tmp_path / "save")
     (tmp_path / "run.yaml").write_text("# @package _group_\n" + yaml.safe_dump(document))
     options = ["--config-dir", str(tmp_path), "--config-name", "run"]
-    check(hydra(*options, folder=tmp_path / "hydra", cwd=ROOT), tmp_path / "save")
+    check(hydra(*options, folder=tmp_path / "hydra", cwd=ROOT, real=True), tmp_path / "save")
 
 
 def test_a_mistake_is_one_sentence(corpus, tmp_path):

@@ -10,14 +10,24 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import BIN, ENVIRONMENT, GRADINIT, PLUGIN, SHORT_TRAINING, SMALL_MODEL, Outcome
+from conftest import (
+    BIN,
+    ENVIRONMENT,
+    GRADINIT,
+    PLUGIN,
+    SHORT_TRAINING,
+    SMALL_MODEL,
+    Outcome,
+    warm_programs,
+)
 
 ITERATIONS = 40
 
 
-def command(data: Path, save_dir: Path, *arguments: str) -> list[str]:
+def command(data: Path, save_dir: Path, *arguments: str, programs: Path = BIN) -> list[str]:
+    """What is interrupted is the program that a user starts."""
     return [
-        *(str(BIN / "fairseq-train"), str(data), *SMALL_MODEL, *SHORT_TRAINING, *PLUGIN),
+        *(str(programs / "fairseq-train"), str(data), *SMALL_MODEL, *SHORT_TRAINING, *PLUGIN),
         *(*GRADINIT, "--gradinit-iterations", str(ITERATIONS), "--gradinit-save-interval", "4"),
         *("--max-update", "2", "--save-dir", str(save_dir), *arguments),
     ]
@@ -30,7 +40,8 @@ def start(words: list[str], save_dir: Path) -> subprocess.Popen:
 
 
 def finish(data: Path, save_dir: Path, *arguments: str) -> Outcome:
-    code = start(command(data, save_dir, *arguments), save_dir).wait(timeout=300)
+    words = command(data, save_dir, *arguments, programs=warm_programs())
+    code = start(words, save_dir).wait(timeout=300)
     return Outcome(code, (save_dir / "log").read_text())
 
 

@@ -15,7 +15,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BIN, ENVIRONMENT, GRADINIT, PLUGIN, ROOT, Outcome, usual_options
+from conftest import (
+    BIN,
+    ENVIRONMENT,
+    GRADINIT,
+    PLUGIN,
+    ROOT,
+    Outcome,
+    usual_options,
+    warm_programs,
+)
 from fairseq.dataclass.configs import FairseqConfig
 from fairseq.distributed.utils import infer_init_method
 from omegaconf import DictConfig, OmegaConf
@@ -76,7 +85,8 @@ def rank_program(*arguments: object) -> list[str]:
 def test_gloo_trains_on_two_ranks_from_scales_that_they_learn_together(corpus, tmp_path) -> None:
     options = [*usual_options("--cpu", "--max-update"), *PLUGIN, *GRADINIT, "--max-update", "2"]
     command = ["fairseq-train", corpus.translation, *options, "--save-dir", tmp_path / "run"]
-    done = launch("gloo.sh", command, TMPDIR=tmp_path, WORKERS=2)
+    one_thread = {"OMP_NUM_THREADS": ENVIRONMENT["OMP_NUM_THREADS"]}
+    done = launch("gloo.sh", command, warm_programs(), TMPDIR=tmp_path, WORKERS=2, **one_thread)
     assert done.code == 0, done.output
     assert "|micro-batches:1|processes:2|" in done.output
     assert len(done.updates) == 2

@@ -10,6 +10,8 @@ import pytest
 import quickstart
 from conftest import binarise, write_corpus, write_manifest
 
+pytestmark = pytest.mark.usefixtures("warm")
+
 MODEL = [
     *("--arch", "transformer_gradinit_tiny", "--encoder-layers", "1", "--decoder-layers", "1"),
     *("--encoder-embed-dim", "16", "--decoder-embed-dim", "16"),
@@ -29,6 +31,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> quickstart.Settings:
         settings.corpus / "data-bin",
         *("-s", "de", "-t", "en", "--joined-dictionary"),
         *(word for pair in zip(prefixes, paths, strict=True) for word in pair),
+        real=True,
     )
     write_manifest(settings.corpus, "1")
     return settings
