@@ -19,6 +19,7 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -46,19 +47,25 @@ PRESETS = {
 PRECISIONS = {"fp32": [], "fp16": ["--fp16"]}
 
 
+def trainings(
+    data: Path, folder: Path, preset: str, times: int, *options: str, **how: Any
+) -> Iterator[tuple[Run, Path]]:
+    """Train several times, `how` being for `train`; the runs, and the files of their scales."""
+    for _ in range(times):
+        save_dir = Path(tempfile.mkdtemp(dir=folder))
+        run = train(data, save_dir, [*COMMAND, *PRESETS[preset], *options], **how)
+        yield run, save_dir / FILE_NAME
+
+
 def repeat(data: Path, folder: Path, preset: str, threads: int, times: int) -> tuple[Run, bytes]:
     """Run the command several times; the run, which all the others agree with, and its scales.
 
     Raises:
         SystemExit: two runs differ.
     """
-    outcomes = []
-    for i in range(times):
-        save_dir = folder / f"{preset}-{threads}-{i}"
-        run = train(data, save_dir, [*COMMAND, *PRESETS[preset]], threads)
-        outcomes.append((run, (save_dir / FILE_NAME).read_bytes()))
-    first, scales = outcomes[0]
-    if not all(same(first, run) and scales == others for run, others in outcomes):
+    runs = trainings(data, folder, preset, times, threads=threads)
+    (first, scales), *others = ((run, path.read_bytes()) for run, path in runs)
+    if not all(same(first, run) and scales == theirs for run, theirs in others):
         sys.exit(f"determinism: runs with preset {preset} and {threads} thread(s) differ")
     return first, scales
 
@@ -75,17 +82,13 @@ def on_cpu(data: Path, folder: Path, preset: str, repeats: int) -> dict[str, Any
     }
 
 
-def on_gpu(
-    data: Path, folder: Path, preset: str, precision: str, repeats: int, device: str = "cuda"
-) -> dict[str, Any]:
+def on_gpu(data: Path, folder: Path, preset: str, precision: str, repeats: int) -> dict[str, Any]:
     """How far runs are apart, the largest difference of any two of them."""
     losses, scales = [], []
-    for i in range(repeats):
-        save_dir = folder / f"{preset}-{precision}-{i}"
-        words = [*COMMAND, *PRESETS[preset], *PRECISIONS[precision]]
-        run = train(data, save_dir, words, device=device)
+    options = PRECISIONS[precision]
+    for run, path in trainings(data, folder, preset, repeats, *options, device="cuda"):
         losses.append([float(update["loss"]) for update in run.updates])
-        scales.append([block.scale for block in Scales.load(save_dir / FILE_NAME).blocks])
+        scales.append([block.scale for block in Scales.load(path).blocks])
     return {
         "runs": repeats,
         "scales": len(scales[0]),

@@ -75,8 +75,7 @@ class Session:
         if getattr(cfg.task, "gradinit_scales", None) is None:
             _set(self._plan_cfg.task, "gradinit_save_interval", 0)
         self._plan()
-        for name in OPTION_NAMES:
-            _set(cfg.task, name, getattr(GradInitOptions, name))
+        _leave_out_options(cfg.task)
         self._cfg = cfg
         self._data: ProbeData | None = None
         with _fairseq_errors("load its task and training data"):
@@ -132,9 +131,7 @@ class Session:
 
     def _apply_from_now_on(self, scales: Path) -> None:
         """Have GradInit's probes take the scales in this file, as they were learned."""
-        for name in OPTION_NAMES:
-            if name not in APPLYING:
-                _set(self._plan_cfg.task, name, getattr(GradInitOptions, name))
+        _leave_out_options(self._plan_cfg.task, but=APPLYING)
         _set(self._plan_cfg.task, "gradinit_scales", str(scales))
 
     def _plan(self) -> Plan:
@@ -383,6 +380,13 @@ def _keep_nothing(cfg: Any, folder: Path) -> None:
         common.log_format = "none"
         cfg.dataset.num_workers = 0
         cfg.dataset.data_buffer_size = 0
+
+
+def _leave_out_options(task_cfg: Any, but: Collection[str] = ()) -> None:
+    """Have the options of GradInit as if they had not been given."""
+    for name in OPTION_NAMES:
+        if name not in but:
+            _set(task_cfg, name, getattr(GradInitOptions, name))
 
 
 def _set(task_cfg: Any, name: str, value: Any) -> None:

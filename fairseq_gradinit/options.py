@@ -5,7 +5,6 @@ checkpoint of any task, and a fairseq without this plugin drops them when it loa
 """
 # No postponed annotations here: fairseq reads the types of dataclass fields as objects.
 
-import ast
 import hashlib
 import json
 import math
@@ -17,6 +16,7 @@ from fractions import Fraction
 from typing import Any, Literal, Optional, cast
 
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from fairseq.optim.lr_scheduler.manual_lr_scheduler import ManualSchedule
 from omegaconf import DictConfig, OmegaConf
 
 from fairseq_gradinit.config import (
@@ -497,7 +497,7 @@ def _manual_rates(schedule: Any) -> list[float]:
     for option in ("epoch2lr", "update2lr"):
         text = getattr(schedule, option)
         try:
-            rates += map(float, ast.literal_eval(text.replace(" ", "")).values())
+            rates += ManualSchedule.parse_manuallr_args(None, text).values()
         except (ValueError, TypeError, SyntaxError, AttributeError) as error:
             raise GradInitError(
                 f"--{option} {shown(text)} is no dictionary of learning rates, such as "

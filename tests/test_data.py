@@ -163,14 +163,14 @@ def test_sentences_have_the_same_noise_every_time_and_leave_random_numbers_alone
     batches = paired(trainer)
     expected = [sentence.sample["noise"] for sentence in batches.sentences(3)]
     assert len(set(expected)) == 3
-    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    before = random_states()
     again = [sentence.sample["noise"] for sentence in batches.sentences(3)]
     assert again == expected
-    assert (*states,) == (
-        random.getstate(),
-        np.random.get_state()[1].tolist(),
-        torch.get_rng_state().tolist(),
-    )
+    assert random_states() == before
+
+
+def random_states():
+    return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
 
 
 def test_the_seed_decides_and_the_digest_tells(make_trainer):
