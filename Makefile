@@ -1,6 +1,7 @@
 # make quickstart           from raw text to BLEU with GradInit, about 15 minutes on 2 cores
 # make quickstart-compare   shorter, against the default initialisation without and with warmup
-# make test                 the tests
+# make test                 the fast tests: what to run before a commit
+# make test-all             those and the slow ones
 # make lint                 ruff and mypy
 # make docs                 the documentation as a web site, in site/
 # The quickstarts take options in ARGS: make quickstart ARGS="--updates 500 --seed 2"
@@ -10,9 +11,10 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart quickstart-compare test lint docs clean
+.PHONY: quickstart quickstart-compare test test-slow test-all lint docs clean
 
 quickstart: $(STAMP)
 	PYTHONPATH=data-prep $(BIN)/python recipes/quickstart.py $(ARGS)
@@ -21,7 +23,12 @@ quickstart-compare: $(STAMP)
 	PYTHONPATH=data-prep $(BIN)/python recipes/quickstart.py --compare $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(PYTEST) -m 'not slow'
+
+test-slow: $(STAMP)
+	$(PYTEST) -m slow
+
+test-all: test test-slow
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

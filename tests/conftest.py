@@ -32,12 +32,34 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 
+# A test of the fast tier may take this many seconds of processor time, of its programs too.
+FAST_TEST_SECONDS = 5.0
+
 # Of a program that is started: one thread, no warnings of fairseq's, and less to import.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "PYTHONWARNINGS": "ignore",
     "PYTHONPATH": str(ROOT / "tests" / "light_imports"),
 }
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Fail a test that belongs to the slow tier and is not marked so.
+
+    Processor time, unlike time on the clock, does not depend on what else the machine does.
+    """
+    before = sum(os.times()[:4])
+    result = yield
+    taken = sum(os.times()[:4]) - before
+    if taken > FAST_TEST_SECONDS and item.get_closest_marker("slow") is None:
+        pytest.fail(
+            f"took {taken:.1f} s of processor time, and a fast test has {FAST_TEST_SECONDS:g}: "
+            "make it smaller, or mark it with @pytest.mark.slow",
+            pytrace=False,
+        )
+    return result
+
 
 SMALL_MODEL = [
     *("--arch", "transformer_iwslt_de_en"),
