@@ -1,12 +1,13 @@
 """GradInit on real images: scikit-learn's handwritten digits, three convolutional nets.
 
+    python benchmarks/digits.py             19 minutes on one core; writes digits.json, digits.png
+    python benchmarks/digits.py --table     the tables of what is kept
+
 A plain net of 18 convolutions without normalisation, a residual net of 15 blocks without it, and
 the same residual net with batch normalisation. Each is trained by SGD with momentum and by Adam,
 from PyTorch's default initialisation and the nets without normalisation also from Kaiming's,
-with GradInit before training and without. Arms of one seed share weights, batches and number of
-updates, and each arm is judged at the learning rate, of the same few, that suits it best.
-
-Writes digits.json and digits.png, and prints the tables: `python benchmarks/digits.py`.
+with GradInit before training and without. Runs of one seed share weights, batches and number of
+updates, and both sides are judged at the learning rate, of the same few, that suits them best.
 """
 
 from __future__ import annotations
@@ -15,16 +16,13 @@ import argparse
 import hashlib
 import math
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
-from statistics import fmean, stdev
-from typing import Any, Literal
+from statistics import fmean
 
 import torch
 from matplotlib.axes import Axes
@@ -39,15 +37,15 @@ from fairseq_gradinit.blocks import collect_blocks
 from fairseq_gradinit.config import GradInitConfig
 from fairseq_gradinit.engine import BatchPair, Iteration, learn_scales
 from fairseq_gradinit.quiet import quiet
-
-Start = Literal["default", "Kaiming"]
-OptimizerName = Literal["sgd", "adam"]
+from fairseq_gradinit.tables import by, spread
 
 TEST_IMAGES = 450
 BATCH = 64
 CLASSES = 10
 WIDTHS = (16, 32, 32)
 """Channels at 8x8, 4x4 and 2x2 pixels."""
+AVERAGED = 7
+"""Batches that a point of a loss curve is the mean of: a third of an epoch."""
 
 
 @dataclass(frozen=True)
@@ -57,83 +55,56 @@ class Effort:
     Attributes:
         train_images: how many of the training images are used; None is all of them.
         iterations: of GradInit.
-        rates: the learning rates that every arm is tried with.
+        rates: the learning rates that every setting is tried with.
     """
 
     seeds: int
     epochs: int
     iterations: int
-    rates: Mapping[OptimizerName, Sequence[float]]
+    rates: Mapping[str, Sequence[float]]
     train_images: int | None = None
 
 
 FULL = Effort(
-    seeds=5, epochs=6, iterations=100, rates={"sgd": (0.01, 0.03, 0.1), "adam": (0.001, 0.003)}
-)
-QUICK = Effort(
-    seeds=1, epochs=1, iterations=1, rates={"sgd": (0.03,), "adam": (0.001,)}, train_images=128
+    seeds=5, epochs=6, iterations=100, rates={"SGD": (0.01, 0.03, 0.1), "Adam": (0.001, 0.003)}
 )
 
 
 @dataclass(frozen=True)
-class Setting:
-    """A row of the tables: what the arms have in common but for the learning rate."""
+class Run:
+    """One training run, and what came of it.
 
+    Losses are mean cross entropies in nats, None once not finite.
+
+    Attributes:
+        weights: digest of the weights before GradInit and training.
+        curve: losses of the batches, each the mean of `AVERAGED`.
+        start_loss, first_epoch_loss, last_loss: on all training images, before the first update,
+            after one epoch, and after the last.
+        accuracy: on the test images, after the last epoch.
+        learning: of GradInit: `objective` and `constraint` iterations, processor time in `updates`
+            of the same net, `min_scale` and `max_scale` at the end.
+    """
+
+    optimizer: str
     net: str
-    start: Start
-    optimizer: OptimizerName
-
-
-@dataclass(frozen=True)
-class Case:
-    """One training run."""
-
-    setting: Setting
+    start: str
     rate: float
     seed: int
     gradinit: bool
     epochs: int
-    iterations: int
-    train_images: int | None
+    weights: str = ""
+    curve: Sequence[float] = ()
+    start_loss: float | None = None
+    first_epoch_loss: float | None = None
+    last_loss: float | None = None
+    accuracy: float = 0.0
+    learning: Mapping[str, float] | None = None
 
-
-@dataclass(frozen=True)
-class Learning:
-    """What GradInit did before a run.
-
-    Attributes:
-        objective, constraint: iterations of either kind.
-        updates: its processor time in training updates of the same net.
-        min_scale, max_scale: range of the scales it ended with.
-    """
-
-    objective: int
-    constraint: int
-    updates: float
-    min_scale: float
-    max_scale: float
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What came of a run. Losses are mean cross entropies in nats, None once not finite.
-
-    Attributes:
-        weights: digest of the weights before GradInit and training.
-        curve: losses of the batches, averaged over thirds of an epoch.
-        start_loss, first_epoch_loss, last_loss: on all training images, before the first update,
-            after one epoch, and after the last.
-        accuracy: on the test images, after the last epoch.
-    """
-
-    case: Case
-    weights: str
-    curve: list[float]
-    start_loss: float | None
-    first_epoch_loss: float | None
-    last_loss: float | None
-    accuracy: float
-    gradinit: Learning | None
+    @property
+    def setting(self) -> tuple[str, str, str]:
+        """What a run with GradInit and one without have in common: a row of the tables."""
+        return self.optimizer, self.net, self.start
 
 
 @dataclass(frozen=True)
@@ -224,14 +195,19 @@ NETS: dict[str, Callable[[], nn.Module]] = {
 UNNORMALISED = ("plain", "residual")
 
 
-def starts(net: str) -> tuple[Start, ...]:
-    return ("default", "Kaiming") if net in UNNORMALISED else ("default",)
+def settings() -> list[tuple[str, str, str]]:
+    return [
+        (optimizer, net, start)
+        for optimizer in ("SGD", "Adam")
+        for net in NETS
+        for start in (("default", "Kaiming") if net in UNNORMALISED else ("default",))
+    ]
 
 
-def new_net(setting: Setting, seed: int) -> nn.Module:
+def new_net(name: str, start: str, seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    net = NETS[setting.net]()
-    if setting.start == "Kaiming":
+    net = NETS[name]()
+    if start == "Kaiming":
         net.apply(_kaiming)
     return net.to(memory_format=torch.channels_last)  # a tenth faster on CPUs
 
@@ -252,15 +228,25 @@ def batches(images: int, size: int, seed: int) -> Iterator[Tensor]:
         yield from order[: images // size * size].split(size)
 
 
-def gradinit_config(case: Case) -> GradInitConfig:
-    """The same for all nets; docs/digits.md says why."""
-    sgd = case.setting.optimizer == "sgd"
-    return GradInitConfig(
+def run_gradinit(
+    net: nn.Module, data: Digits, case: Run, iterations: int
+) -> tuple[list[Iteration], float]:
+    """Scale the weights of `net`; returns what the iterations did, and their processor time.
+
+    The constants are the same for all nets; docs/digits.md says why.
+    """
+
+    def loss(indices: Tensor) -> tuple[Tensor, int]:
+        scores = net(data.images[indices])
+        return functional.cross_entropy(scores, data.classes[indices], reduction="sum"), len(scores)
+
+    sgd = case.optimizer == "SGD"
+    config = GradInitConfig(
         eta=case.rate,
         target="sgd-normalized" if sgd else "adam",
         # A bound on the l1 norm, which is Adam's, would have to be another for every net.
         gamma=1.0 if sgd else math.inf,
-        iterations=case.iterations,
+        iterations=iterations,
         lr=0.03,
         betas=(0.9, 0.98),
         min_scale=0.01,
@@ -268,20 +254,10 @@ def gradinit_config(case: Case) -> GradInitConfig:
         max_scale=100.0,
         norm_gains="learned",
     )
-
-
-def run_gradinit(net: nn.Module, data: Digits, case: Case) -> tuple[list[Iteration], float]:
-    """Scale the weights of `net`; returns what the iterations did, and their processor time."""
-
-    def loss(indices: Tensor) -> tuple[Tensor, int]:
-        scores = net(data.images[indices])
-        return functional.cross_entropy(scores, data.classes[indices], reduction="sum"), len(scores)
-
     half = BATCH // 2
     # Batches of its own, so that training sees the same ones with GradInit as without.
     drawn = batches(len(data.classes), 3 * half, seed=1000 + case.seed)
     pairs = (BatchPair([indices[: 2 * half]], [indices[half:]]) for indices in drawn)
-    config = gradinit_config(case)
     history: list[Iteration] = []
     began = time.process_time()
     with quiet(net):
@@ -290,45 +266,49 @@ def run_gradinit(net: nn.Module, data: Digits, case: Case) -> tuple[list[Iterati
     return history, time.process_time() - began
 
 
-def summary(history: Sequence[Iteration], updates: float) -> Learning:
-    objective = sum(iteration.kind == "objective" for iteration in history)
-    return Learning(
-        objective,
-        len(history) - objective,
-        round(updates, 1),
-        history[-1].min_scale,
-        history[-1].max_scale,
-    )
-
-
-def run(case: Case) -> Outcome:
+def run(case: Run, effort: Effort) -> Run:
     """GradInit, where the case has it, and training."""
     torch.set_num_threads(1)
-    data = digits(case.train_images)
-    net = new_net(case.setting, case.seed)
+    data = digits(effort.train_images)
+    net = new_net(case.net, case.start, case.seed)
     weights = digest(net)
     # A process's first optimizer imports torch's compiler: seconds that are not GradInit's.
-    optimizer = new_optimizer(net, case)
-    history, seconds = run_gradinit(net, data, case) if case.gradinit else ([], 0.0)
+    kind = torch.optim.Adam if case.optimizer == "Adam" else partial(torch.optim.SGD, momentum=0.9)
+    optimizer = kind(net.parameters(), case.rate)
+    history: list[Iteration] = []
+    seconds = 0.0
+    if case.gradinit:
+        history, seconds = run_gradinit(net, data, case, effort.iterations)
     start_loss = training_loss(net, data)
     drawn = batches(len(data.classes), BATCH, case.seed)
-    train_on = partial(train, net, data, optimizer, clip_norm(case.setting))
+    clip = 1.0 if case.optimizer == "SGD" and case.net in UNNORMALISED else math.inf
+    train_on = partial(train, net, data, optimizer, clip)
     began = time.process_time()
     losses = train_on(islice(drawn, data.updates_per_epoch))
     per_update = (time.process_time() - began) / max(1, len(losses))
     first_epoch_loss = training_loss(net, data)
-    rest = data.updates_per_epoch * (case.epochs - 1)
-    losses += train_on(islice(drawn, rest))
-    return Outcome(
+    losses += train_on(islice(drawn, data.updates_per_epoch * (case.epochs - 1)))
+    return replace(
         case,
-        weights,
-        averages(losses, max(1, data.updates_per_epoch // 3)),
-        start_loss,
-        first_epoch_loss,
-        training_loss(net, data),
-        test_accuracy(net, data),
-        summary(history, seconds / per_update) if history else None,
+        weights=weights,
+        curve=averages(losses),
+        start_loss=start_loss,
+        first_epoch_loss=first_epoch_loss,
+        last_loss=training_loss(net, data),
+        accuracy=test_accuracy(net, data),
+        learning=summary(history, seconds / per_update) if history else None,
     )
+
+
+def summary(history: Sequence[Iteration], updates: float) -> dict[str, float]:
+    objective = sum(iteration.kind == "objective" for iteration in history)
+    return {
+        "objective": objective,
+        "constraint": len(history) - objective,
+        "updates": round(updates, 1),
+        "min_scale": history[-1].min_scale,
+        "max_scale": history[-1].max_scale,
+    }
 
 
 def digest(net: nn.Module) -> str:
@@ -336,18 +316,6 @@ def digest(net: nn.Module) -> str:
     for parameter in net.parameters():
         hashed.update(parameter.detach().contiguous().numpy().tobytes())
     return hashed.hexdigest()[:16]
-
-
-def new_optimizer(net: nn.Module, case: Case) -> torch.optim.Optimizer:
-    if case.setting.optimizer == "sgd":
-        return torch.optim.SGD(net.parameters(), case.rate, momentum=0.9)
-    return torch.optim.Adam(net.parameters(), case.rate)
-
-
-def clip_norm(setting: Setting) -> float:
-    """As the paper's authors train: SGD's gradient is clipped unless the net is normalised."""
-    clips = setting.optimizer == "sgd" and setting.net in UNNORMALISED
-    return 1.0 if clips else math.inf
 
 
 def train(
@@ -389,250 +357,173 @@ def test_accuracy(net: nn.Module, data: Digits) -> float:
     return round(correct.float().mean().item(), 5)
 
 
-def averages(values: Sequence[float], window: int) -> list[float]:
-    starts = range(0, len(values) - window + 1, window)
-    return [round(fmean(values[i : i + window]), 5) for i in starts]
+def averages(losses: Sequence[float]) -> list[float]:
+    starts = range(0, len(losses) - AVERAGED + 1, AVERAGED)
+    return [round(fmean(losses[i : i + AVERAGED]), 5) for i in starts]
 
 
-@dataclass(frozen=True)
-class Arm:
-    """The runs of one setting, with GradInit or without, at one learning rate; one a seed."""
-
-    outcomes: list[Outcome]
-
-    @property
-    def rate(self) -> float:
-        return self.outcomes[0].case.rate
-
-    @property
-    def mean_last_loss(self) -> float:
-        losses = [o.last_loss for o in self.outcomes]
-        return fmean(math.inf if loss is None else loss for loss in losses)
-
-    @property
-    def first_epoch(self) -> str:
-        losses = [o.first_epoch_loss for o in self.outcomes]
-        finite = [loss for loss in losses if loss is not None]
-        if len(finite) < len(losses):
-            return f"{len(losses) - len(finite)} of {len(losses)} diverge"
-        return spread(finite, 2)
-
-    @property
-    def accuracy(self) -> str:
-        return spread([100.0 * o.accuracy for o in self.outcomes], 1)
-
-    @property
-    def learnings(self) -> list[Learning]:
-        return [o.gradinit for o in self.outcomes if o.gradinit is not None]
+# ---- All runs, and what they show. The runs of a side differ in their seeds alone.
 
 
-def spread(values: Sequence[float], places: int) -> str:
-    """Mean and standard deviation over the seeds."""
-    deviation = stdev(values) if len(values) > 1 else 0.0
-    return f"{fmean(values):.{places}f} ± {deviation:.{places}f}"
+def measure(effort: Effort) -> list[Run]:
+    runs: list[Run] = []
+    for setting in settings():
+        all_of = partial(side, setting, effort)
+        rates = effort.rates[setting[0]]
+        without = [all_of(rate, gradinit=False) for rate in rates]
+        gradinit = [all_of(rate, gradinit=True) for rate in rates]
+        cost = fmean(run.learning["updates"] for run in best(gradinit))
+        more = math.ceil(cost / digits(effort.train_images).updates_per_epoch)
+        longer = all_of(best(without)[0].rate, gradinit=False, more=more)
+        runs += chain(*without, *gradinit, longer)
+        print("done:", *setting, file=sys.stderr, flush=True)
+    return runs
+
+
+def side(
+    setting: tuple[str, str, str], effort: Effort, rate: float, *, gradinit: bool, more: int = 0
+) -> list[Run]:
+    """Run all seeds, for `more` epochs than usual."""
+    seeds = range(1, effort.seeds + 1)
+    return [
+        run(Run(*setting, rate, seed, gradinit, effort.epochs + more), effort) for seed in seeds
+    ]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One setting without GradInit and with it: an arm for each learning rate.
+    """One setting without GradInit and with it: a list of runs for each learning rate.
 
     Attributes:
         longer: without GradInit at its best learning rate, trained for as many epochs more as
             GradInit took time.
     """
 
-    setting: Setting
-    without: list[Arm]
-    gradinit: list[Arm]
-    longer: Arm
-
-    @property
-    def best_without(self) -> Arm:
-        return best(self.without)
-
-    @property
-    def best_gradinit(self) -> Arm:
-        return best(self.gradinit)
+    setting: tuple[str, str, str]
+    without: list[list[Run]]
+    gradinit: list[list[Run]]
+    longer: list[Run]
 
 
-def best(arms: Sequence[Arm]) -> Arm:
+def comparisons(runs: Sequence[Run]) -> list[Comparison]:
+    found = []
+    for setting, group in by(runs, lambda run: run.setting).items():
+        sides = list(by(group, lambda run: (run.gradinit, run.epochs, run.rate)).values())
+        *without, longer = (side for side in sides if not side[0].gradinit)
+        gradinit = [side for side in sides if side[0].gradinit]
+        found.append(Comparison(setting, without, gradinit, longer))
+    return found
+
+
+def best(sides: Sequence[list[Run]]) -> list[Run]:
     """By the loss on the training images: the test images have no say."""
-    return min(arms, key=lambda arm: arm.mean_last_loss)
+
+    def mean_loss(side: list[Run]) -> float:
+        return fmean(math.inf if run.last_loss is None else run.last_loss for run in side)
+
+    return min(sides, key=mean_loss)
 
 
-RunAll = Callable[[Sequence[Case]], list[Outcome]]
+def accuracy(side: Sequence[Run]) -> str:
+    return spread((100.0 * run.accuracy for run in side), 1)
 
 
-def compare(setting: Setting, effort: Effort, run_all: RunAll) -> Comparison:
-    def arm(rate: float, gradinit: bool, epochs: int = effort.epochs) -> Arm:
-        seeds = range(1, effort.seeds + 1)
-        size = (epochs, effort.iterations, effort.train_images)
-        return Arm(run_all([Case(setting, rate, seed, gradinit, *size) for seed in seeds]))
-
-    rates = effort.rates[setting.optimizer]
-    without = [arm(rate, gradinit=False) for rate in rates]
-    gradinit = [arm(rate, gradinit=True) for rate in rates]
-    cost = fmean(learning.updates for learning in best(gradinit).learnings)
-    more = math.ceil(cost / digits(effort.train_images).updates_per_epoch)
-    longer = arm(best(without).rate, gradinit=False, epochs=effort.epochs + more)
-    print("done:", *names(setting), file=sys.stderr, flush=True)
-    return Comparison(setting, without, gradinit, longer)
+def outcome(side: Sequence[Run]) -> tuple[str, str]:
+    """The cells of a table that say what came of a side."""
+    losses = [run.first_epoch_loss for run in side]
+    diverged = losses.count(None)
+    return f"{diverged} of {len(side)} diverge" if diverged else spread(losses), accuracy(side)
 
 
-def settings(effort: Effort) -> list[Setting]:
+def tables(found: Sequence[Comparison]) -> list[Table]:
+    names = ["optimizer", "net", "initialisation"]
+    loss, score = "loss after 1 epoch", "test accuracy, %"
+    at_best, costs, every = [], [], []
+    for each in found:
+        sides = best(each.without), best(each.gradinit)
+        cells = [cell for side in sides for cell in (f"{side[0].rate:g}", *outcome(side))]
+        at_best.append([*each.setting, *cells])
+        costs.append([*each.setting, *cost(sides[1]), str(each.longer[0].epochs)])
+        costs[-1].append(accuracy(each.longer))
+        for without, gradinit in zip(each.without, each.gradinit, strict=True):
+            rate = f"{without[0].rate:g}"
+            every.append([*each.setting, rate, *outcome(without), *outcome(gradinit)])
+    best_header = [*names, "without: lr", loss, score, "GradInit: lr", loss, score]
+    cost_header = [*names, "GradInit costs, updates", "constraint iterations, %", "scales"]
+    every_header = [*names, "lr", f"without: {loss}", score, f"GradInit: {loss}", score]
+    title = "What GradInit costs, and training for as long without it"
     return [
-        Setting(net, start, optimizer)
-        for optimizer in effort.rates
-        for net in NETS
-        for start in starts(net)
+        Table("Each arm at its best learning rate", best_header, at_best),
+        Table(title, [*cost_header, "epochs without", score], costs),
+        Table("Every learning rate", every_header, every),
     ]
 
 
-def names(setting: Setting) -> tuple[str, str, str]:
-    return {"sgd": "SGD", "adam": "Adam"}[setting.optimizer], setting.net, setting.start
+def cost(side: Sequence[Run]) -> tuple[str, str, str]:
+    """The cells of a table that say what GradInit did and took."""
+    total = {
+        name: [run.learning[name] for run in side if run.learning] for name in side[0].learning
+    }
+    constraint = sum(total["constraint"])
+    return (
+        f"{fmean(total['updates']):.0f}",
+        f"{100.0 * constraint / (constraint + sum(total['objective'])):.0f}",
+        f"{min(total['min_scale']):.2f} to {max(total['max_scale']):.2f}",
+    )
 
 
-def best_table(comparisons: Sequence[Comparison]) -> Table:
-    header = ["optimizer", "net", "initialisation"]
-    for arm in ("without", "GradInit"):
-        header += [f"{arm}: lr", "loss after 1 epoch", "test accuracy, %"]
-    rows = []
-    for comparison in comparisons:
-        row = [*names(comparison.setting)]
-        for arm in (comparison.best_without, comparison.best_gradinit):
-            row += [f"{arm.rate:g}", arm.first_epoch, arm.accuracy]
-        rows.append(row)
-    return Table("Each arm at its best learning rate", header, rows)
-
-
-def cost_table(comparisons: Sequence[Comparison]) -> Table:
-    header = ["optimizer", "net", "initialisation", "GradInit costs, updates"]
-    header += ["constraint iterations, %", "scales", "epochs without", "test accuracy, %"]
-    rows = []
-    for comparison in comparisons:
-        learnings = comparison.best_gradinit.learnings
-        iterations = [learning.objective + learning.constraint for learning in learnings]
-        share = sum(learning.constraint for learning in learnings) / sum(iterations)
-        lowest = min(learning.min_scale for learning in learnings)
-        highest = max(learning.max_scale for learning in learnings)
-        rows.append(
-            [
-                *names(comparison.setting),
-                f"{fmean(learning.updates for learning in learnings):.0f}",
-                f"{100.0 * share:.0f}",
-                f"{lowest:.2f} to {highest:.2f}",
-                str(comparison.longer.outcomes[0].case.epochs),
-                comparison.longer.accuracy,
-            ]
-        )
-    title = "What GradInit costs, and training for as long without it"
-    return Table(title, header, rows)
-
-
-def rates_table(comparisons: Sequence[Comparison]) -> Table:
-    header = ["optimizer", "net", "initialisation", "lr"]
-    header += ["without: loss after 1 epoch", "test accuracy, %"]
-    header += ["GradInit: loss after 1 epoch", "test accuracy, %"]
-    rows = []
-    for comparison in comparisons:
-        for without, gradinit in zip(comparison.without, comparison.gradinit, strict=True):
-            row = [*names(comparison.setting), f"{without.rate:g}"]
-            for arm in (without, gradinit):
-                row += [arm.first_epoch, arm.accuracy]
-            rows.append(row)
-    return Table("Every learning rate", header, rows)
-
-
-def save_picture(path: Path, comparisons: Sequence[Comparison]) -> None:
+def save_picture(path: Path, found: Sequence[Comparison]) -> None:
     """A panel for each optimizer and net: losses over updates, mean and range over the seeds."""
-    optimizers = list(dict.fromkeys(c.setting.optimizer for c in comparisons))
-    figure = Figure(figsize=(13, 3.6 * len(optimizers)), layout="constrained")
-    panels = figure.subplots(len(optimizers), len(NETS), sharex=True, sharey=True, squeeze=False)
-    for row, optimizer in zip(panels, optimizers, strict=True):
-        for axes, net in zip(row, NETS, strict=True):
-            here = [
-                c for c in comparisons if (c.setting.optimizer, c.setting.net) == (optimizer, net)
-            ]
-            draw_panel(axes, here)
-    for axes in panels[-1]:
+    figure = Figure(figsize=(13, 7.2), layout="constrained")
+    panels = by(found, lambda c: c.setting[:2])
+    all_axes = figure.subplots(2, len(NETS), sharex=True, sharey=True)
+    for axes, ((optimizer, net), here) in zip(all_axes.flat, panels.items(), strict=True):
+        for comparison in here:
+            start = comparison.setting[2]
+            draw(axes, best(comparison.without), start, "--")
+            draw(axes, best(comparison.gradinit), f"{start} + GradInit", "-")
+        axes.set_title(f"{net}, {optimizer}")
+        axes.set_ylim(0.0, 3.0)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    for axes in all_axes[-1]:
         axes.set_xlabel("update")
-    for axes in panels[:, 0]:
+    for axes in all_axes[:, 0]:
         axes.set_ylabel("training loss (nats)")
     figure.savefig(path, dpi=120)
 
 
-def draw_panel(axes: Axes, comparisons: Sequence[Comparison]) -> None:
+def draw(axes: Axes, side: Sequence[Run], label: str, dashes: str) -> None:
     # Lines differ in dashes and darkness too, for print without colours.
-    colours = {"default": "#1b3a6b", "Kaiming": "#e08214"}
-    for comparison in comparisons:
-        start = comparison.setting.start
-        colour = colours[start]
-        without, gradinit = comparison.best_without, comparison.best_gradinit
-        draw_arm(axes, without, f"{start}, lr {without.rate:g}", colour, "--")
-        draw_arm(axes, gradinit, f"{start} + GradInit, lr {gradinit.rate:g}", colour, "-")
-    optimizer, net, _ = names(comparisons[0].setting)
-    axes.set_title(f"{net}, {optimizer}")
-    axes.set_ylim(0.0, 3.0)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-
-
-def draw_arm(axes: Axes, arm: Arm, label: str, colour: str, dashes: str) -> None:
+    colour = {"default": "#1b3a6b", "Kaiming": "#e08214"}[side[0].start]
     # A run that diverged ends early, and the mean with it.
-    points = list(zip(*(outcome.curve for outcome in arm.outcomes), strict=False))
-    case = arm.outcomes[0].case
-    window = max(1, digits(case.train_images).updates_per_epoch // 3)
-    updates = [window * (i + 0.5) for i in range(len(points))]
+    points = list(zip(*(run.curve for run in side), strict=False))
+    updates = [AVERAGED * (i + 0.5) for i in range(len(points))]
+    label = f"{label}, lr {side[0].rate:g}"
     axes.plot(updates, [fmean(point) for point in points], dashes, color=colour, label=label)
     lows, highs = [min(point) for point in points], [max(point) for point in points]
     axes.fill_between(updates, lows, highs, color=colour, alpha=0.15, linewidth=0)
 
 
-def kept(comparison: Comparison) -> list[dict[str, object]]:
-    """Every run of a comparison, for the JSON file."""
-    arms = [*comparison.without, *comparison.gradinit, comparison.longer]
-    return [flat(asdict(outcome)) for arm in arms for outcome in arm.outcomes]
+def kept(path: Path) -> list[Run]:
+    """The runs in a file that `main` wrote."""
+    return [Run(**row) for row in read(path)["results"]["runs"]]
 
 
-def flat(row: dict[str, Any]) -> dict[str, object]:
-    """The case's fields among the outcome's; what GradInit did stands for whether it ran."""
-    case = row.pop("case")
-    return {**case.pop("setting"), **case, **row}
-
-
-def measure(effort: Effort, jobs: int) -> list[Comparison]:
-    if jobs == 1:
-        return [compare(s, effort, lambda cases: [*map(run, cases)]) for s in settings(effort)]
-    with ProcessPoolExecutor(jobs) as pool:
-        return [compare(s, effort, lambda cases: [*pool.map(run, cases)]) for s in settings(effort)]
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None, effort: Effort = FULL) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seeds", type=int, help=f"runs of each arm, {FULL.seeds} by default")
-    parser.add_argument("--jobs", type=int, default=1, help="runs side by side, one thread each")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it works")
-    parser.add_argument(
-        "--results", type=Path, help=f"folder to write to, {RESULTS.name} by default"
-    )
+    parser.add_argument("--seeds", type=int, default=effort.seeds, help="runs of each kind")
+    parser.add_argument("--table", action="store_true", help="print what is kept, measure nothing")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder to write to")
     options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    effort = QUICK if options.quick else FULL
-    effort = replace(effort, seeds=options.seeds or effort.seeds)
-    comparisons = measure(effort, options.jobs)
-    tables = [best_table(comparisons), cost_table(comparisons), rates_table(comparisons)]
-    results = {
-        "effort": asdict(effort),
-        "tables": [*map(asdict, tables)],
-        "runs": [row for comparison in comparisons for row in kept(comparison)],
-    }
-    folder = options.results or (Path(tempfile.mkdtemp()) if options.quick else RESULTS)
-    path = folder / "digits.json"
-    write(path, results)
-    save_picture(path.with_suffix(".png"), comparisons)
-    print(markdown(read(path)), end="")
+    path = options.results / "digits.json"
+    if not options.table:
+        runs = measure(replace(effort, seeds=options.seeds))
+        write(path, {"runs": [*map(asdict, runs)]})
+        save_picture(path.with_suffix(".png"), comparisons(runs))
+    print(markdown(read(path), tables(comparisons(kept(path)))), end="")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,21 @@ def write(path: Path, results: Any) -> None:
     """
     record = {**circumstances(), "results": results}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(record, indent=1) + "\n")
+    write_atomically(path, compact(record) + "\n")
+
+
+def compact(value: Any, levels: int = 3, indent: str = "") -> str:
+    """JSON with a line for each entry of the outer levels: a run, or a table, is one line."""
+    if not levels or not isinstance(value, dict | list) or not value:
+        return json.dumps(value)
+    inner = indent + " "
+    entries = value.items() if isinstance(value, dict) else ((None, each) for each in value)
+    lines = [
+        f"{inner}{'' if key is None else json.dumps(key) + ': '}{compact(each, levels - 1, inner)}"
+        for key, each in entries
+    ]
+    opening, closing = "{}" if isinstance(value, dict) else "[]"
+    return "\n".join([opening, ",\n".join(lines), indent + closing])
 
 
 def circumstances() -> dict[str, Any]:
@@ -67,33 +81,21 @@ def _command() -> str:
 
 @dataclass(frozen=True)
 class Table:
-    """Results as they stand in the documentation; kept in the JSON file with their source."""
+    """Results as the documentation shows them."""
 
     title: str
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
 
 
-def within(value: float, limit: float) -> str:
-    """`value` with the verdict on it, for a target of at most `limit`."""
-    return f"{value:.2f}" if value <= limit else f"{value:.2f}, **missed**"
-
-
-def reaching(value: float, limit: float) -> str:
-    """`value` with the verdict on it, for a target of at least `limit`."""
-    return f"{value:.2f}" if value >= limit else f"{value:.2f}, **missed**"
-
-
-def markdown(record: dict[str, Any]) -> str:
-    """The tables under `results` of a record, with the circumstances they were measured in."""
+def markdown(record: dict[str, Any], tables: Iterable[Table]) -> str:
+    """Tables with the circumstances that their record was measured in."""
     machine = record["gpu"] or f"{record['cpu']}, {record['cores']} cores"
     source = (
-        f"`{record['command']}` on {machine}, {record['date'][:10]}, torch {record['torch']}, "
-        f"{record['threads']} thread(s)"
+        f"`{record['command']}` of revision {record['git_revision'][:7]} on {machine}, "
+        f"{record['date'][:10]}, torch {record['torch']}, {record['threads']} thread(s)"
     )
-    return "\n".join(
-        markdown_table(Table(**table), source) for table in record["results"]["tables"]
-    )
+    return "\n".join(markdown_table(table, source) for table in tables)
 
 
 def markdown_table(table: Table, source: str) -> str:

@@ -9,7 +9,7 @@ The studies:
 
 A corpus is a folder that data-prep/prepare.py made; cases of corpora that are not given are left
 out. Every run is one line of training-STUDY.jsonl: what is there is not run again, so the same
-command goes on where it was interrupted. At the end, or at once with --table, it prints the tables
+command resumes where it was interrupted. At the end, or at once with --table, it prints the tables
 of what is kept and writes training-STUDY.png.
 """
 
@@ -17,10 +17,8 @@ from __future__ import annotations
 
 import argparse
 import logging
-import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, product
@@ -43,7 +41,6 @@ from training_report import (
 from training_runs import (
     Arm,
     Case,
-    Children,
     Corpus,
     Options,
     Run,
@@ -178,11 +175,6 @@ SIZES = (
         warmup=150,
     ),
 )
-
-QUICK_MODEL = transformer(layers=1, width=16, ffn=32, heads=2)
-QUICK_UPDATES = 4
-QUICK_TOKENS = 200
-QUICK_GRADINIT = ("--gradinit-iterations", "2")
 
 # ---- The studies.
 
@@ -351,27 +343,6 @@ STUDIES = {
 }
 
 
-def quick(cases: Iterable[Case]) -> tuple[Case, ...]:
-    """One tiny run for each corpus and arm."""
-    first: dict[tuple[str, Arm], Case] = {}
-    for case in cases:
-        first.setdefault((case.corpus, case.arm), case)
-    return tuple(map(_tiny, first.values()))
-
-
-def _tiny(case: Case) -> Case:
-    fewer = QUICK_GRADINIT if "--gradinit" in case.arm.options else ()
-    return replace(
-        case,
-        arm=replace(case.arm, options=(*case.arm.options, *fewer)),
-        scales_of=case.scales_of and _tiny(case.scales_of),
-        model=QUICK_MODEL,
-        warmup=min(case.warmup, QUICK_UPDATES // 2),
-        updates=QUICK_UPDATES,
-        max_tokens=QUICK_TOKENS,
-    )
-
-
 # ---- The program.
 
 
@@ -388,7 +359,7 @@ def kept_runs(
     found = {}
     for run in runs:
         kind = kinds.get(settings(run.case))
-        if kind and run.status != "failed" and run.corpus_digest == digests[run.case.corpus]:
+        if kind and run.corpus_digest == digests[run.case.corpus]:
             # With the titles and colours of today.
             case = replace(kind, seed=run.case.seed)
             found[case] = replace(run, case=case)
@@ -407,25 +378,6 @@ def show(study: Study, runs: Sequence[Run], results: Path) -> None:
     log.info("picture: %s", path)
 
 
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """The signals that end a program come as KeyboardInterrupt."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    for number, handler in before.items():
-        # nohup has a program ignore SIGHUP.
-        if handler != signal.SIG_IGN:
-            signal.signal(number, interrupt)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     studies = "\n".join(f"    {study.name:10} {study.question}" for study in STUDIES.values())
     parser = argparse.ArgumentParser(
@@ -437,7 +389,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=1, help="runs at a time, one core each")
     parser.add_argument("--only", default="", metavar="SUBSTRING", help="of what --list prints")
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of those of the study")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it works")
     parser.add_argument("--list", action="store_true", help="print the runs, and run nothing")
     parser.add_argument("--table", action="store_true", help="show what is kept, and run nothing")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder to write to")
@@ -448,8 +399,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--corpus takes NAME=DIR, such as quickstart=quickstart-run/corpus")
     if options.workers < 1:
         parser.error("--workers must be at least 1")
-    if options.quick and options.results == RESULTS:
-        parser.error("--quick needs --results, so that its runs do not stand beside true ones")
     return options
 
 
@@ -458,13 +407,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     options = parse(arguments)
     try:
-        with interruptible():
-            conduct(STUDIES[options.study], options)
+        conduct(STUDIES[options.study], options)
     except (RunError, GradInitError) as error:
         log.error("training: %s", error)
         return 1
     except KeyboardInterrupt:
-        log.error("training: interrupted; the same command goes on from here")
+        log.error("training: interrupted; the same command resumes here")
         return 130
     return 0
 
@@ -473,9 +421,9 @@ def conduct(study: Study, options: argparse.Namespace) -> None:
     """Do what the command line asks for.
 
     Raises:
-        GradInitError, TrainingError: a run failed, or a file cannot be used.
+        GradInitError, RunError: a run failed, or a file cannot be used.
     """
-    cases = quick(study.cases) if options.quick else study.cases
+    cases = study.cases
     chosen = with_seeds(cases, options.seeds) if options.seeds else cases
     chosen = tuple(case for case in chosen if options.only in case.label)
     corpora = {name: Corpus.read(Path(path).resolve()) for name, path in options.corpus.items()}
@@ -500,16 +448,14 @@ def run_missing(
     """Run what is chosen and not kept.
 
     Raises:
-        TrainingError: a run failed.
+        RunError: a run failed.
     """
     needed = dict.fromkeys(chain.from_iterable(case.corpora for case in chosen))
     for name in (name for name in needed if name not in corpora):
         log.info("no --corpus %s=DIR is given: its runs are left out", name)
     todo = [case for case in chosen if case.corpora <= corpora.keys() and case not in kept]
     log.info("%d runs, %d of them kept from before", len(chosen), len(kept & set(chosen)))
-    children = Children()
-    runner = Runner(corpora, options.work.resolve(), children)
-    run_all(todo, runner, file, options.workers, children.stop)
+    run_all(todo, Runner(corpora, options.work.resolve()), file, options.workers)
 
 
 if __name__ == "__main__":

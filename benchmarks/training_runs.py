@@ -16,9 +16,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from importlib.metadata import version
@@ -65,11 +64,7 @@ COMMON = [
     *("--validate-interval", "100000", "--save-interval", "100000"),
 ]
 
-Status = Literal["finished", "diverged", "failed"]
-
-
-class TrainingError(RunError):
-    """What the user has to mend; the message is a sentence."""
+Status = Literal["finished", "diverged"]
 
 
 @dataclass(frozen=True)
@@ -237,54 +232,10 @@ def learning_command(case: Case, data: Path, save_dir: Path) -> list[str]:
     return [*training_command(case, data, save_dir), "--max-update", "1", "--disable-validation"]
 
 
-class Stopped(Exception):
-    """The user ends the program."""
-
-
-class Failed(TrainingError):
-    """A run failed, and did not just diverge; the message names its log.
-
-    Attributes:
-        run: what there is to keep of it.
-    """
-
-    def __init__(self, message: str, run: Run):
-        super().__init__(message)
-        self.run = run
-
-
-class Children:
-    """The processes that are running, so that another thread can end them."""
-
-    def __init__(self) -> None:
-        self.stopped = False
-        self._lock = threading.Lock()
-        self._running: set[subprocess.Popen[bytes]] = set()
-
-    def start(
-        self, command: Sequence[str], env: Mapping[str, str], **streams: Any
-    ) -> subprocess.Popen[bytes]:
-        """Start a process with one thread, as subprocess.Popen does."""
-        with self._lock:
-            if self.stopped:
-                raise Stopped
-            self._running = {process for process in self._running if process.poll() is None}
-            # In a session of its own, so that Ctrl-C reaches it by `stop` alone.
-            process = subprocess.Popen(
-                command,
-                env={**env, "OMP_NUM_THREADS": "1"},
-                start_new_session=True,
-                **streams,
-            )
-            self._running.add(process)
-            return process
-
-    def stop(self) -> None:
-        """End all processes, and start no more."""
-        with self._lock:
-            self.stopped = True
-            for process in self._running:
-                process.terminate()
+def one_thread(
+    command: Sequence[str], env: Mapping[str, str], **streams: Any
+) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(command, env={**env, "OMP_NUM_THREADS": "1"}, **streams)
 
 
 @dataclass(frozen=True)
@@ -297,14 +248,12 @@ class Runner:
 
     corpora: Mapping[str, Corpus]
     work: Path
-    children: Children
 
     def __call__(self, case: Case) -> Run:
         """Train, and translate if the case is scored.
 
         Raises:
-            Failed: one of the programs failed.
-            Stopped: the run was ended together with all others.
+            RunError: one of the programs failed, and training did not just diverge.
         """
         corpus = self.corpora[case.corpus]
         folder = self.work / case.folder_name
@@ -327,16 +276,13 @@ class Runner:
         start = time.monotonic()
         try:
             if learn:
-                run_quietly(learn, folder / "learn.log", self.children.start)
+                run_quietly(learn, folder / "learn.log", one_thread)
             run = self._train(run, train, folder / "train.log")
             if translate and run.status == "finished":
                 scores = self._translate(translate, folder, corpus.folder)
                 run = replace(run, **asdict(scores))
         except RunError as error:
-            if self.children.stopped:
-                raise Stopped from error
-            run = replace(run, status="failed", reason=_readable(str(error), names))
-            raise Failed(f"{case.label}: {error}", run) from error
+            raise RunError(f"{case.label}: {error}") from error
         finally:
             shutil.rmtree(checkpoints, ignore_errors=True)
         return replace(run, seconds=time.monotonic() - start)
@@ -364,7 +310,7 @@ class Runner:
         """
         reason = None
         try:
-            run_quietly(command, log_file, self.children.start)
+            run_quietly(command, log_file, one_thread)
         except RunError:
             reason = TrainingLog.read(log_file).diverged
             if reason is None:
@@ -372,7 +318,7 @@ class Runner:
         return with_log(run, log_file, reason)
 
     def _translate(self, command: Sequence[str], folder: Path, corpus: Path) -> Scores:
-        run_quietly(command, folder / "translate.log", self.children.start)
+        run_quietly(command, folder / "translate.log", one_thread)
         rows = read_translations(folder / "generate-test.txt", corpus)
         return score(corpus, [row.reference for row in rows], [row.translation for row in rows])
 
@@ -420,60 +366,41 @@ def with_log(run: Run, log_file: Path, reason: str | None) -> Run:
 
 
 def run_all(
-    cases: Sequence[Case],
-    run_one: Callable[[Case], Run],
-    file: RunsFile,
-    workers: int,
-    stop: Callable[[], None],
+    cases: Sequence[Case], run_one: Callable[[Case], Run], file: RunsFile, workers: int
 ) -> None:
     """Run the cases side by side, and keep each as soon as it has ended.
 
     Args:
-        run_one: called in a thread of its own for each worker; may raise Failed.
-        stop: makes `run_one` return soon, wherever it is called.
+        run_one: called in a thread of its own for each worker.
 
     Raises:
-        Failed: a run failed; those beside it have ended and are kept, no others were started.
+        RunError: a run failed; those beside it have ended and are kept, no others were started.
     """
-    queue = deque(cases)
-    lock = threading.Lock()
+    lock, stopped = threading.Lock(), threading.Event()
     start, done = time.monotonic(), 0
 
-    def work() -> None:
-        try:
-            while (case := take()) is not None:
-                try:
-                    keep(run_one(case))
-                except Failed as failed:
-                    keep(failed.run)
-                    raise
-        except BaseException:
-            queue.clear()
-            raise
-
-    def take() -> Case | None:
-        try:
-            return queue.popleft()
-        except IndexError:
-            return None
-
-    def keep(run: Run) -> None:
+    def work(case: Case) -> None:
         nonlocal done
+        if stopped.is_set():
+            return
+        try:
+            run = run_one(case)
+        except BaseException:
+            stopped.set()
+            raise
         with lock:
             file.append(run)
             done += 1
             log.info(progress(run, done, len(cases), time.monotonic() - start))
 
     with ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(work) for _ in range(workers)]
+        futures = [pool.submit(work, case) for case in cases]
         try:
-            wait(futures)
-        except BaseException:
-            queue.clear()
-            stop()
+            for future in as_completed(futures):
+                future.result()
+        except BaseException:  # Ctrl-C, which has reached fairseq's programs too
+            stopped.set()
             raise
-    for future in futures:
-        future.result()
 
 
 def progress(run: Run, done: int, count: int, elapsed: float) -> str:

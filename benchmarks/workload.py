@@ -39,7 +39,6 @@ class Size:
     Attributes:
         layers: in the encoder; the decoder has as many.
         length: of every sentence, on both sides.
-        activation: of the feed-forward layers, `relu` or `gelu`.
     """
 
     layers: int
@@ -49,7 +48,6 @@ class Size:
     vocabulary: int
     sentences: int
     length: int
-    activation: str = "relu"
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,6 @@ class Translator(nn.Module):
             size.layers,
             size.feed_forward,
             dropout=0.0,
-            activation=size.activation,
             batch_first=True,
         )
         nn.init.normal_(self.embedding.weight, std=size.width**-0.5)

@@ -1,18 +1,24 @@
-"""The cost benchmarks run, what they compare does the same, and GradInit's memory is bounded."""
+"""The cost benchmark runs, what it compares does the same, and GradInit's memory is bounded."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import accuracy
 import cost
-import processes_efficiency
 import pytest
-import scaling
 import torch
-from cost import DIFFERENCES, EXACT, MEMORY_TARGET, MEMORY_TARGETS, OBJECTIVE, STEP
+from cost import (
+    DIFFERENCES,
+    EXACT,
+    MEMORY_TARGET,
+    MEMORY_TARGETS,
+    OBJECTIVE,
+    STEP,
+    reaching,
+    within,
+)
 from plain_gradinit import PlainGradInit
-from record import markdown, reaching, read, within, write
+from record import Table, markdown, read, write
 from torch import nn
 from workload import Size, Workload, peak_memory
 
@@ -106,82 +112,61 @@ def test_batches_of_a_pair_share_half() -> None:
     assert not torch.equal(first.source[:2], second.source[2:])
 
 
+def measured(part: str, folder: Path) -> list[Table]:
+    cost.main([part, "--quick", "--results", str(folder)])
+    tables = read(folder / f"{part}-cpu.json")["results"]["tables"]
+    return [Table(**table) for table in tables]
+
+
+@pytest.mark.slow
 def test_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    cost.main(["--quick", "--results", str(tmp_path)])
+    iterations, runs = measured("cost", tmp_path)
+    assert [row[0] for row in iterations.rows] == list(cost.contenders_for(Workload(cost.TINY)))
+    assert all(float(row[4]) > 0 for row in iterations.rows)
+    assert [row[0].partition(" (")[0] for row in runs.rows[:2]] == [
+        "faster with finite differences",
+        "faster with double backward",
+    ]
     printed = capsys.readouterr().out
-    record = read(tmp_path / "cost-cpu.json")
-    (costs,) = record["results"]["costs"]
-    assert list(costs["by_contender"]) == list(cost.contenders_for(Workload(Size(1, *[2] * 6))))
-    for measured in costs["by_contender"].values():
-        seconds = measured["seconds"]
-        assert 0.0 < seconds["lowest"] <= seconds["median"] <= seconds["highest"]
-        assert measured["bytes"] > 0
-    runs = costs["runs"]
-    assert len(runs["plain"]["kinds"]) == len(runs["differences"]["kinds"]) == 6
-    assert runs["plain"]["kinds"] == runs["exact"]["kinds"]
     assert "| constraint, finite differences |" in printed
-    assert "| share of 100k updates: 780 x constraint" in printed
     cost.main(["--table", "--results", str(tmp_path)])
     assert capsys.readouterr().out == printed
-    with pytest.raises(SystemExit):
-        cost.main(["--quick", "--only", "d=17", "--results", str(tmp_path)])
-    assert "--only d=17: the sizes are 1+1 layers, d=16, " in capsys.readouterr().err
 
 
-def test_scaling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    scaling.main(["--quick", "--results", str(tmp_path)])
-    lines = read(tmp_path / "scaling-cpu.json")["results"]["lines"]
-    assert {(line["axis"], line["contender"]) for line in lines} == {
-        (axis, name) for axis in ("depth", "width", "batch") for name in scaling.CONTENDERS
-    }
-    depth = next(line for line in lines if line["contender"] == OBJECTIVE)
-    assert depth["positions"] == [2.0, 4.0, 6.0]
-    assert scaling.departure(depth["positions"], depth["bytes"]) < 0.02
+@pytest.mark.slow
+def test_scaling(tmp_path: Path) -> None:
+    (table,) = measured("scaling", tmp_path)
+    assert len(table.rows) == 3 * len(cost.GROWING)
+    objective = table.rows[1]
+    assert objective[:2] == ["depth, 2 to 6 layers", OBJECTIVE]
+    assert float(objective[4].rstrip("%")) < 2
     assert (tmp_path / "scaling-cpu.png").read_bytes().startswith(b"\x89PNG")
-    assert "| depth, 2 to 6 layers | objective iteration |" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_processes(tmp_path: Path) -> None:
+    (table,) = measured("processes", tmp_path)
+    assert [row[0] for row in table.rows] == ["objective", DIFFERENCES]
+    assert all(float(cell) > 0 for row in table.rows for cell in row[1:3])
 
 
 def test_departure_from_a_line() -> None:
-    assert scaling.departure([1.0, 2.0, 4.0], [3.0, 5.0, 9.0]) == pytest.approx(0.0, abs=1e-12)
-    assert scaling.departure([0.0, 1.0, 2.0], [0.0, 4.0, 8.0 + 3.0]) == pytest.approx(1.0 / 11.0)
-
-
-def test_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    processes_efficiency.main(["--quick", "--results", str(tmp_path)])
-    times = read(tmp_path / "processes-cpu.json")["results"]["times"]
-    assert [t["kind"] for t in times] == ["objective", "constraint, finite differences"]
-    assert all(t[name] > 0.0 for t in times for name in ("alone", "unconnected", "together"))
-    assert "| objective |" in capsys.readouterr().out
-
-
-def test_accuracy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    accuracy.main(["--quick", "--results", str(tmp_path)])
-    results = read(tmp_path / "accuracy-cpu.json")["results"]
-    derivatives = {
-        (d["activation"], d["second_order"], d["precision"]): d for d in results["derivatives"]
-    }
-    assert len(derivatives) == 2 * len(accuracy.WAYS)
-    # What is smooth has one derivative, whichever way it is taken.
-    for way in ("exact", "finite-difference"):
-        assert derivatives["gelu", way, "fp32"]["error"] < 0.01
-        assert derivatives["gelu", way, "fp32"]["signs"] == 1.0
-    typical = {
-        (r["activation"], r["constrained"], r["what"]): r["typical"] for r in results["runs"]
-    }
-    assert typical["gelu", True, "finite differences"] < typical["gelu", True, "other batches"] / 10
-    assert "| relu | off | bf16 |" in capsys.readouterr().out
+    assert cost.departure([1.0, 2.0, 4.0], [3.0, 5.0, 9.0]) == pytest.approx(0.0, abs=1e-12)
+    assert cost.departure([0.0, 1.0, 2.0], [0.0, 4.0, 8.0 + 3.0]) == pytest.approx(1.0 / 11.0)
 
 
 def test_a_record_tells_its_circumstances(tmp_path: Path) -> None:
     path = tmp_path / "new folder" / "some.json"
-    write(path, {"tables": [{"title": "T", "header": ["", "x"], "rows": [["a", "1"]]}]})
+    write(path, {"runs": [{"seed": 1, "curve": [1.0, 2.0]}, {"seed": 2, "curve": []}]})
     record = read(path)
     assert {"git_revision", "git_dirty", "cpu", "cores", "gpu", "numpy", "python"} < set(record)
     assert record["torch"] == torch.__version__
     assert record["threads"] == torch.get_num_threads()
     assert record["command"].startswith("python ")
     assert [p.name for p in path.parent.iterdir()] == ["some.json"]
-    assert markdown(record).endswith("|  | x |\n| --- | --- |\n| a | 1 |\n")
+    assert '   {"seed": 1, "curve": [1.0, 2.0]},\n' in path.read_text()
+    table = Table("T", ["", "x"], [["a", "1"]])
+    assert markdown(record, [table]).endswith("|  | x |\n| --- | --- |\n| a | 1 |\n")
 
 
 def test_a_missed_target_is_called_missed() -> None:
@@ -189,5 +174,5 @@ def test_a_missed_target_is_called_missed() -> None:
     assert (within(2.21, 2.2), reaching(1.79, 1.8)) == ("2.21, **missed**", "1.79, **missed**")
 
 
-def test_the_documentation_shows_the_kept_results() -> None:
+def test_cost_md_shows_the_kept_results() -> None:
     assert cost.kept_tables(cost.RESULTS) in (ROOT / "docs" / "cost.md").read_text(encoding="utf-8")

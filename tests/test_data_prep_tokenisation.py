@@ -10,14 +10,12 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
-import moses_agreement
 import pytest
 from dataprep import DataPrepError, bpe
 from dataprep.bpe import Bpe, encode_lines, learn_codes
 from dataprep.moses import Moses, detokenise, tokenise
 from hypothesis import given
 from hypothesis import strategies as st
-from record import read
 from subword_nmt.learn_bpe import learn_bpe
 
 PLAIN = Moses()
@@ -197,38 +195,3 @@ def test_a_file_that_holds_no_codes_is_refused(content, tmp_path, capfd) -> None
     with pytest.raises(DataPrepError, match="does not hold BPE codes"):
         Bpe(path)
     assert capfd.readouterr() == ("", "")
-
-
-class OneDifference(moses_agreement.Scripts):
-    """In place of Perl: what data-prep gives, but Chinese words stay whole."""
-
-    def tokenise(self, lines, language, moses):
-        return [line.replace("中 国", "中国") for line in tokenise(lines, language, moses)]
-
-    def detokenise(self, lines, language):
-        return detokenise(lines, language)
-
-
-def test_the_benchmark_counts_lines_and_kinds() -> None:
-    text = moses_agreement.Text("name", "de", ["Haus.", "in 中国 .", "das 中国 und 中国"])
-    found = moses_agreement.compare(text, "IWSLT'14", OneDifference(Path()))
-    assert (found.lines, found.tokenised, found.detokenised) == (3, 1, 3)
-    assert found.kinds == [moses_agreement.Kind("L", "L L", 2, "中国 / 中 国")]
-
-
-def test_the_benchmark_does_not_round_up_to_all() -> None:
-    assert moses_agreement.percentage(99_999, 100_000) == "99.99 %"
-    assert moses_agreement.percentage(7, 7) == "100 %"
-
-
-def test_the_benchmark_says_what_it_needs(capsys) -> None:
-    with pytest.raises(SystemExit):
-        moses_agreement.main([])
-    assert "--moses" in capsys.readouterr().err
-
-
-def test_the_benchmark_prints_what_it_wrote(capsys) -> None:
-    moses_agreement.main(["--table"])
-    record = read(moses_agreement.RESULTS / "moses-agreement.json")
-    printed = capsys.readouterr().out
-    assert all(table["title"] in printed for table in record["results"]["tables"])

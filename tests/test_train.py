@@ -78,7 +78,6 @@ def test_it_runs_once_in_two_epochs(learned):
 
 
 def test_the_same_command_gives_the_same_numbers(corpus, folders, learned, tmp_path):
-    """`benchmarks/determinism.py` has two threads, and a process for each run."""
     again = train_here(corpus.translation, tmp_path, *GRADINIT, *OVER_AN_EPOCH)
     assert again.updates == learned.updates
     assert same(again.weights, learned.weights)
