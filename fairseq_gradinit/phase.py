@@ -257,7 +257,7 @@ def _center(trainer: Any, pairs: PairedBatches) -> None:
         )
     logger.info(
         "centered the outputs of %d LayerNorms on %d sentences (%.1f s)",
-        *(count, len(sentences), time.monotonic() - start),
+        *(count, sum(len(batch.indices) for batch in sentences), time.monotonic() - start),
     )
 
 

@@ -137,21 +137,56 @@ def test_all_the_data_are_used_and_again_in_another_order(make_trainer):
     assert seen[:10] != seen[10:]
 
 
-def test_sentences_come_one_by_one_and_do_not_count_as_drawn(make_trainer):
+def test_sentences_of_equal_lengths_share_batches_and_do_not_count_as_drawn(make_trainer):
     lengths = [3, 5, 7] * 30
     pairs = paired(make_trainer(lengths))
     pairs_before = pairs.digest()
-    found = [batch.sample for batch in pairs.sentences(8)]
-    assert len({int(sample["id"]) for sample in found}) == 8
-    assert all(sample["ntokens"] == lengths[int(sample["id"])] for sample in found)
+    found = pairs.sentences(8)
+    assert len(found) == 3
+    for batch in found:
+        assert set(batch.indices) == set(batch.sample["id"].tolist())
+        assert len({lengths[i] for i in batch.indices}) == 1
+        assert not (batch.sample["net_input"]["src_tokens"] == PAD).any()
+    assert len(set.union(*ids(found))) == 8
     assert pairs.digest() == pairs_before
     other = paired(make_trainer(lengths, processes=2, rank=1), max_tokens=90).sentences(8)
-    assert [int(sample["id"]) for sample in found] == [int(b.sample["id"]) for b in other]
-    assert len(pairs.sentences(1000)) == 90
+    assert ids(found) == ids(other)
+    assert sum(len(batch.indices) for batch in pairs.sentences(1000)) == 90
+
+
+def test_sentences_that_differ_on_one_side_only_do_not_share_a_batch(make_trainer):
+    trainer = make_trainer([6] * 30)
+    data = trainer.task.dataset("train")
+    data.tgt = [tokens[: 3 + i % 3] for i, tokens in enumerate(data.tgt)]
+    batches = paired(trainer).sentences(30)
+    assert sorted(len(batch.indices) for batch in batches) == [10, 10, 10]
+    assert not any((batch.sample["target"] == PAD).any() for batch in batches)
+
+
+def test_sentences_share_small_batches_only(make_trainer, monkeypatch):
+    monkeypatch.setattr("fairseq_gradinit.data.SMALL_BATCH", 20)
+    batches = paired(make_trainer([6] * 30)).sentences(10)
+    assert [len(batch.indices) for batch in batches] == [3, 3, 3, 1]
+
+
+def test_sentences_that_tell_no_shape_are_batches_of_their_own(make_trainer):
+    trainer = make_trainer([6] * 30)
+    data = trainer.task.dataset("train")
+    plain = type(data).__getitem__, data.collater
+
+    class Hidden(type(data)):
+        def __getitem__(self, index):
+            return SimpleNamespace(item=plain[0](self, index))
+
+        def collater(self, items):
+            return plain[1]([item.item for item in items])
+
+    data.__class__ = Hidden
+    assert [len(batch.indices) for batch in paired(trainer).sentences(4)] == [1, 1, 1, 1]
 
 
 def test_sentences_have_the_same_noise_every_time_and_leave_random_numbers_alone(make_trainer):
-    trainer = make_trainer([6] * 90)
+    trainer = make_trainer([5, 6, 7] * 30)
     data = trainer.task.dataset("train")
     collate = data.collater
 
@@ -161,10 +196,10 @@ def test_sentences_have_the_same_noise_every_time_and_leave_random_numbers_alone
 
     data.collater = noisy
     batches = paired(trainer)
-    expected = [sentence.sample["noise"] for sentence in batches.sentences(3)]
-    assert len(set(expected)) == 3
+    expected = [batch.sample["noise"] for batch in batches.sentences(9)]
+    assert len(set(expected)) == len(expected) == 3
     before = random_states()
-    again = [sentence.sample["noise"] for sentence in batches.sentences(3)]
+    again = [batch.sample["noise"] for batch in batches.sentences(9)]
     assert again == expected
     assert random_states() == before
 
@@ -196,6 +231,63 @@ def test_training_finds_its_iterator_as_it_left_it(make_trainer):
     assert trainer.task.dataset_to_epoch_iter == cached
     assert iterator.next_epoch_idx == 1
     assert np.random.get_state()[1].tolist() == state
+
+
+def test_task_that_ignores_disable_iterator_cache(make_trainer):
+    """As fairseq's translation_multi_simple_epoch does."""
+    trainer = make_trainer([3, 5, 7] * 30)
+    task, data = trainer.task, trainer.task.dataset("train")
+    stock = task.get_batch_iterator
+
+    def cached(dataset, **options):
+        random.seed(1)
+        if dataset not in task.dataset_to_epoch_iter:
+            task.dataset_to_epoch_iter[dataset] = stock(dataset, **options)
+        return task.dataset_to_epoch_iter[dataset]
+
+    task.get_batch_iterator = cached
+    before = random_states()
+    batches = paired(trainer, max_tokens=30)
+    assert random_states() == before
+    assert task.dataset_to_epoch_iter == {}
+    training = cached(data, max_tokens=90)
+    again = paired(trainer, max_tokens=30)
+    assert again.plan_digest() == batches.plan_digest()
+    assert task.dataset_to_epoch_iter == {data: training}
+    assert training.next_epoch_idx == 1
+
+
+@pytest.mark.parametrize("limits", [{"max_tokens": 30}, {"max_tokens": None, "max_sentences": 5}])
+def test_batches_of_a_task_that_ignores_limits_are_cut(make_trainer, limits, caplog):
+    lengths = [3, 5, 7] * 30
+    trainer = make_trainer(lengths)
+    stock = trainer.task.get_batch_iterator
+    trainer.task.get_batch_iterator = lambda dataset, **_: stock(dataset, max_tokens=90)
+    caplog.set_level("INFO")
+    for pair in itertools.islice(paired(trainer, **limits), 10):
+        (first,), (second,) = ids(pair.first), ids(pair.second)
+        whole = first | second
+        assert len(whole) <= limits.get("max_sentences", 90)
+        assert max(lengths[i] for i in whole) * len(whole) <= (limits["max_tokens"] or 90)
+    assert "larger than GradInit's, and are cut" in caplog.text
+
+
+def test_batches_of_a_task_that_are_smaller_than_asked_for_are_told(make_trainer, caplog):
+    trainer = make_trainer([6] * 90)
+    paired(trainer, max_tokens=60)
+    assert not caplog.text
+    stock = trainer.task.get_batch_iterator
+    trainer.task.get_batch_iterator = lambda dataset, **_: stock(dataset, max_tokens=30)
+    paired(trainer, max_tokens=60)
+    assert "smaller batches than --gradinit-max-tokens 60 asks for, of at most 30" in caplog.text
+
+
+def test_grouped_data_are_refused(make_trainer):
+    trainer = make_trainer([5] * 40)
+    groups = SimpleNamespace(frozen_batches=(([1, 2], [3, 4]), ([5, 6], [7, 8])))
+    trainer.task.get_batch_iterator = lambda **_: groups
+    with pytest.raises(GradInitError, match="the grouped data of LanguagePairDataset"):
+        paired(trainer)
 
 
 def test_batches_of_fewer_than_three_sentences_are_left_out(make_trainer):
