@@ -1,8 +1,11 @@
-"""LayerNorms whose outputs average to zero: what centering comes to, and what it leaves alone."""
+"""LayerNorms whose outputs average to zero: what centering changes, and what it leaves alone."""
 
 from __future__ import annotations
 
+import copy
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from conftest import GRADINIT, train_here
 from test_train import STANDSTILL, same, scales_in
 from torch import nn
 
-from fairseq_gradinit.centering import center_layer_norms
+from fairseq_gradinit.centering import center_layer_norms, layer_norm_biases
 from fairseq_gradinit.errors import GradInitError
 
 OFF = ["--gradinit-centering", "off"]
@@ -49,14 +52,14 @@ def batches() -> list[torch.Tensor]:
 
 def outputs(model: nn.Module, norm: nn.Module, batches: list[torch.Tensor]) -> torch.Tensor:
     found: list[torch.Tensor] = []
-    handle = norm.register_forward_hook(lambda _, __, out: found.append(out.flatten(0, -2)))
+    handle = norm.register_forward_hook(lambda _, __, out: found.append(out.flatten(0, -2).clone()))
     for batch in batches:
         model(batch)
     handle.remove()
     return torch.cat(found).detach()
 
 
-def test_the_outputs_average_to_zero_over_all_tokens(model, batches):
+def test_outputs_average_to_zero_over_all_tokens(model, batches):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     assert outputs(model, model.norm_2, batches).mean(0).abs().max() > 0.1
     assert center_layer_norms([model], model, batches) == 2
@@ -66,7 +69,7 @@ def test_the_outputs_average_to_zero_over_all_tokens(model, batches):
     assert changed == {"norm_1.bias", "norm_2.bias"}
 
 
-def test_the_biases_before_have_no_influence(model, batches):
+def test_biases_before_have_no_influence(model, batches):
     center_layer_norms([model], model, batches)
     once = [model.norm_1.bias.detach().clone(), model.norm_2.bias.detach().clone()]
     with torch.no_grad():
@@ -77,67 +80,157 @@ def test_the_biases_before_have_no_influence(model, batches):
     assert torch.equal(model.norm_2.bias, once[1])
 
 
+def sequentially(model: nn.Module, norms: list[nn.LayerNorm], batches: list[torch.Tensor]) -> None:
+    """What centering is by definition."""
+    for norm in norms:
+        norm.bias.data.zero_()
+        norm.bias.data = -outputs(model, norm, batches).mean(0)
+
+
+def assert_centered_as_by_definition(model, norms, batches, tolerance=1e-12) -> None:
+    expected = copy.deepcopy(model)
+    sequentially(expected, [expected.get_submodule(name) for name in norms], batches)
+    assert center_layer_norms([model], model, batches) == len(norms)
+    for name in norms:
+        found, bias = model.get_submodule(name).bias, expected.get_submodule(name).bias
+        assert bias.abs().max() > 0.01
+        torch.testing.assert_close(found, bias, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("double", 1e-12), ("float", 1e-6)])
+def test_replayed_passes_give_what_plain_ones_give(model, batches, dtype, tolerance):
+    model, batches = getattr(model, dtype)(), [getattr(batch, dtype)() for batch in batches]
+    assert_centered_as_by_definition(model, ["norm_1", "norm_2"], batches, tolerance)
+
+
+def test_no_output_is_computed_for_each_layer_norm_again(batches):
+    calls = []
+
+    class Counted(nn.Linear):
+        def forward(self, x):
+            calls.append(self)
+            return super().forward(x)
+
+    blocks = [nn.Sequential(Counted(6, 6), nn.LayerNorm(6)) for _ in range(9)]
+    model = nn.Sequential(*blocks).double()
+    assert center_layer_norms([model], model, batches) == 9
+    # To find the LayerNorms, to center them, and to see that it was right.
+    assert len(calls) == 9 * (1 + len(batches) + len(batches))
+
+
 class Twice(nn.Module):
     """A LayerNorm that some batches pass through twice, and others never, before another one."""
 
     def __init__(self) -> None:
         super().__init__()
         self.shared, self.last = nn.LayerNorm(6), nn.LayerNorm(6)
-        self.layer, self.end = nn.Linear(6, 6), nn.Linear(6, 6)
-        self.ends = 0
+        self.layer = nn.Linear(6, 6)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.shared(self.layer(x)) if x.shape[1] != 5 else x
         x = self.shared(x + self.layer(x).relu()) if x.shape[1] == 7 else x
-        x = self.last(x)
-        self.ends += 1
-        return self.end(x)
+        return self.last(x)
 
 
-def test_each_pass_through_a_norm_counts_and_nothing_after_the_last_one_is_run(batches):
+def test_each_pass_through_a_layer_norm_counts(batches):
     torch.manual_seed(0)
-    model = Twice().double()
-    assert center_layer_norms([model], model, batches) == 2
-    # Once to see which norms there are, and once for each batch to see how often it meets them.
-    assert model.ends == 1 + len(batches)
-    for norm in (model.shared, model.last):
-        found = norm.bias.detach().clone()
-        with torch.no_grad():
-            norm.bias.zero_()
-            mean = outputs(model, norm, batches).mean(0)
-            norm.bias.copy_(-mean)
-        torch.testing.assert_close(norm.bias, found, rtol=1e-12, atol=1e-12)
+    assert_centered_as_by_definition(Twice().double(), ["shared", "last"], batches)
 
 
-class OneOfTwo:
-    """A process of two; to its sums it adds those that the other one is known to have."""
+class Mixing(nn.Module):
+    """Leaves what it saw to another module, which needs it after the first LayerNorm."""
 
-    count = 2
+    def __init__(self, seen: list) -> None:
+        super().__init__()
+        self.seen = seen
 
-    def __init__(self, rank: int, other: torch.Tensor):
-        self.rank, self.other = rank, other
-
-    def sum_(self, tensors):
-        (total,) = tensors
-        self.own = total.clone()
-        total.add_(self.other)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen[:] = [x.mean(), *self.seen[1:]]
+        return x * 2.0
 
 
-def test_processes_share_the_batches(batches):
-    def center(processes=None) -> torch.Tensor:
-        norm = nn.LayerNorm(6).double()
-        center_layer_norms([norm], norm, batches, processes)
-        return norm.bias.detach()
-
-    first = OneOfTwo(0, torch.zeros(7).double())
-    center(first)
-    assert first.own[-1] == 3 + 5
-    second = OneOfTwo(1, first.own)
-    torch.testing.assert_close(center(second), center(), rtol=1e-12, atol=1e-12)
-    assert second.own[-1] == 7
+class Reading(Mixing):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.seen[0].abs()
 
 
-def test_an_output_that_is_not_finite_is_told(model, batches):
+class Taking(Mixing):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.seen.pop().abs()
+
+
+class InPlace(Mixing):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.add_(1.0)
+
+
+@pytest.mark.parametrize("kind", [Reading, Taking, InPlace])
+def test_modules_that_cannot_be_replayed_are_centered_all_the_same(kind, batches):
+    torch.manual_seed(0)
+    seen = []
+    model = nn.Sequential(
+        *(nn.Linear(6, 6), Mixing(seen), nn.LayerNorm(6)),
+        *(kind(seen), nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 6), nn.LayerNorm(6)),
+    ).double()
+    assert_centered_as_by_definition(model, ["2", "5", "7"], batches)
+
+
+def test_model_has_its_forward_methods_back(model, batches):
+    own = vars(model.first)["forward"] = lambda x: nn.Linear.forward(model.first, x)
+    center_layer_norms([model], model, batches)
+    assert [m for m in model.modules() if "forward" in vars(m)] == [model.first]
+    assert vars(model.first)["forward"] is own
+
+
+class Threads:
+    """Processes that are threads of this one."""
+
+    def __init__(self, count: int, rank: int = 0, shared: tuple | None = None) -> None:
+        self.count, self.rank = count, rank
+        self.barrier, self.given = shared or (threading.Barrier(count, timeout=60), [None] * count)
+        self.calls = 0
+
+    def all(self) -> list[Threads]:
+        shared = self.barrier, self.given
+        return [Threads(self.count, rank, shared) for rank in range(self.count)]
+
+    def _exchange(self, tensor, combine) -> None:
+        self.calls += 1
+        self.given[self.rank] = tensor.clone()
+        self.barrier.wait()
+        result = combine(torch.stack(self.given))
+        self.barrier.wait()
+        tensor.copy_(result)
+
+    def sum_(self, tensors) -> None:
+        for tensor in tensors:
+            self._exchange(tensor, lambda given: given.sum(0))
+
+    def max_(self, tensor) -> None:
+        self._exchange(tensor, lambda given: given.amax(0))
+
+
+@pytest.mark.parametrize("make", [Residual, Twice])
+def test_processes_share_the_batches(make, batches):
+    torch.manual_seed(0)
+    alone = make().double()
+
+    def center(processes) -> list[torch.Tensor]:
+        model = copy.deepcopy(alone)
+        center_layer_norms([model], model, batches, processes)
+        return [bias.detach() for bias in layer_norm_biases([model])]
+
+    # More than there are batches.
+    ranks = Threads(4).all()
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(center, ranks))
+    assert len({process.calls for process in ranks}) == 1
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
+    torch.testing.assert_close(found[0], center(None), rtol=1e-12, atol=1e-12)
+
+
+def test_output_that_is_not_finite(model, batches):
     with torch.no_grad():
         model.first.weight[0, 0] = torch.inf
     with pytest.raises(GradInitError, match="the output of norm_1 is not finite before training"):
@@ -164,12 +257,17 @@ def test_a_run_centers_every_layer_norm_before_and_after_learning(centered):
     assert "|centering:on|" in run.output
 
 
-def test_it_can_be_switched_off(corpus, tmp_path):
+def test_centering_can_be_switched_off(corpus, tmp_path):
     run = train_here(corpus.translation, tmp_path, *GRADINIT, *STANDSTILL, *OFF)
     assert run.code == 0, run.output
     assert not any(bias.any() for bias in biases(run.first).values())
     assert "|centering:off|" in run.output
     assert not run.lines("centered the outputs")
+
+
+@pytest.mark.slow
+def test_scales_that_were_learned_without_centering(corpus, tmp_path):
+    run = train_here(corpus.translation, tmp_path, *GRADINIT, *STANDSTILL, *OFF)
     file = ["--gradinit", "--gradinit-scales", tmp_path / "gradinit_scales.json", *STANDSTILL]
     again = train_here(corpus.translation, tmp_path / "again", *file)
     assert same(again.first, run.first)
@@ -187,6 +285,7 @@ def assert_saved_scales_give_the_same(run, corpus, folder, centering: str) -> No
     assert same(again.first, run.first)
 
 
+@pytest.mark.slow
 def test_scales_that_were_applied_without_centering_are_saved_as_such(centered, corpus, tmp_path):
     folder, _ = centered
     file = ["--gradinit", "--gradinit-scales", folder / "gradinit_scales.json", *STANDSTILL, *OFF]
@@ -196,11 +295,9 @@ def test_scales_that_were_applied_without_centering_are_saved_as_such(centered, 
     assert_saved_scales_give_the_same(run, corpus, tmp_path, "off")
 
 
-@pytest.mark.parametrize(
-    "options", [[], ["--gradinit-preset", "paper", "--gradinit-max-tokens", "900"]], ids=" ".join
-)
-def test_scales_from_a_file_are_centered_to_the_same_weights(centered, corpus, tmp_path, options):
+def test_scales_from_a_file_are_centered_to_the_same_weights(centered, corpus, tmp_path):
     folder, run = centered
+    options = ["--gradinit-preset", "paper", "--gradinit-max-tokens", "900"]
     file = ["--gradinit", "--gradinit-scales", folder / "gradinit_scales.json", *STANDSTILL]
     again = train_here(corpus.translation, tmp_path, *file, *options)
     assert again.code == 0, again.output
@@ -208,7 +305,8 @@ def test_scales_from_a_file_are_centered_to_the_same_weights(centered, corpus, t
     assert scales_in(tmp_path) == scales_in(folder)
 
 
-def test_gains_of_layer_norms_can_be_learned_beside_it(corpus, tmp_path):
+@pytest.mark.slow
+def test_gains_of_layer_norms_can_be_learned_beside_centering(corpus, tmp_path):
     options = [*GRADINIT, *STANDSTILL, "--gradinit-norm-gains", "learned"]
     run = train_here(corpus.translation, tmp_path, *options)
     assert run.code == 0, run.output
