@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import cycle
 from typing import Any, Literal, cast
 
 import torch
@@ -28,27 +28,65 @@ LAYERS: dict[Literal["encoder", "decoder"], type[nn.Module]] = {
 class Branch:
     """One sublayer f of x + f(x).
 
+    Its parts are looked up when they are asked for, since a user's own sublayer may lack them.
+
     Attributes:
         layer: fairseq's layer that it belongs to.
         name: "self_attn", "encoder_attn" or "ffn".
-        readers: the linear layers that read x. In attention to an encoder, only the queries do.
-        queries_and_keys: those of attention; none of a feed-forward network.
-        values: the linear layers that the output is linear in, up to ReLU: v_proj and out_proj, or
-            fc1 and fc2. The output's scale is the product of theirs.
-        norm: the LayerNorm of this sublayer: after the addition in a post-LN model.
+
+    Raises (by each of the other attributes):
+        GradInitError: the sublayer has no such part.
     """
 
     layer: nn.Module
     name: str
-    readers: tuple[nn.Linear, ...]
-    queries_and_keys: tuple[nn.Linear, ...]
-    values: tuple[nn.Linear, nn.Linear]
-    norm: nn.Module
+
+    @property
+    def readers(self) -> tuple[nn.Linear, ...]:
+        """The linear layers that read x. In attention to an encoder, only the queries do."""
+        if self.name == "ffn":
+            return (self._linear("fc1"),)
+        names = ("q", "k", "v") if self.name == "self_attn" else ("q",)
+        return tuple(self._projection(name) for name in names)
+
+    @property
+    def queries_and_keys(self) -> tuple[nn.Linear, ...]:
+        """Those of attention; none of a feed-forward network."""
+        return () if self.name == "ffn" else (self._projection("q"), self._projection("k"))
+
+    @property
+    def values(self) -> tuple[nn.Linear, nn.Linear]:
+        """The linear layers that the output is linear in, up to ReLU.
+
+        These are v_proj and out_proj, or fc1 and fc2: the output's scale is the product of theirs.
+        """
+        if self.name == "ffn":
+            return self._linear("fc1"), self._linear("fc2")
+        return self._projection("v"), self._projection("out")
+
+    @property
+    def norm(self) -> nn.Module:
+        """The LayerNorm of this sublayer: after the addition in a post-LN model."""
+        prefix = "final" if self.name == "ffn" else self.name
+        return self.layer.get_submodule(f"{prefix}_layer_norm")
 
     @property
     def last(self) -> nn.Linear:
         """The layer whose output is f(x)."""
         return self.values[1]
+
+    def _projection(self, name: str) -> nn.Linear:
+        return self._linear(f"{self.name}.{name}_proj")
+
+    def _linear(self, place: str) -> nn.Linear:
+        found = dict(self.layer.named_modules()).get(place)
+        if not isinstance(found, nn.Linear):
+            raise GradInitError(
+                f"--init-scheme needs the sublayers of fairseq's own Transformer, and {place} of "
+                f"{type(self.layer).__name__} is no linear layer: choose another --arch, or leave "
+                "--init-scheme out"
+            )
+        return found
 
 
 @dataclass(frozen=True)
@@ -91,33 +129,14 @@ def stacks_by_name(model: nn.Module) -> dict[str, Stack]:
         for side, kind in LAYERS.items():
             if isinstance(module, kind):
                 stack = found.setdefault(name.rpartition(".")[0], Stack(side, []))
-                stack.branches.extend(_branches(module))
+                stack.branches.extend(Branch(module, name) for name in branch_names(module))
     return found
 
 
 def branch_names(layer: nn.Module) -> list[str]:
     """The names of a layer's branches, in the order of the forward pass."""
-    return [branch.name for branch in _branches(layer)]
-
-
-def _branches(layer: nn.Module) -> Iterator[Branch]:
-    for name in ("self_attn", "encoder_attn"):
-        attention = getattr(layer, name, None)
-        if attention is None:
-            continue
-        keys_too = (attention.k_proj, attention.v_proj) if name == "self_attn" else ()
-        yield Branch(
-            layer,
-            name,
-            readers=(attention.q_proj, *keys_too),
-            queries_and_keys=(attention.q_proj, attention.k_proj),
-            values=(attention.v_proj, attention.out_proj),
-            norm=getattr(layer, f"{name}_layer_norm"),
-        )
-    fc1, fc2 = layer.get_submodule("fc1"), layer.get_submodule("fc2")
-    assert isinstance(fc1, nn.Linear)
-    assert isinstance(fc2, nn.Linear)
-    yield Branch(layer, "ffn", (fc1,), (), (fc1, fc2), layer.get_submodule("final_layer_norm"))
+    attention = ("self_attn", "encoder_attn")
+    return [*(name for name in attention if getattr(layer, name, None) is not None), "ffn"]
 
 
 @torch.no_grad()
@@ -129,13 +148,15 @@ def variances(
 ) -> list[tuple[float, float]]:
     """For each branch the variances of its x and f(x), over all elements of all tokens.
 
-    Those of a branch that no batch passes through are nan. Call this inside `quiet`.
+    They are nan for a branch that no batch passes through, and for one of a layer that does not
+    call its `residual_connection` once for each branch. Call this inside `quiet`.
 
     Args:
         evaluate: runs the model on a batch.
         batches: the same ones in every process, which share them; without padding.
     """
-    device = branches[0].last.weight.device
+    weights = (p for branch in branches for p in branch.layer.parameters())
+    device = next(weights, torch.empty(0)).device
     # Of x and of f(x) of each branch: the count, the sum, and that of the squares.
     sums = torch.zeros(len(branches), 2, 3, dtype=torch.float64, device=device)
     with ExitStack() as watched:
@@ -153,13 +174,17 @@ def _watched(branch: Branch, sums: Tensor) -> Iterator[None]:
     """Adds the moments of x and f(x) of a branch to `sums` whenever the two are added."""
     own = vars(branch.layer)
     before = own.get("residual_connection")
-    connect: Callable[[Tensor, Tensor], Tensor] = cast(Any, branch.layer).residual_connection
-    names = cycle(branch_names(branch.layer))
+    connect: Callable[..., Tensor] = cast(Any, branch.layer).residual_connection
+    names = branch_names(branch.layer)
+    calls = 0
 
-    def connection(output: Tensor, x: Tensor) -> Tensor:
-        if next(names) == branch.name:
+    def connection(*values: Any, **named: Any) -> Tensor:
+        nonlocal calls
+        if names[calls % len(names)] == branch.name:
+            output, x = [*values, *named.values()][:2]
             sums.add_(torch.stack([_moments(x), _moments(output)]))
-        return connect(output, x)
+        calls += 1
+        return connect(*values, **named)
 
     own["residual_connection"] = connection
     try:
@@ -168,6 +193,8 @@ def _watched(branch: Branch, sums: Tensor) -> Iterator[None]:
         del own["residual_connection"]
         if before is not None:
             own["residual_connection"] = before
+        if calls % len(names):
+            sums.fill_(math.nan)
 
 
 def _moments(values: Tensor) -> Tensor:

@@ -4,7 +4,13 @@ import torch
 from fairseq.criterions import register_criterion
 from fairseq.criterions.cross_entropy import CrossEntropyCriterion
 from fairseq.models import register_model, register_model_architecture
-from fairseq.models.transformer import TransformerModel, transformer_iwslt_de_en
+from fairseq.models.transformer import (
+    TransformerConfig,
+    TransformerEncoder,
+    TransformerModel,
+    transformer_iwslt_de_en,
+)
+from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
 from fairseq.tasks import register_task
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
@@ -76,4 +82,34 @@ class HalfFrozenTransformer(TransformerModel):
 
 @register_model_architecture("half_frozen_transformer", "half_frozen_transformer")
 def half_frozen_transformer(args):
+    transformer_iwslt_de_en(args)
+
+
+class OwnLayer(TransformerEncoderLayerBase):
+    """Neither its attention nor its feed-forward network is of linear layers of fairseq's names."""
+
+    def build_fc1(self, *args):
+        return torch.nn.Sequential(super().build_fc1(*args))
+
+    def build_self_attention(self, embed_dim, cfg):
+        return torch.nn.Bilinear(embed_dim, embed_dim, embed_dim)
+
+    def forward(self, x, encoder_padding_mask, attn_mask=None):
+        return self.final_layer_norm(x + self.fc2(self.fc1(self.self_attn(x, x)).relu()))
+
+
+class EncoderOfOwnLayers(TransformerEncoder):
+    def build_encoder_layer(self, args):
+        return OwnLayer(TransformerConfig.from_namespace(args))
+
+
+@register_model("transformer_of_own_layers")
+class TransformerOfOwnLayers(TransformerModel):
+    @classmethod
+    def build_encoder(cls, args, src_dict, embed_tokens):
+        return EncoderOfOwnLayers(args, src_dict, embed_tokens)
+
+
+@register_model_architecture("transformer_of_own_layers", "transformer_of_own_layers")
+def transformer_of_own_layers(args):
     transformer_iwslt_de_en(args)
