@@ -36,6 +36,7 @@ from fairseq_gradinit.check_data import ProbeData
 from fairseq_gradinit.check_records import Arm, Look, Probe, Update
 from fairseq_gradinit.data import MicroBatch
 from fairseq_gradinit.errors import GradInitError
+from fairseq_gradinit.loaded_weights import note_loaded_weights
 from fairseq_gradinit.options import (
     APPLYING,
     OPTION_NAMES,
@@ -80,6 +81,7 @@ class Session:
         self._data: ProbeData | None = None
         with _fairseq_errors("load its task and training data"):
             self._task = tasks.setup_task(cfg.task)
+            note_loaded_weights(self._task)
             self._task.load_dataset(cfg.dataset.train_subset, combine=True, epoch=1)
 
     @property

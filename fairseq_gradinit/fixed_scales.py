@@ -12,7 +12,7 @@ out again, so its gradient is rounding, and the scale would walk at random.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from torch import nn
 
@@ -24,7 +24,10 @@ _KEY_BIAS = re.compile(r"(^|\.)k_proj\.bias$")
 
 
 def fixed_scales(
-    modules: Mapping[str, nn.Module], encoder_branches: float, required: bool
+    modules: Mapping[str, nn.Module],
+    encoder_branches: float,
+    required: bool,
+    kept: Collection[str] = (),
 ) -> Callable[[str], float | None]:
     """The scale of a tensor by its name, None for those that are learned.
 
@@ -32,6 +35,7 @@ def fixed_scales(
         modules: see `fairseq_gradinit.blocks.collect_blocks`.
         encoder_branches: scale of the encoder's residual branches; 1 has them learned.
         required: whether there must be such branches for another scale than 1.
+        kept: names of tensors that keep scale 1.
 
     Raises:
         GradInitError: they are required, and there are none.
@@ -45,7 +49,7 @@ def fixed_scales(
         )
 
     def scale_of(name: str) -> float | None:
-        if _KEY_BIAS.search(name):
+        if name in kept or _KEY_BIAS.search(name):
             return 1.0
         return encoder_branches if small and _BRANCH.search(name) else None
 

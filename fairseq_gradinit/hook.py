@@ -6,7 +6,8 @@ is given:
 - the training parser gets the group of options (`--help` shows only what is there before the task
   adds its own);
 - every task's configuration gets the same options as fields, also when a user dir registers the
-  task later: by the time the command line is read or the task is set up;
+  task later: by the time the command line is read or the task is set up; with --gradinit the task
+  notes which parameters its model loads from files;
 - `call_main`, the entry of training on the command line and under hydra, checks the options
   before anything is built, and chooses the architecture that a scheme needs;
 - `Trainer.begin_epoch`, the first call after the checkpoint is (or is not) loaded, runs the phase.
@@ -35,6 +36,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from fairseq_gradinit.errors import GradInitError
+from fairseq_gradinit.loaded_weights import note_loaded_weights
 from fairseq_gradinit.options import GradInitOptions, make_plan
 from fairseq_gradinit.phase import require_writable, run_phase
 from fairseq_gradinit.schemes.options import SchemeOptions, read_scheme
@@ -94,7 +96,10 @@ def _with_fields(setup_task: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(setup_task)
     def wrapper(cfg: Any, **kwargs: Any) -> Any:
         extend_tasks()
-        return setup_task(_without_old_type(cfg), **kwargs)
+        task = setup_task(_without_old_type(cfg), **kwargs)
+        if getattr(cfg, "gradinit", False):
+            note_loaded_weights(task)
+        return task
 
     return wrapper
 

@@ -81,6 +81,7 @@ def signature(
         **(
             {"encoder-branches": f"{plan.encoder_branches:g}"} if plan.encoder_branches != 1 else {}
         ),
+        **({"scale-loaded": "on"} if plan.scale_loaded else {}),
         "tokens": f"{plan.max_tokens or '-'}",
         "sentences": f"{plan.max_sentences or '-'}",
         "micro-batches": plan.micro_batches,

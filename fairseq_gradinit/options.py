@@ -213,6 +213,13 @@ class GradInitOptions(FairseqDataclass):
             "an encoder the default does nothing " + _defaults("encoder_branches")
         },
     )
+    gradinit_scale_loaded: bool = field(
+        default=False,
+        metadata={
+            "help": "scale and center tensors too that the model loaded from files while it was "
+            "built, such as with --encoder-embed-path; otherwise they stay as they were loaded"
+        },
+    )
     gradinit_max_tokens: Optional[int] = field(
         default=None,
         metadata={
@@ -276,7 +283,7 @@ class GradInitOptions(FairseqDataclass):
 OPTION_NAMES = tuple(name for name in GradInitOptions.__dataclass_fields__ if name != "_name")
 
 APPLYING = (
-    *("gradinit", "gradinit_scales", "gradinit_centering"),
+    *("gradinit", "gradinit_scales", "gradinit_centering", "gradinit_scale_loaded"),
     # The size of batches, which a preset can have too, decides what sentences can be drawn.
     *("gradinit_preset", "gradinit_max_tokens"),
 )
@@ -317,6 +324,7 @@ class Plan:
         centering: whether LayerNorms are centered; None for what was done to learn `scales_file`.
         encoder_branches: fixed scale of the encoder's residual branches; 1 learns them.
         require_encoder: whether a model without such branches is an error.
+        scale_loaded: whether tensors that were loaded from files are scaled and centered too.
         unused: options that were given for learning, beside a `scales_file`.
     """
 
@@ -330,6 +338,7 @@ class Plan:
     centering: bool | None
     encoder_branches: float
     require_encoder: bool
+    scale_loaded: bool
     unused: tuple[str, ...] = ()
 
 
@@ -374,6 +383,7 @@ def make_plan(cfg: Any) -> Plan | None:
         centering=_centering(options, preset),
         encoder_branches=branches,
         require_encoder=options.gradinit_encoder_branches is not None,
+        scale_loaded=options.gradinit_scale_loaded,
         unused=_unused(options),
     )
 

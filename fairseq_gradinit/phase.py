@@ -7,7 +7,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -33,12 +33,13 @@ from fairseq_gradinit.engine import learn_scales
 from fairseq_gradinit.errors import GradInitError, GradInitStopped
 from fairseq_gradinit.fixed_scales import fixed_scales
 from fairseq_gradinit.iteration_log import IterationLog
+from fairseq_gradinit.loaded_weights import loaded_names
 from fairseq_gradinit.optimizers import settings, training_optimizer
 from fairseq_gradinit.options import CENTERING_SENTENCES, Plan, settings_digest
 from fairseq_gradinit.processes import OneProcess, Processes, ProcessGroup
 from fairseq_gradinit.quiet import quiet
 from fairseq_gradinit.rate_advice import short_warmup_advice
-from fairseq_gradinit.scales import FILE_NAME, Scales, size_changes
+from fairseq_gradinit.scales import FILE_NAME, Scales, size_changes, some
 from fairseq_gradinit.signals import StopSignals
 from fairseq_gradinit.snapshot import take_snapshot
 from fairseq_gradinit.state import StateFile
@@ -83,6 +84,11 @@ def run_phase(trainer: Any, plan: Plan) -> None:
         initialise = _learn if prepared.file is None else _apply
         scales = initialise(trainer, plan, prepared)
         effect = effect_between(before, _snapshot(trainer, prepared), scales.signature)
+    if unknown := [share.name for share in effect.shares if share.after is None]:
+        logger.info(
+            "not in the report, since their layers do not add up as fairseq's do: %s",
+            ", ".join(unknown),
+        )
     if trainer.is_data_parallel_master:
         scales.save(path)
         effect.save(path.with_name(EFFECT_FILE_NAME))
@@ -141,17 +147,20 @@ def trained_modules(trainer: Any) -> dict[str, nn.Module]:
     return {"": trainer.get_model(), "criterion": trainer.get_criterion()}
 
 
-def _blocks(trainer: Any, plan: Plan, centering: bool) -> list[Block]:
+def _blocks(trainer: Any, plan: Plan, centering: bool, loaded: Sequence[str]) -> list[Block]:
     modules = trained_modules(trainer)
     if plan.scales_file is None:
-        fixed = fixed_scales(modules, plan.encoder_branches, plan.require_encoder)
+        fixed = fixed_scales(modules, plan.encoder_branches, plan.require_encoder, loaded)
         blocks = collect_blocks(modules, plan.config.norm_gains, fixed)
     else:
         blocks = collect_blocks(modules, plan.config.norm_gains)
     if not centering:
         return blocks
     centered = {id(bias) for bias in layer_norm_biases(list(modules.values()))}
-    return [replace(b, state="centered") if id(b.parameter) in centered else b for b in blocks]
+    return [
+        replace(b, state="centered") if id(b.parameter) in centered and b.name not in loaded else b
+        for b in blocks
+    ]
 
 
 @dataclass(frozen=True)
@@ -182,7 +191,14 @@ def _prepare(trainer: Any, plan: Plan) -> _Prepared:
     centering = plan.centering
     if centering is None:
         centering = file is not None and file.centered
-    blocks = _blocks(trainer, plan, centering)
+    loaded = [] if plan.scale_loaded else loaded_names(trained_modules(trainer))
+    if loaded:
+        logger.info(
+            "loaded from files, so kept as they are (--gradinit-scale-loaded scales them): %s",
+            some(loaded),
+        )
+        file = file and file.keeping(loaded)
+    blocks = _blocks(trainer, plan, centering, loaded)
     try:
         batches = PairedBatches(
             trainer,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -169,6 +169,14 @@ class Scales:
         signature = re.sub(r"(?<=\|centering:)[^|]*", centered, self.signature)
         return replace(self, blocks=rows, signature=signature)
 
+    def keeping(self, names: Collection[str]) -> Scales:
+        """These scales, with scale 1 for the tensors of these names."""
+        rows = (
+            replace(row, scale=1.0, state="fixed") if row.name in names else row
+            for row in self.blocks
+        )
+        return replace(self, blocks=tuple(rows))
+
     def _check_fits(self, blocks: Sequence[Block]) -> None:
         file = {row.name: list(row.shape) for row in self.blocks}
         model = {block.name: list(block.parameter.shape) for block in blocks}
@@ -180,7 +188,7 @@ class Scales:
             if name in model and len(file[name]) != len(model[name])
         ]
         if problems:
-            raise GradInitError(f"the scales were learned for another model: {_some(problems)}")
+            raise GradInitError(f"the scales were learned for another model: {some(problems)}")
 
 
 def size_changes(learned: Scales, applied: Scales) -> str | None:
@@ -191,14 +199,15 @@ def size_changes(learned: Scales, applied: Scales) -> str | None:
         for row in learned.blocks
         if row.shape != applied_shape[row.name]
     ]
-    return _some(changes) if changes else None
+    return some(changes) if changes else None
 
 
 def _short(name: str) -> str:
     return name if len(name) <= 100 else f"{name[:97]}..."
 
 
-def _some(items: Sequence[str]) -> str:
+def some(items: Sequence[str]) -> str:
+    """The first five, and how many more there are."""
     more = f"; and {len(items) - 5} more" if len(items) > 5 else ""
     return "; ".join(items[:5]) + more
 
