@@ -39,6 +39,7 @@ def center_layer_norms(
     evaluate: Callable[[Any], object],
     batches: Sequence[Any],
     processes: Processes | None = None,
+    chosen: Callable[[nn.Parameter], bool] = lambda bias: True,
 ) -> int:
     """Set the bias of every LayerNorm to minus the mean of its output without bias.
 
@@ -52,6 +53,7 @@ def center_layer_norms(
         batches: the same ones in every process; without padding, which would count as tokens.
         processes: those that hold the model, each of which must call this function; they share
             the work and end up with the same biases, bit for bit.
+        chosen: whether a LayerNorm with this bias is centered.
 
     Returns:
         How many LayerNorms were centered.
@@ -62,7 +64,7 @@ def center_layer_norms(
     processes = processes or OneProcess()
     names = {norm: name for root in modules for name, norm in root.named_modules()}
     # In all processes the same, whatever their share of the batches.
-    norms = list(_calls(names, partial(evaluate, batches[0])))
+    norms = [n for n in _calls(names, partial(evaluate, batches[0])) if chosen(n.bias)]
     if not norms:
         return 0
     runs = [partial(evaluate, batch) for batch in batches[processes.rank :: processes.count]]

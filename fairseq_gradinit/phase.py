@@ -240,7 +240,7 @@ def _apply(trainer: Any, plan: Plan, prepared: _Prepared) -> Scales:
     if changes := size_changes(prepared.file, scales):
         logger.warning("these scales were learned at other sizes: %s", changes)
     if prepared.centering:
-        _center(trainer, prepared.pairs)
+        _center(trainer, prepared)
     return scales
 
 
@@ -263,13 +263,18 @@ def _snapshot(trainer: Any, prepared: _Prepared) -> Snapshot:
         )
 
 
-def _center(trainer: Any, pairs: PairedBatches) -> None:
+def _center(trainer: Any, prepared: _Prepared) -> None:
     start = time.monotonic()
     modules = list(trained_modules(trainer).values())
-    sentences = pairs.sentences(CENTERING_SENTENCES)
+    sentences = prepared.pairs.sentences(CENTERING_SENTENCES)
+    centered = {block.parameter for block in prepared.blocks if block.state == "centered"}
     with quiet(*modules):
         count = center_layer_norms(
-            modules, TaskLoss(trainer), sentences, data_parallel_processes(trainer)
+            modules,
+            TaskLoss(trainer),
+            sentences,
+            data_parallel_processes(trainer),
+            centered.__contains__,
         )
     logger.info(
         "centered the outputs of %d LayerNorms on %d sentences (%.1f s)",
@@ -288,7 +293,7 @@ def _learn(trainer: Any, plan: Plan, prepared: _Prepared) -> Scales:
     before = fingerprint(blocks)
     if prepared.centering:
         with at_fixed_scales(blocks):
-            _center(trainer, pairs)
+            _center(trainer, prepared)
     logger.info(
         "GradInit: learning the scales of %d of %d parameter tensors in %d iterations "
         "(losses in nats per unit of sample size; fairseq's own are base 2)",
@@ -317,7 +322,7 @@ def _learn(trainer: Any, plan: Plan, prepared: _Prepared) -> Scales:
     log.write_scales([learned.scale_of[block.name] for block in blocks if block.learned])
     if prepared.centering:
         # The scales have changed what goes into the LayerNorms.
-        _center(trainer, pairs)
+        _center(trainer, prepared)
     signature = log_text.signature(
         plan,
         trainer.cfg,

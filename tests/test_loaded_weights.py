@@ -9,12 +9,14 @@ import pytest
 import torch
 from conftest import GRADINIT, train_here
 from fairseq import utils
-from scheme_models import build
+from scheme_models import build, outputs
 from torch import nn
 
 from fairseq_gradinit.blocks import collect_blocks
+from fairseq_gradinit.centering import center_layer_norms
 from fairseq_gradinit.fixed_scales import fixed_scales
 from fairseq_gradinit.loaded_weights import loaded_names, note_loaded_weights
+from fairseq_gradinit.quiet import quiet
 from fairseq_gradinit.scales import Scales
 
 
@@ -121,3 +123,15 @@ def test_scales_from_a_file_leave_loaded_embeddings_alone(pretrained, corpus, ve
     assert torch.equal(run.first[name], run.initial[name])
     run = train_here(corpus.translation, tmp_path / "all", *applied, "--gradinit-scale-loaded")
     assert torch.equal(run.first[name], 2 * run.initial[name])
+
+
+def test_layer_norms_that_were_loaded_are_not_centered():
+    model = build("transformer_iwslt_de_en")
+    kept = model.encoder.layers[0].final_layer_norm.bias
+    before = kept.detach().clone()
+    with quiet(model):
+        count = center_layer_norms(
+            [model], lambda _: outputs(model), [None], chosen=lambda bias: bias is not kept
+        )
+    assert count == 9
+    assert torch.equal(kept, before)
