@@ -11,12 +11,15 @@ import argparse
 import json
 import logging
 import math
+import re
+import shlex
 import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from fairseq_gradinit.check_records import Arm, Probe
@@ -105,6 +108,7 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         GradInitError: the training cannot begin, or the results cannot be written.
     """
+    _refuse_variables(options.training)
     if options.out is not None:
         _make_folder(options.out)
     asked = ASKED[options.start]
@@ -203,6 +207,21 @@ def save(report: Report, folder: Path) -> None:
 
 
 # ---- Around it.
+
+
+def _refuse_variables(words: Sequence[str]) -> None:
+    """A shell takes them before a program only.
+
+    Raises:
+        GradInitError: the command begins with variables that are set.
+    """
+    variables = list(takewhile(re.compile(r"[A-Za-z_]\w*=").match, words))
+    if variables and Path([*words, ""][len(variables)]).name == "fairseq-train":
+        first = shlex.join(variables)
+        raise GradInitError(
+            f"{first} sets nothing after --: put it first, "
+            f"`{first} fairseq-gradinit check -- fairseq-train ...`"
+        )
 
 
 def _make_folder(folder: Path) -> None:

@@ -35,7 +35,7 @@ import fairseq_gradinit.plugin  # noqa: F401
 from fairseq_gradinit.check_data import ProbeData
 from fairseq_gradinit.check_records import Arm, Look, Probe, Update
 from fairseq_gradinit.data import MicroBatch
-from fairseq_gradinit.errors import GradInitError
+from fairseq_gradinit.errors import GradInitError, said_by
 from fairseq_gradinit.loaded_weights import note_loaded_weights
 from fairseq_gradinit.options import (
     APPLYING,
@@ -404,5 +404,4 @@ def _fairseq_errors(what: str) -> Iterator[None]:
     except GradInitError:
         raise
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise GradInitError(f"fairseq-train could not {what}: {reason}") from error
+        raise GradInitError(f"fairseq-train could not {what}: {said_by(error)}") from error

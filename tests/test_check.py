@@ -190,6 +190,20 @@ def test_a_command_without_a_size_of_batches(corpus):
     assert "give it --max-tokens or --batch-size" in done.errors
 
 
+def test_variables_belong_before_the_program():
+    done = check_here("--", "A=1", "B_2=x y", "fairseq-train", "data")
+    assert done.status == 2
+    assert done.errors == (
+        "fairseq-gradinit: A=1 'B_2=x y' sets nothing after --: put it first, "
+        "`A=1 'B_2=x y' fairseq-gradinit check -- fairseq-train ...`\n"
+    )
+
+
+def test_a_folder_may_be_named_like_a_variable():
+    done = check_here("--", "lang=de", *usual_options())
+    assert "fairseq-train could not load its task and training data" in done.errors
+
+
 @pytest.mark.parametrize(
     "options", [["--updates", "0"], ["--rates", "0,1"], ["--rates", "x"], ["--start", "warm"], []]
 )
