@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -144,19 +145,25 @@ def test_a_user_dir_of_ones_own_brings_the_plugin_along(corpus, folder):
 def test_language_modelling_on_the_command_line(corpus, folder):
     sizes = [o for o in usual_options() if o.startswith(("--arch", "--encoder-", "--decoder-"))]
     base = [
-        *usual_options(*sizes, "--criterion", "--label-smoothing"),
+        *usual_options(*sizes, "--criterion", "--label-smoothing", "--disable-validation"),
         *("--task", "language_modeling", "--arch", "transformer_lm", "--tokens-per-sample", "16"),
         *("--decoder-layers", "1", "--decoder-embed-dim", "32", "--decoder-attention-heads", "2"),
         *("--criterion", "cross_entropy"),
     ]
-    outcome = train(corpus.language_model, folder / "lm", *PLUGIN, *GRADINIT, base=base)
+    # Otherwise fairseq leaves sentences out.
+    whole = ["--required-batch-size-multiple", "1"]
+    outcome = train(corpus.language_model, folder / "lm", *PLUGIN, *GRADINIT, *whole, base=base)
     assert outcome.code == 0, outcome.output
     assert len(outcome.lines("| gradinit: ")) == 3
     path = folder / "lm" / "checkpoint_last.pt"
     more = [*PLUGIN, "--path", path, "--gen-subset", "valid", "--cpu", "--max-tokens", "400"]
+    more += ["--tokens-per-sample", "16", *whole]
     evaluated = run_command("fairseq-eval-lm", corpus.language_model, *more)
     assert evaluated.code == 0, evaluated.output
-    assert evaluated.lines("Perplexity:")
+    (validation,) = re.findall(r"valid on 'valid' subset .*\| ppl (\S+)", outcome.output)
+    (perplexity,) = re.findall(r"Perplexity: (\S+)", evaluated.output)
+    assert float(perplexity) == pytest.approx(float(validation), rel=1e-3)
+    assert 2 < float(perplexity) < 100
 
 
 def test_gradinit_needs_the_plugin_to_be_named(corpus, folder):
