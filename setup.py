@@ -25,7 +25,6 @@ FAIRSEQ = ["ve-fairseq>=0.12.3,<0.13; python_version<'3.13'"]
 # For data-prep/.
 DATA = [
     "lxml>=4.9.2,<7",
-    "python-debian>=1.0,<2",
     "requests>=2.30,<3",
     "sacremoses>=0.2,<0.3",
     "sentencepiece>=0.2,<0.3",
