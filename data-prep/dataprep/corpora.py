@@ -20,7 +20,7 @@ from dataprep.filters import (
     WrongScript,
 )
 from dataprep.moses import Moses
-from dataprep.origins import HelpPackages, NumberWords, Origin, PublishedTexts, Terms, Wheels
+from dataprep.origins import HelpPackages, Origin, PublishedTexts, ReversedDigits, Terms, Wheels
 from dataprep.splitting import AsPublished, EveryNth, HeldOut, Split
 from dataprep.texts import TextSource
 from dataprep.wheels import Wheel
@@ -138,6 +138,14 @@ def _sides(name: str, other: str = "de") -> tuple[str, str]:
 
 # The commit that added the files, and the last one that touched them.
 _MULTI30K = "https://github.com/multi30k/dataset/raw/c9be912dc05a3ebf9ae5bb5f7f58c1791cda43ab/data/task1/raw"
+_MULTI30K_SHA256 = {
+    "train.de.gz": "726e39b2fa9eb9ffb6dc763fb35a179f80fae06ffc5d28b6ace5faa883de28a6",
+    "train.en.gz": "d79cfa999dd4c51d2cb42499b6796d5a882c3a8a961923c25a898c90f8bbd56f",
+    "val.de.gz": "f0cba2f995189cf5770f29a8a9a537a3ad3f51657ad873405082ff6863a5e75a",
+    "val.en.gz": "14f7d25ddd868909a9213e361768460edcacdd6ab9d1e77b92560dc10c10dc28",
+    "test_2016_flickr.de.gz": "9204244e408ccb38d2a55cfcd344df15005fc42a07a6e55ca6c52b6ababb8cc8",
+    "test_2016_flickr.en.gz": "611d361c6334bc7246101d48097c13cf5c4413c5befc793cc629934359d532d9",
+}
 
 MULTI30K_DE_EN = Corpus(
     name="multi30k-de-en",
@@ -147,32 +155,7 @@ MULTI30K_DE_EN = Corpus(
     origin=PublishedTexts(
         files=tuple(
             SourceFile(f"{_MULTI30K}/{filename}", f"sha256:{sha256}")
-            for filename, sha256 in (
-                (
-                    "train.de.gz",
-                    "726e39b2fa9eb9ffb6dc763fb35a179f80fae06ffc5d28b6ace5faa883de28a6",
-                ),
-                (
-                    "train.en.gz",
-                    "d79cfa999dd4c51d2cb42499b6796d5a882c3a8a961923c25a898c90f8bbd56f",
-                ),
-                (
-                    "val.de.gz",
-                    "f0cba2f995189cf5770f29a8a9a537a3ad3f51657ad873405082ff6863a5e75a",
-                ),
-                (
-                    "val.en.gz",
-                    "14f7d25ddd868909a9213e361768460edcacdd6ab9d1e77b92560dc10c10dc28",
-                ),
-                (
-                    "test_2016_flickr.de.gz",
-                    "9204244e408ccb38d2a55cfcd344df15005fc42a07a6e55ca6c52b6ababb8cc8",
-                ),
-                (
-                    "test_2016_flickr.en.gz",
-                    "611d361c6334bc7246101d48097c13cf5c4413c5befc793cc629934359d532d9",
-                ),
-            )
+            for filename, sha256 in _MULTI30K_SHA256.items()
         ),
         sources=(
             TextSource("train", _sides("train.{}.gz")),
@@ -267,32 +250,26 @@ _STATMT = "http://www.statmt.org"
 _EUROPARL = SourceFile(
     f"{_STATMT}/wmt13/training-parallel-europarl-v7.tgz",
     "sha256:0224c7c710c8a063dfd893b0cc0830202d61f4c75c17eb8e31836103d27d96e7",
-    size=657_632_379,
 )
 _COMMON_CRAWL = SourceFile(
     f"{_STATMT}/wmt13/training-parallel-commoncrawl.tgz",
     "sha256:c7a74e2ea01ac6c920123108627e35278d4ccb5701e15428ffa34de86fa3a9e5",
-    size=918_311_367,
 )
 _UNITED_NATIONS = SourceFile(
     f"{_STATMT}/wmt13/training-parallel-un.tgz",
     "sha256:29141b5c1eba149a94f7a59d3b1a834b2e47fe0f8758d68dcd77a3d3f497ee47",
-    size=2_365_634_246,
 )
 _NEWS_COMMENTARY = SourceFile(
     f"{_STATMT}/wmt14/training-parallel-nc-v9.tgz",
     "sha256:cb8953f292298e6877ae433c98912b927cb0766b303f4540512ddd286c748485",
-    size=80_418_416,
 )
 _GIGA_FREN = SourceFile(
     f"{_STATMT}/wmt10/training-giga-fren.tar",
     "sha256:3ff8319f6919393520559bfbc7ad6a747ec81b3abc7be9993b338d4b017b4d9a",
-    size=2_595_102_720,
 )
 _WMT_DEVELOPMENT = SourceFile(
     "http://data.statmt.org/wmt19/translation-task/dev.tgz",
     "sha256:7a7deccf82ebb05ba508dba5eb21356492224e8f630ec4f992132b029b4b25e7",
-    size=38_654_961,
 )
 _WMT14_TEST = SourceFile(
     "https://statmt.org/wmt14/test-full.tgz", "md5:a8cd784e006feb32ac6f3d9ec7eb389a"
@@ -307,34 +284,43 @@ _WMT14_TERMS = Terms(
 )
 _WMT14_MOSES = Moses(aggressive_hyphens=True, normalise_punctuation=True)
 
-WMT14_EN_DE = Corpus(
-    name="wmt14-en-de",
-    summary="WMT'14 English-German: Europarl, Common Crawl, news commentary; newstest2013 and 2014",
-    languages=("de", "en"),
-    default_source="en",
-    origin=PublishedTexts(
-        files=(_EUROPARL, _COMMON_CRAWL, _NEWS_COMMENTARY, _WMT_DEVELOPMENT, _WMT14_TEST),
+
+def _wmt14(other: str, *training: tuple[SourceFile, str]) -> PublishedTexts:
+    """Training texts, each with its archive, newstest2013 and 2014; all of them with English."""
+    return PublishedTexts(
+        files=(*(file for file, _ in training), _WMT_DEVELOPMENT, _WMT14_TEST),
         sources=(
             *(
-                TextSource("train", _sides(name), archive=file.filename)
-                for file, name in (
-                    (_EUROPARL, "training/europarl-v7.de-en.{}"),
-                    (_COMMON_CRAWL, "commoncrawl.de-en.{}"),
-                    (_NEWS_COMMENTARY, "training/news-commentary-v9.de-en.{}"),
-                )
+                TextSource("train", _sides(name, other), archive=file.filename)
+                for file, name in training
             ),
-            TextSource("valid", _sides("dev/newstest2013.{}"), archive=_WMT_DEVELOPMENT.filename),
+            TextSource(
+                "valid", _sides("dev/newstest2013.{}", other), archive=_WMT_DEVELOPMENT.filename
+            ),
             TextSource(
                 "test",
                 (
-                    "test-full/newstest2014-deen-ref.de.sgm",
-                    "test-full/newstest2014-deen-src.en.sgm",
+                    f"test-full/newstest2014-{other}en-ref.{other}.sgm",
+                    f"test-full/newstest2014-{other}en-src.en.sgm",
                 ),
                 archive=_WMT14_TEST.filename,
                 form="segments",
             ),
         ),
         licensed=_WMT14_TERMS,
+    )
+
+
+WMT14_EN_DE = Corpus(
+    name="wmt14-en-de",
+    summary="WMT'14 English-German: Europarl, Common Crawl, news commentary; newstest2013 and 2014",
+    languages=("de", "en"),
+    default_source="en",
+    origin=_wmt14(
+        "de",
+        (_EUROPARL, "training/europarl-v7.de-en.{}"),
+        (_COMMON_CRAWL, "commoncrawl.de-en.{}"),
+        (_NEWS_COMMENTARY, "training/news-commentary-v9.de-en.{}"),
     ),
     # clean-corpus-n.perl's usual ratio, and the length of fairseq's prepare-wmt14en2de.sh.
     cleaning=Cleaning("single spaces", (Empty(), TooLong(words=250), WordRatio(ratio=9.0))),
@@ -353,41 +339,13 @@ WMT14_EN_FR = Corpus(
     summary="WMT'14 English-French, as of fairseq's prepare-wmt14en2fr.sh; newstest2013 and 2014",
     languages=("fr", "en"),
     default_source="en",
-    origin=PublishedTexts(
-        files=(
-            _EUROPARL,
-            _COMMON_CRAWL,
-            _UNITED_NATIONS,
-            _NEWS_COMMENTARY,
-            _GIGA_FREN,
-            _WMT_DEVELOPMENT,
-            _WMT14_TEST,
-        ),
-        sources=(
-            *(
-                TextSource("train", _sides(name, "fr"), archive=file.filename)
-                for file, name in (
-                    (_EUROPARL, "training/europarl-v7.fr-en.{}"),
-                    (_COMMON_CRAWL, "commoncrawl.fr-en.{}"),
-                    (_UNITED_NATIONS, "un/undoc.2000.fr-en.{}"),
-                    (_NEWS_COMMENTARY, "training/news-commentary-v9.fr-en.{}"),
-                    (_GIGA_FREN, "giga-fren.release2.fixed.{}.gz"),
-                )
-            ),
-            TextSource(
-                "valid", _sides("dev/newstest2013.{}", "fr"), archive=_WMT_DEVELOPMENT.filename
-            ),
-            TextSource(
-                "test",
-                (
-                    "test-full/newstest2014-fren-ref.fr.sgm",
-                    "test-full/newstest2014-fren-src.en.sgm",
-                ),
-                archive=_WMT14_TEST.filename,
-                form="segments",
-            ),
-        ),
-        licensed=_WMT14_TERMS,
+    origin=_wmt14(
+        "fr",
+        (_EUROPARL, "training/europarl-v7.fr-en.{}"),
+        (_COMMON_CRAWL, "commoncrawl.fr-en.{}"),
+        (_UNITED_NATIONS, "un/undoc.2000.fr-en.{}"),
+        (_NEWS_COMMENTARY, "training/news-commentary-v9.fr-en.{}"),
+        (_GIGA_FREN, "giga-fren.release2.fixed.{}.gz"),
     ),
     # The script's limits. It applies them to the pieces of BPE, which are learnt later here.
     cleaning=Cleaning(
@@ -439,19 +397,19 @@ LIBREOFFICE_HELP = Corpus(
 
 NUMBERS = Corpus(
     name="numbers",
-    summary="numbers up to 999,999 in German and English words, for trying things out in seconds",
+    summary="digits in German words, backwards in English, for trying things out in seconds",
     languages=("de", "en"),
     default_source="de",
-    origin=NumberWords(
+    origin=ReversedDigits(
         Terms(
             licence="MIT",
             licence_evidence="LICENSE of this project, which makes them",
-            citation="fairseq-gradinit, data-prep/dataprep/number_words.py",
+            citation="fairseq-gradinit, data-prep/dataprep/origins.py",
         ),
     ),
     cleaning=Cleaning("single spaces"),
     split=AsPublished(),
-    vocab_size=200,
+    vocab_size=40,
     tokenisation=MOSES_BPE,
     expected={"train": 2_000, "valid": 50, "test": 50},
     disk_bytes=2 * MB,

