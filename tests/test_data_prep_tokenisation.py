@@ -6,12 +6,10 @@ import io
 import os
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import pytest
-from dataprep import DataPrepError, bpe
+from dataprep import DataPrepError, bpe, sentencepiece_model
 from dataprep.bpe import Bpe, encode_lines, learn_codes
 from dataprep.moses import Moses, detokenise, tokenise
 from hypothesis import given
@@ -117,26 +115,19 @@ def test_text_survives_tokenisation(lines, language, moses) -> None:
     assert detokenise(tokenise(lines, language, moses), language) == lines
 
 
-def test_processes_share_the_work() -> None:
-    lines = ["Ein Arzt-Termin.", "Dr. Weiß", ""] * 5
-    work = partial(tokenise, language="de", moses=WMT)
-    with ProcessPoolExecutor(2) as pool:
-        chunks = list(pool.map(work, [lines[:7], lines[7:]]))
-    assert [line for chunk in chunks for line in chunk] == work(lines)
-
-
 def test_codes_are_those_of_subword_nmt(codes) -> None:
     theirs = io.StringIO()
     learn_bpe(io.StringIO("\n".join(CORPUS)), theirs, MERGES)
     assert codes.read_text(encoding="utf-8") == theirs.getvalue()
 
 
-def test_the_order_of_lines_does_not_matter(codes, tmp_path) -> None:
+def test_order_of_lines_does_not_matter(codes, tmp_path) -> None:
     learn_codes(sorted(CORPUS), MERGES, tmp_path / "codes")
     assert (tmp_path / "codes").read_bytes() == codes.read_bytes()
 
 
-def test_the_order_of_hashes_does_not_matter(codes, tmp_path) -> None:
+@pytest.mark.slow
+def test_order_of_hashes_does_not_matter(codes, tmp_path) -> None:
     script = (
         "import sys; from pathlib import Path; from dataprep.bpe import learn_codes;"
         f"learn_codes({CORPUS!r}, {MERGES}, Path(sys.argv[1]))"
@@ -171,6 +162,15 @@ def test_pieces_join_to_what_was_cut(codes, lines, language, moses) -> None:
     tokenised = tokenise(lines, language, moses)
     joined = [f"{line} ".replace("@@ ", "").rstrip() for line in encode_lines(codes, tokenised)]
     assert joined == tokenised
+
+
+def test_sentencepieces_join_to_the_text_again(tmp_path) -> None:
+    lines = [f"Zeile {i}: 20 \u00b0C, {{name}}  - CO\u2082" for i in range(50)]
+    sentencepiece_model.train_model(lines, 60, tmp_path / "m.model")
+    assert [
+        line.replace(" ", "").replace("\u2581", " ").strip()
+        for line in sentencepiece_model.encode_lines(tmp_path / "m.model", lines)
+    ] == [" ".join(line.split()) for line in lines]
 
 
 @given(anything)

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import gzip
-import tracemalloc
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import GRADINIT, SCALES_ALONE, train_here
-from dataprep import DataPrepError
-from dataprep.texts import TextSource, read_pairs
 from fairseq.data import Dictionary, data_utils
 
 # Fixtures among them.
-from test_data_prep_pipeline import instant_fairseq  # noqa: F401
+from test_data_prep_pipeline import fairseq_here, instant_fairseq  # noqa: F401
 from test_data_prep_published import (  # noqa: F401
     PAIRS,
     command,
@@ -59,6 +55,7 @@ def lines_of(path: Path) -> list[str]:
     return path.read_text(encoding="utf-8").split("\n")[:-1]
 
 
+@pytest.mark.usefixtures("fairseq_here")
 def test_no_sentence_gets_lost_or_moves_up_to_a_training(command, site, hostile, tmp_path):  # noqa: F811
     assert command("--mirror", site, "--vocab-size", "200") == 0
     data = tmp_path / "out/data-bin"
@@ -83,22 +80,3 @@ def test_words_keep_their_lines_through_moses_and_bpe(command, site, hostile, tm
         pieces = lines_of(tmp_path / f"out/subwords/train.{language}")
         assert [not row for row in pieces] == [not line for line in lines]
         assert all(" ".join(row.split()) == row for row in pieces)
-
-
-def test_a_line_of_100_megabytes_is_refused_in_little_memory(tmp_path):
-    for language in ("de", "en"):
-        with gzip.open(tmp_path / f"train.{language}.gz", "wb", compresslevel=1) as file:
-            file.write(b"a sentence\n")
-            for _ in range(100):
-                file.write(bytes(10**6))
-    source = TextSource("train", ("train.de.gz", "train.en.gz"))
-    paths = (tmp_path / "train.de.gz", tmp_path / "train.en.gz")
-    tracemalloc.start()
-    try:
-        pairs = read_pairs(source, paths)
-        assert next(pairs) == ("a sentence", "a sentence")
-        with pytest.raises(DataPrepError, match="line 2 has more than 1,048,576 bytes"):
-            next(pairs)
-        assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
-    finally:
-        tracemalloc.stop()

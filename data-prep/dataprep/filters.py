@@ -49,7 +49,6 @@ class Empty:
     name: ClassVar[str] = "empty"
 
     def removes(self, pair: Pair, languages: tuple[str, str]) -> bool:
-        """See `Filter.removes`."""
         return not pair.first or not pair.second
 
 
@@ -60,7 +59,6 @@ class NoWords:
     name: ClassVar[str] = "no-words"
 
     def removes(self, pair: Pair, languages: tuple[str, str]) -> bool:
-        """See `Filter.removes`."""
         return any(not any(map(str.isalpha, PLACEHOLDER.sub("", text))) for text in pair)
 
 
@@ -71,7 +69,6 @@ class Identical:
     name: ClassVar[str] = "identical"
 
     def removes(self, pair: Pair, languages: tuple[str, str]) -> bool:
-        """See `Filter.removes`."""
         return match_key(pair.first) == match_key(pair.second)
 
 
@@ -82,7 +79,6 @@ class Markup:
     name: ClassVar[str] = "markup"
 
     def removes(self, pair: Pair, languages: tuple[str, str]) -> bool:
-        """See `Filter.removes`."""
         return any(map(_MARKUP.search, pair))
 
 
@@ -93,7 +89,6 @@ class Placeholders:
     name: ClassVar[str] = "placeholders"
 
     def removes(self, pair: Pair, languages: tuple[str, str]) -> bool:
-        """See `Filter.removes`."""
         first, second = (Counter(PLACEHOLDER.findall(text)) for text in pair)
         return first != second
 
@@ -109,7 +104,6 @@ class TooShort:
     name: ClassVar[str] = "too-short"
 
     def removes(self, pair: Pair, languages: tuple[str, str]) -> bool:
-        """See `Filter.removes`."""
         return max(len(text.split()) for text in pair) < self.words
 
 
@@ -122,7 +116,6 @@ class TooLong:
     name: ClassVar[str] = "too-long"
 
     def removes(self, pair: Pair, languages: tuple[str, str]) -> bool:
-        """See `Filter.removes`."""
         return any(len(text) > self.characters or len(text.split()) > self.words for text in pair)
 
 
@@ -138,7 +131,6 @@ class LengthRatio:
     name: ClassVar[str] = "length-ratio"
 
     def removes(self, pair: Pair, languages: tuple[str, str]) -> bool:
-        """See `Filter.removes`."""
         short, long = sorted(
             len(text) * _DENSITY.get(language[:2], 1)
             for text, language in zip(pair, languages, strict=True)
@@ -158,7 +150,6 @@ class WordRatio:
     name: ClassVar[str] = "word-ratio"
 
     def removes(self, pair: Pair, languages: tuple[str, str]) -> bool:
-        """See `Filter.removes`."""
         short, long = sorted(len(text.split()) for text in pair)
         return long > self.ratio * short
 
@@ -170,7 +161,6 @@ class WrongScript:
     name: ClassVar[str] = "wrong-script"
 
     def removes(self, pair: Pair, languages: tuple[str, str]) -> bool:
-        """See `Filter.removes`."""
         return any(
             2 * _letters_of(scripts(language), text) < sum(map(str.isalpha, text))
             for text, language in zip(pair, languages, strict=True)
@@ -217,7 +207,6 @@ class TokenLengths:
     name: ClassVar[str] = "token-lengths"
 
     def removes(self, pair: Pair, languages: tuple[str, str]) -> bool:
-        """See `Filter.removes`."""
         short, long = sorted(
             len(tokenise([text], language, self.moses)[0].split())
             for text, language in zip(pair, languages, strict=True)

@@ -81,11 +81,10 @@ def _interrupts_held_back() -> Iterator[None]:
 
 def _end_with_parent() -> None:
     """A process of the pool would wait for ever if the one that feeds it was killed."""
-    threading.Thread(target=_await_parent, daemon=True).start()
 
+    def wait() -> None:
+        if (parent := multiprocessing.parent_process()) is not None:
+            parent.join()
+            os._exit(1)
 
-def _await_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+    threading.Thread(target=wait, daemon=True).start()

@@ -32,7 +32,6 @@ class AsPublished:
     """All of them are; the other parts were published too."""
 
     def divide(self, pairs: Iterable[Pair], seed: int) -> Iterator[Labelled]:
-        """See `Split.divide`."""
         return (("train", pair) for pair in pairs)
 
 
@@ -43,7 +42,6 @@ class EveryNth:
     n: int
 
     def divide(self, pairs: Iterable[Pair], seed: int) -> Iterator[Labelled]:
-        """See `Split.divide`."""
         for number, pair in enumerate(pairs, start=1):
             yield ("train" if number % self.n else "valid"), pair
 
@@ -63,7 +61,6 @@ class HeldOut:
     test: int
 
     def divide(self, pairs: Iterable[Pair], seed: int) -> Iterator[Labelled]:
-        """See `Split.divide`."""
         everything = list(pairs)
         test, valid = self._choose(everything, seed)
         yield from (("test", pair) for pair in test)
