@@ -144,7 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: the command line without the program's name; sys.argv's if None.
 
     Returns:
-        The exit status: 0, 1 after a fault that the user can mend (told in one line), or 130
+        The exit status: 0, 1 after an error that the user can fix (told in one line), or 130
         when interrupted.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s | %(message)s", stream=sys.stderr)

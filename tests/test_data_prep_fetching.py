@@ -10,8 +10,6 @@ import io
 import random
 import re
 import socket
-import subprocess
-import sys
 import tarfile
 import threading
 import time
@@ -21,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, nearly_full_disk
+from conftest import nearly_full_disk
 from dataprep import DataPrepError, downloads
 from dataprep.archives import unpack
 from dataprep.checksums import check_file, file_digest, scratch_folder
@@ -54,14 +52,12 @@ class Quirks:
 
     Attributes:
         status: another status, with an error page.
-        location: where it redirects to.
         ranges: whether it heeds Range.
         stop_after: closes the connection after so many bytes of the body.
         stall: waits for this before it closes the connection.
     """
 
     status: int | None = None
-    location: str | None = None
     ranges: bool = True
     stop_after: int | None = None
     stall: threading.Event | None = None
@@ -124,8 +120,6 @@ def handler(server: Server) -> type[http.server.BaseHTTPRequestHandler]:
             self.send_response(status)
             self.send_header("Content-Length", str(len(body)))
             self.send_header("Retry-After", "3600")
-            if quirks.location is not None:
-                self.send_header("Location", quirks.location)
             self.end_headers()
             with contextlib.suppress(ConnectionError):
                 body = body[: quirks.stop_after]
@@ -200,12 +194,6 @@ def test_file_is_fetched_once(server, cache, algorithm, caplog, capsys):
     assert capsys.readouterr().err == ""  # no progress bar where nobody watches
 
 
-def test_mirror_replaces_the_published_address(server, cache):
-    file = SourceFile(f"https://nowhere.invalid/far/{NAME}", f"sha256:{sha256(CONTENT)}")
-    assert fetch(file, cache, f"{server.mirror}/") == CONTENT
-    assert [request.path for request in server.requests] == [f"/data/{NAME}"]
-
-
 def test_broken_transfer_is_resumed(server, cache, caplog):
     caplog.set_level("INFO")
     server.script = [Quirks(stop_after=100_000), Quirks(stop_after=100_000)]
@@ -224,32 +212,6 @@ def test_next_run_resumes(server, cache):
     assert [(request.start, request.sent) for request in server.requests] == [
         (kept, 300_000 - kept)
     ]
-
-
-@pytest.mark.slow
-def test_part_of_a_killed_process_is_kept(server, cache):
-    stall = threading.Event()
-    server.script = [Quirks(stop_after=150_000, stall=stall)]
-    code = (
-        f"import sys; sys.path.insert(0, {str(ROOT / 'data-prep')!r})\n"
-        "from pathlib import Path\n"
-        "from dataprep.downloads import SourceFile, obtain_files\n"
-        "obtain_files([SourceFile(sys.argv[1], sys.argv[2])], Path(sys.argv[3]))\n"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, server.address, server.pin.digest, str(cache)]
-    )
-    partial = cache / f".partial-{NAME}"
-    try:
-        wait_until(lambda: partial.exists() and partial.stat().st_size >= 150_000 - 2 * LOST)
-    finally:
-        process.kill()
-        process.wait()
-        stall.set()
-    kept = partial.stat().st_size
-    assert names(cache) == [partial.name]
-    assert fetch(server.pin, cache) == CONTENT
-    assert server.starts == [None, kept]
 
 
 def test_part_that_is_whole_is_not_sent_again(server, cache, monkeypatch):
@@ -296,25 +258,22 @@ def test_attempts_in_vain_end(server, cache):
     assert names(cache) == [f".partial-{NAME}"]
 
 
-@pytest.mark.parametrize("status", [403, 404])
-def test_error_of_the_server_is_told_at_once(server, cache, status):
-    server.always = Quirks(status=status)
-    reason = http.HTTPStatus(status).phrase
+def test_error_of_the_server_is_told_at_once(server, cache):
+    server.always = Quirks(status=404)
     message = failure(server.pin, cache)
-    assert f"could not be fetched: the server answered {status} {reason}. Check the" in message
+    assert "could not be fetched: the server answered 404 Not Found. Check the network" in message
     assert len(server.requests) == 1
     assert names(cache) == []
 
 
-@pytest.mark.parametrize("status", [429, 503])
-def test_busy_server_is_asked_again(server, cache, status):
-    server.script = [Quirks(status=status)] * 2
+def test_busy_server_is_asked_again(server, cache):
+    server.script = [Quirks(status=429), Quirks(status=503)]
     assert fetch(server.pin, cache) == CONTENT
     assert len(server.requests) == 3
     (cache / NAME).unlink()
     server.requests.clear()
-    server.always = Quirks(status=status)
-    assert f"the server answered {status} " in failure(server.pin, cache)
+    server.always = Quirks(status=503)
+    assert "the server answered 503 " in failure(server.pin, cache)
     assert len(server.requests) == ATTEMPTS
 
 
@@ -326,16 +285,6 @@ def test_silent_server_is_asked_again(server, cache, monkeypatch, caplog):
     assert fetch(server.pin, cache) == CONTENT
     stall.set()
     assert any("the transfer broke off (timed out)" in message for message in caplog.messages)
-
-
-def test_redirect_keeps_the_range(server, cache):
-    kept = leave_partial(server, cache)
-    server.script = [Quirks(status=302, location="/moved/there")]
-    assert fetch(server.pin, cache) == CONTENT
-    assert [(request.path, request.start) for request in server.requests] == [
-        (f"/data/{NAME}", kept),
-        ("/moved/there", kept),
-    ]
 
 
 def test_address_without_a_server(server, cache):

@@ -391,6 +391,7 @@ def test_a_failing_pip_is_told_in_a_sentence(corpus, tmp_path, monkeypatch):
     assert list((tmp_path / "cache").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_real_pip_checks_the_hash_of_a_local_index(tmp_path, monkeypatch):
     """The options that we give pip do what we want of them; the index is a folder."""
     source = tmp_path / "index"

@@ -158,15 +158,6 @@ def test_parts_are_fetched_kept_whole_and_made_binary(command, pin, server, site
     assert not any("already here" in line for line in again)
 
 
-def test_other_numbers_of_pairs_than_published(command, pin, site, tmp_path, capsys):
-    for language in ("de", "en"):
-        write_gzip(site / f"train.{language}.gz", sentences("train", language)[1:])
-    pin()
-    message = error_of(command, capsys, "--mirror", site)
-    assert "expected train 120, valid 7, test 5, found train 119, valid 7, test 5" in message
-    assert not (tmp_path / "out/text").exists()
-
-
 def test_options_that_do_not_apply_to_the_corpus(command, pin, site, capsys):
     pin()
     for option in (["--seed", "2"], ["--lang", "de"]):

@@ -230,6 +230,13 @@ def test_gettext_catalogues_align_by_message(tmp_path):
     assert [Pair(p.second, p.first) for p in swapped] == pairs
 
 
+def both(english, german):
+    return {
+        f"app/a/translations/{code}.json": text
+        for code, text in zip(("en", "de"), (english, german), strict=True)
+    }
+
+
 @pytest.mark.parametrize(
     ("reader", "members", "expected"),
     [
@@ -238,26 +245,10 @@ def test_gettext_catalogues_align_by_message(tmp_path):
         (MO_READER, {"readme": "x"}, "no message catalogues"),
         (MO_READER, {"shop/locale/de/LC_MESSAGES/a.mo": "text"}, "not a compiled gettext"),
         (MO_READER, {"shop/locale/de/LC_MESSAGES/a.mo": ""}, "not a compiled gettext"),
-        (
-            JSON_READER,
-            {"app/a/translations/en.json": "{", "app/a/translations/de.json": "{}"},
-            "app/a/translations/en.json in a.whl is not valid JSON",
-        ),
-        (
-            JSON_READER,
-            {"app/a/translations/en.json": b"{\xff}", "app/a/translations/de.json": "{}"},
-            "not valid JSON",
-        ),
-        (
-            JSON_READER,
-            {"app/a/translations/en.json": "[" * 100_000, "app/a/translations/de.json": "{}"},
-            "not valid JSON",
-        ),
-        (
-            JSON_READER,
-            {"app/a/translations/en.json": "{}", "app/a/translations/de.json": "[]"},
-            "not an object of messages",
-        ),
+        (JSON_READER, both("{", "{}"), "app/a/translations/en.json in a.whl is not valid JSON"),
+        (JSON_READER, both(b"{\xff}", "{}"), "not valid JSON"),
+        (JSON_READER, both("[" * 100_000, "{}"), "not valid JSON"),
+        (JSON_READER, both("{}", "[]"), "not an object of messages"),
     ],
 )
 def test_wheels_that_are_not_as_expected(tmp_path, reader, members, expected):

@@ -9,4 +9,4 @@ with `moses`, `bpe` and `sentencepiece_model`; and `binary_step`. `parallel` use
 
 
 class DataPrepError(Exception):
-    """A fault that the user can mend; its text is one or two sentences that say how."""
+    """An error that the user can fix; its text is one or two sentences that say how."""

@@ -39,7 +39,7 @@ class JsonCatalogues:
     """Nested JSON objects of messages, one file a language.
 
     Attributes:
-        pattern: the files' names; "{language}" stands for the language's code, "*" for any text
+        pattern: the files' names; "{language}" is the language's code, "*" for any text
             within one folder's name.
     """
 

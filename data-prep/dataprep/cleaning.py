@@ -22,8 +22,8 @@ class Cleaning:
     Attributes:
         normalisation: what is done to each sentence, one of `normalising.NORMALISATIONS`.
         filters: by which pairs to train on are removed, in this order.
-        drop_duplicates: whether a pair is removed that agrees with an earlier one but for case and
-            punctuation, on both sides.
+        drop_duplicates: whether a pair is removed that agrees with an earlier one on both sides,
+            except in case and punctuation.
     """
 
     normalisation: str
@@ -63,7 +63,7 @@ def clean(
     with the number of distinct pairs, by some 100 bytes each, and only if duplicates are dropped.
 
     Args:
-        removed: counts, by the names of `cleaning`, are added to it as the stream goes on.
+        removed: counts, by the names of `cleaning`, are added to it as the stream is read.
     """
     removed.update(dict.fromkeys(cleaning.names(), 0))
     screen = partial(_screen, cleaning, languages)

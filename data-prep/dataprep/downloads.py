@@ -210,7 +210,7 @@ def _append(session: requests.Session, address: str, partial: Path, start: int) 
             tqdm(
                 initial=start,
                 total=total,
-                desc=partial.name,
+                desc=address.rpartition("/")[2],
                 unit="B",
                 unit_scale=True,
                 disable=None,

@@ -64,7 +64,7 @@ class NoWords:
 
 @dataclass(frozen=True)
 class Identical:
-    """Sides that agree but for case and punctuation: names, text that was not translated."""
+    """Sides that agree except in case and punctuation: names, text that was not translated."""
 
     name: ClassVar[str] = "identical"
 
@@ -97,7 +97,7 @@ class Placeholders:
 class TooShort:
     """Fewer words than this on the longer side; German compounds make one word of several.
 
-    Words are what stands between spaces.
+    Words are separated by spaces.
     """
 
     words: int

@@ -153,7 +153,7 @@ def _shown(element: html.HtmlElement) -> list[html.HtmlElement]:
 def _is_code(element: html.HtmlElement) -> bool:
     """Whether there are letters in an element, but in code alone.
 
-    Code in a sentence stands for a name, and without it the sentence would make no sense.
+    Code in a sentence is used as a name, and without it the sentence would make no sense.
     """
     if next(element.iterancestors("pre"), None) is not None:
         return True

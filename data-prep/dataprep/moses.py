@@ -73,7 +73,7 @@ def detokenise(lines: Iterable[str], language: str) -> list[str]:
 
 
 class _Tokenizer(MosesTokenizer):
-    """sacremoses's tokeniser, but for a word with a full stop at the end of a line."""
+    """sacremoses's tokeniser, except for a word with a full stop at the end of a line."""
 
     def handles_nonbreaking_prefixes(self, text: str) -> str:
         """Split full stops from words, unless they belong to an abbreviation.

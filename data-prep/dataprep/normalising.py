@@ -34,7 +34,7 @@ _NOT_WORD = re.compile(r"[\W_]+")
 
 
 def single_spaces(text: str) -> str:
-    """The text as it stands, but for white space: single plain spaces, none at the ends."""
+    """The text with single plain spaces as its white space, and none at the ends."""
     return " ".join(text.split())
 
 

@@ -40,7 +40,7 @@ class Options:
         seed: chooses the held-out pairs.
         tokenisation: one of `corpora.TOKENISATIONS`.
         vocab_size: pieces in the joint vocabulary, or merge operations of BPE.
-        mirror: a folder or an address that stands in for where files are fetched from, or None.
+        mirror: a folder or an address to take files from instead, or None.
         cache: the folder that what is fetched is kept in.
         workers: processes.
         command: what the user typed, for the manifest.
@@ -95,7 +95,7 @@ def prepare(corpus: Corpus, options: Options) -> Path:
         The path of the manifest.
 
     Raises:
-        DataPrepError: anything that the user can mend.
+        DataPrepError: anything that the user can fix.
     """
     manifest = options.out / MANIFEST
     # What is finished takes no more, and is not refused for want of room.
@@ -163,7 +163,7 @@ def _text_ingredients(corpus: Corpus, options: Options, inputs: Inputs) -> dict[
 def _kept_text(corpus: Corpus, options: Options) -> tuple[Inputs, StepRecord] | None:
     """A finished text, where what it was made of lies neither in a mirror nor in the cache.
 
-    Nothing is fetched anew for it. Files that are there might be others by now: they are looked at.
+    Nothing is fetched again for it. Files that are there may have changed: they are checked.
     """
     if options.mirror is not None or options.cache.exists():
         return None

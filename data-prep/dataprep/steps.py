@@ -59,7 +59,7 @@ def finished_step(folder: Path, ingredients: Mapping[str, object]) -> StepRecord
 
     Args:
         folder: the step's.
-        ingredients: as for `run_step`; with others, or with a file changed, it has to be done anew.
+        ingredients: as for `run_step`; with others, or with a changed file, it is done again.
     """
     try:
         record = StepRecord(**json.loads((folder / RECORD).read_text(encoding="utf-8")))
