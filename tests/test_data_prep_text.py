@@ -28,7 +28,7 @@ from dataprep.normalising import MATCHES, mask_key, match_key, plain_typography
 from dataprep.pairs import Pair
 from dataprep.splitting import EveryNth, HeldOut, overlap
 from dataprep.texts import TextSource, read_pairs
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 RULES = QUICKSTART.cleaning
@@ -344,7 +344,7 @@ def divided(split, pairs, seed=1):
 
 
 @given(PAIRS, st.integers(0, 4), st.integers(0, 4), st.integers(0, 5))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_held_out_sentences_occur_nowhere_else(raw, valid, test, seed):
     pairs, _ = cleaned(raw, LOOSE)
     try:
