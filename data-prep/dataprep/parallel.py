@@ -36,7 +36,8 @@ def chunks(items: Iterable[T]) -> Iterator[list[T]]:
 def ordered_map(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
     """Apply a function in several processes; results come in the order of the items.
 
-    No more items are taken than the workers need, so that neither input nor output piles up.
+    No more items are taken than the workers need, so that neither input nor output piles up:
+    joblib.Parallel reads ahead of a slow consumer without limit.
 
     Args:
         function: picklable, as are items and results.
