@@ -38,7 +38,7 @@ from fairseq_gradinit.optimizers import settings, training_optimizer
 from fairseq_gradinit.options import CENTERING_SENTENCES, Plan, settings_digest
 from fairseq_gradinit.processes import OneProcess, Processes, ProcessGroup
 from fairseq_gradinit.quiet import quiet
-from fairseq_gradinit.rate_advice import short_warmup_advice
+from fairseq_gradinit.rate_advice import ask_scheduler, rate_warning
 from fairseq_gradinit.scales import FILE_NAME, Scales, size_changes, some
 from fairseq_gradinit.signals import StopSignals
 from fairseq_gradinit.snapshot import take_snapshot
@@ -66,6 +66,7 @@ def run_phase(trainer: Any, plan: Plan) -> None:
         return
     path = Path(trainer.cfg.checkpoint.save_dir) / FILE_NAME
     start = time.monotonic()
+    beginning = ask_scheduler(trainer)
     drop_copies(trainer)
     modules = trained_modules(trainer)
     clear_unset_biases(trainer.get_model())
@@ -78,8 +79,9 @@ def run_phase(trainer: Any, plan: Plan) -> None:
             lambda: _prepare(trainer, plan),
             lambda found: _description(plan, found),
         )
-        if advice := short_warmup_advice(trainer.cfg, prepared.blocks):
-            logger.warning(advice)
+        eta = plan.config.eta if prepared.file is None else prepared.file.eta
+        if warning := rate_warning(trainer.cfg, prepared.blocks, eta, beginning):
+            logger.warning(warning)
         before = _snapshot(trainer, prepared)
         initialise = _learn if prepared.file is None else _apply
         scales = initialise(trainer, plan, prepared)

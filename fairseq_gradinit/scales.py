@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -76,6 +77,14 @@ class Scales:
         """What the signature says, by the names in it; of what is no such line nothing."""
         fields = (part.partition(":") for part in self.signature.split("|"))
         return {name: value for name, colon, value in fields if colon}
+
+    @property
+    def eta(self) -> float:
+        """Length of the trial step that these scales were learned for; NaN if it is not known."""
+        try:
+            return float(self.settings["eta"])
+        except (KeyError, ValueError):
+            return math.nan
 
     def digest(self) -> str:
         """Eight hexadecimal digits that change with any name, shape, scale or state."""

@@ -202,3 +202,5 @@ def test_troubleshooting_has_the_numbers_of_the_rate_advice():
     text = " ".join((ROOT / "docs" / "troubleshooting.md").read_text().split())
     assert f"From {rate_advice.HELD:g} on the log has a warning" in text
     assert f"{100 * rate_advice.SHORT:g} % of training" in text
+    assert f"up to {200 * rate_advice.SHORT:g} % of training" in text
+    assert f"from a factor of {rate_advice.FAR:g} on" in text

@@ -337,10 +337,10 @@ def test_dry_run_prints_the_commands_and_does_nothing(tmp_path, recipe):
     assert not (tmp_path / "runs").exists()
 
 
-def test_paper_preset_has_the_authors_single_update_of_warmup(tmp_path):
+def test_paper_preset_takes_its_first_step_at_the_full_rate_as_its_authors_do(tmp_path):
     done = bash("iwslt14_de_en/gradinit-adam.sh", "--dry-run", runs=tmp_path, PRESET="paper")
     assert "--gradinit-preset paper " in done.stdout
-    assert "--lr 5e-4 --warmup-updates 1 " in done.stdout
+    assert "--lr 5e-4 --warmup-updates 0 --lr-scheduler polynomial_decay " in done.stdout
 
 
 def test_size_decides_model_batch_and_rate(tmp_path):

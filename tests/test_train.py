@@ -183,6 +183,8 @@ def test_scales_of_one_are_as_no_scales(corpus, folders, learned, tmp_path, opti
     )
     assert without.code == with_ones.code == 0
     assert with_ones.lines("applied the scales in")
+    warned = with_ones.lines("the first update has learning rate 0, and the scales are for 0.001")
+    assert len(warned) == ("--warmup-updates 5" in " ".join(options))
     assert without.updates == with_ones.updates
     assert len(without.updates) == 11
     assert same(without.weights, with_ones.weights)

@@ -9,7 +9,7 @@ source "$(dirname "$0")/corpus.sh"
 
 : "${PRESET:=default}"      # of GradInit; paper is the setting of its authors
 : "${LR:=$ADAM_LR}"         # peak learning rate
-: "${WARMUP:=$([[ $PRESET == paper ]] && echo 1 || echo 0)}"  # updates in which the learning rate rises to its peak
+: "${WARMUP:=0}"            # updates in which the learning rate rises to its peak
 : "${BETA2:=0.98}"          # of Adam
 
 TITLE="GradInit"
