@@ -58,6 +58,7 @@ class Preset:
     max_scale: float
     norm_gains: NormGains
     max_tokens: int | None
+    second_order: SecondOrder
     batch_per_training_batch: float = 1.5
 
 
@@ -76,6 +77,7 @@ PRESETS = {
         max_scale=5.0,
         norm_gains="fixed",
         max_tokens=None,
+        second_order="auto",
     ),
     # The constants of the authors' script for IWSLT'14 De-En.
     "paper": Preset(
@@ -92,6 +94,7 @@ PRESETS = {
         max_scale=100.0,
         norm_gains="learned",
         max_tokens=6000,
+        second_order="exact",
     ),
 }
 
@@ -231,13 +234,13 @@ class GradInitOptions(FairseqDataclass):
             )
         },
     )
-    gradinit_second_order: SecondOrderChoice = field(  # type: ignore[valid-type]
-        default="auto",
+    gradinit_second_order: Optional[SecondOrderChoice] = field(  # type: ignore[valid-type]
+        default=None,
         metadata={
             "help": "how products with the Hessian are taken: exact: by double backward through "
             "torch's math attention; finite-difference: from two gradients, with any kernel and "
             "the memory of training; auto: finite-difference if two lengths of the difference "
-            "agree, and exact if not (default: auto)"
+            f"agree, and exact if not {_defaults('second_order')}"
         },
     )
     gradinit_through_step: bool = field(
@@ -433,7 +436,7 @@ def _engine_config(options: GradInitOptions, preset: Preset, cfg: Any) -> GradIn
         max_scale=_pick(options, preset, "max_scale"),
         # hydra gives members of an enumeration, fairseq's command line their names.
         norm_gains=cast(NormGains, str(norm_gains)),
-        second_order=cast(SecondOrder, str(options.gradinit_second_order)),
+        second_order=cast(SecondOrder, str(_pick(options, preset, "second_order"))),
         precision=cast(Precision, str(options.gradinit_precision)),
         max_skipped=options.gradinit_max_skipped,
         seed=cfg.common.seed,

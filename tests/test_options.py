@@ -88,6 +88,7 @@ def test_the_preset_of_the_paper():
         min_bias_scale=0.0,
         max_scale=100.0,
         norm_gains="learned",
+        second_order="exact",
         seed=1,
     )
     assert (plan.max_tokens, plan.centering, plan.encoder_branches) == (6000, False, 1.0)
