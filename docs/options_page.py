@@ -22,7 +22,8 @@ _INTRODUCTION = """\
 # Options
 
 Made from the code. Each is an option of `fairseq-train --user-dir fairseq_gradinit`, with every
-task. `fairseq-hydra-train` takes it under its Hydra name, a switch as `task.gradinit=true`.
+task. `fairseq-hydra-train` takes it under its Hydra name, a switch as `task.gradinit=true`. In YAML
+`gradinit_centering: off`, which is a boolean there, and `gradinit_betas: [0.9, 0.98]` work too.
 "Default" is what holds without the option, and "preset `paper`" what holds without it after
 `--gradinit-preset paper`.
 """

@@ -6,18 +6,20 @@ is given:
 - the training parser gets the group of options (`--help` shows only what is there before the task
   adds its own);
 - every task's configuration gets the same options as fields, also when a user dir registers the
-  task later: by the time the command line is read or the task is set up; with --gradinit the task
-  notes which parameters its model loads from files;
+  task later: by the time the command line is read or the task is set up. OmegaConf takes any value
+  for them, so that wrong ones are answered by us. With --gradinit the task notes which parameters
+  its model loads from files;
 - `call_main`, the entry of training on the command line and under hydra, checks the options
   before anything is built, and chooses the architecture that a scheme needs;
 - `Trainer.begin_epoch`, the first call after the checkpoint is (or is not) loaded, runs the phase.
 
-A GradInitError in the last two becomes a sentence and exit code 1.
+A GradInitError in the last two, or in `check_options`, becomes a sentence and exit code 1.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import logging
 import os
@@ -37,12 +39,20 @@ from omegaconf import DictConfig, OmegaConf
 
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.loaded_weights import note_loaded_weights
+from fairseq_gradinit.option_values import read_value
 from fairseq_gradinit.options import GradInitOptions, make_plan
 from fairseq_gradinit.phase import require_writable, run_phase
 from fairseq_gradinit.schemes.options import SchemeOptions, read_scheme
 from fairseq_gradinit.schemes.phase import run_scheme
 
 logger = logging.getLogger("fairseq_gradinit")
+
+OUR_OPTIONS = {
+    option.name: option
+    for kind in (GradInitOptions, SchemeOptions)
+    for option in dataclasses.fields(kind)
+    if option.name != "_name"
+}
 
 
 def install() -> None:
@@ -82,7 +92,13 @@ def _add_fields(task_name: str) -> None:
     if issubclass(plain, GradInitOptions):
         return
     extended = dataclasses.make_dataclass(
-        plain.__name__, [], bases=(GradInitOptions, SchemeOptions, plain)
+        plain.__name__,
+        [
+            (name, Any, dataclasses.field(default=option.default, metadata=option.metadata))
+            for name, option in OUR_OPTIONS.items()
+        ],
+        bases=(GradInitOptions, SchemeOptions, plain),
+        namespace={"_get_type": _type_on_command_line},
     )
     extended.__module__, extended.__doc__ = plain.__module__, plain.__doc__
     tasks.TASK_DATACLASS_REGISTRY[task_name] = extended
@@ -90,6 +106,23 @@ def _add_fields(task_name: str) -> None:
     node = extended()
     node._name = task_name
     ConfigStore.instance().store(name=task_name, group="task", node=node, provider="fairseq")
+
+
+def _type_on_command_line(self: Any, name: str) -> Any:
+    """What fairseq makes parsers by."""
+    return (OUR_OPTIONS.get(name) or self.__dataclass_fields__[name]).type
+
+
+def check_options(task_cfg: Any) -> None:
+    """Answer wrong names and values of our options in a configuration as any mistake is."""
+    with _errors_as_sentences():
+        for name in map(str, task_cfg if isinstance(task_cfg, DictConfig) else ()):
+            if name.startswith(("gradinit", "init_scheme")) and name not in OUR_OPTIONS:
+                close = difflib.get_close_matches(name, OUR_OPTIONS, n=1)
+                meant = f": did you mean {close[0]}?" if close else ""
+                raise GradInitError(f"there is no option {name}{meant}")
+        for option in OUR_OPTIONS.values():
+            read_value(option, task_cfg)
 
 
 def _with_fields(setup_task: Callable[..., Any]) -> Callable[..., Any]:

@@ -30,6 +30,7 @@ from fairseq_gradinit.config import (
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.files import shown
 from fairseq_gradinit.optimizers import AUTO, CHOICES, TrialStep, parse_betas, trial_step
+from fairseq_gradinit.option_values import read_value
 
 
 @dataclass(frozen=True)
@@ -294,10 +295,14 @@ APPLYING = (
 
 
 def read_options(task_cfg: Any) -> GradInitOptions:
-    """The options in a task's configuration, a DictConfig or (legacy tasks) a Namespace."""
+    """The options in a task's configuration, a DictConfig or (legacy tasks) a Namespace.
+
+    Raises:
+        GradInitError: see `read_value`.
+    """
     options = GradInitOptions()
     for name in OPTION_NAMES:
-        value = getattr(task_cfg, name, None)
+        value = read_value(GradInitOptions.__dataclass_fields__[name], task_cfg)
         if value is not None:
             setattr(options, name, value)
     return options
@@ -419,7 +424,6 @@ def _engine_config(options: GradInitOptions, preset: Preset, cfg: Any) -> GradIn
     # Clipping leaves sign(g) and g/||g|| as they are.
     clips = step.target == "sgd" or trial_steps > 1
     clip_norm = cfg.optimization.clip_norm if clips else 0.0
-    norm_gains = _pick(options, preset, "norm_gains")
     return GradInitConfig(
         eta=eta,
         trial_steps=trial_steps,
@@ -434,9 +438,8 @@ def _engine_config(options: GradInitOptions, preset: Preset, cfg: Any) -> GradIn
         min_scale=_pick(options, preset, "min_scale"),
         min_bias_scale=_pick(options, preset, "min_bias_scale"),
         max_scale=_pick(options, preset, "max_scale"),
-        # hydra gives members of an enumeration, fairseq's command line their names.
-        norm_gains=cast(NormGains, str(norm_gains)),
-        second_order=cast(SecondOrder, str(_pick(options, preset, "second_order"))),
+        norm_gains=_pick(options, preset, "norm_gains"),
+        second_order=_pick(options, preset, "second_order"),
         precision=cast(Precision, str(options.gradinit_precision)),
         max_skipped=options.gradinit_max_skipped,
         seed=cfg.common.seed,
@@ -446,8 +449,8 @@ def _engine_config(options: GradInitOptions, preset: Preset, cfg: Any) -> GradIn
 def _centering(options: GradInitOptions, preset: Preset) -> bool | None:
     if options.gradinit_centering is None and options.gradinit_scales is not None:
         return None
-    # hydra gives members of an enumeration, fairseq's command line their names.
-    return str(_pick(options, preset, "centering")) == "on"
+    centering: str = _pick(options, preset, "centering")
+    return centering == "on"
 
 
 def _trial_steps(options: GradInitOptions, preset: Preset) -> int:

@@ -43,7 +43,10 @@ class FairseqGradInitSearchPath(SearchPathPlugin):
             # Covers a user dir that a configuration file names.
             import_user_module(cfg.common)
             if "fairseq_gradinit.hook" in sys.modules:
-                sys.modules["fairseq_gradinit.hook"].extend_tasks()
+                hook = sys.modules["fairseq_gradinit.hook"]
+                hook.extend_tasks()
+                # Before OmegaConf answers them, at length.
+                hook.check_options(cfg.task)
             add_defaults(cfg)
 
         program.add_defaults = with_user_dir

@@ -392,13 +392,18 @@ def test_every_task_has_the_options():
         assert set(OPTION_NAMES) <= dataclass.__dataclass_fields__.keys(), name
 
 
-def test_help_names_every_option_and_its_default():
+@pytest.mark.parametrize("task", [None, "translation"])
+def test_help_names_every_option_its_choices_and_its_default(task):
+    """In the group of fairseq-train, and among the task's options in all programs."""
     from fairseq.dataclass.utils import gen_parser_from_dataclass
+    from fairseq.tasks import TASK_DATACLASS_REGISTRY
 
+    import fairseq_gradinit.plugin  # noqa: F401
     from fairseq_gradinit.options import GradInitOptions
 
+    kind = TASK_DATACLASS_REGISTRY[task] if task else GradInitOptions
     parser = ArgumentParser(prog="p")
-    gen_parser_from_dataclass(parser, GradInitOptions())
+    gen_parser_from_dataclass(parser, kind())
     text = " ".join(parser.format_help().split())
     for name in GradInitOptions.__dataclass_fields__:
         if name != "_name":
@@ -407,37 +412,11 @@ def test_help_names_every_option_and_its_default():
         "{auto,adam,adam-eps,sgd,sgd-normalized}",
         "{auto,exact,finite-difference}",
         "{fp32,bf16}",
+        "--gradinit-centering {on,off}",
+        "[--gradinit]",
     ):
         assert choices in text
     assert "0 switches it off (default: 10)" in text
-
-
-def test_hydra_takes_the_options_by_their_types():
-    from omegaconf import OmegaConf
-    from omegaconf.errors import ValidationError
-
-    from fairseq_gradinit.options import GradInitOptions, read_options
-
-    config = OmegaConf.structured(GradInitOptions())
-    given = {
-        "gradinit_optimizer": "adam-eps",
-        "gradinit_second_order": "finite-difference",
-        "gradinit_precision": "bf16",
-        "gradinit_through_step": "true",
-        "gradinit_max_skipped": "3",
-        "gradinit_save_interval": "0",
-    }
-    for name, value in given.items():
-        config[name] = value
-    options = read_options(config)
-    assert str(options.gradinit_optimizer) == "adam-eps"
-    assert str(options.gradinit_second_order) == "finite-difference"
-    assert str(options.gradinit_precision) == "bf16"
-    assert options.gradinit_through_step is True
-    assert (options.gradinit_max_skipped, options.gradinit_save_interval) == (3, 0)
-    for name in ("gradinit_second_order", "gradinit_precision", "gradinit_max_skipped"):
-        with pytest.raises(ValidationError):
-            config[name] = "no such thing"
 
 
 def signature_fields(*options: str, **more: str) -> dict[str, str]:

@@ -9,6 +9,7 @@ from typing import Any, Optional
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 
 from fairseq_gradinit.errors import GradInitError
+from fairseq_gradinit.option_values import read_value
 from fairseq_gradinit.options import read_options, refuse_unsupported
 from fairseq_gradinit.schemes import admin, deepnorm, metainit, pre_ln, t_fixup, zero_branches
 
@@ -70,9 +71,7 @@ def read_scheme(cfg: Any) -> Scheme | None:
     """
     # Programs of other projects pass through here too, with configurations of their own.
     task = getattr(cfg, "task", None)
-    chosen = getattr(task, "init_scheme", None)
-    # hydra gives members of an enumeration, fairseq's command line their names.
-    name = None if chosen is None else str(chosen)
+    name: str | None = _read("init_scheme", task)
     iterations = _iterations(task, name)
     if name is None:
         return None
@@ -91,7 +90,7 @@ def read_scheme(cfg: Any) -> Scheme | None:
 
 
 def _iterations(task: Any, name: str | None) -> int | None:
-    iterations: int | None = getattr(task, "init_scheme_iterations", None)
+    iterations: int | None = _read("init_scheme_iterations", task)
     if iterations is None:
         return None
     if name != "metainit":
@@ -101,3 +100,7 @@ def _iterations(task: Any, name: str | None) -> int | None:
     if iterations < 1:
         raise GradInitError(f"--init-scheme-iterations must be at least 1, not {iterations}")
     return iterations
+
+
+def _read(name: str, task_cfg: Any) -> Any:
+    return read_value(SchemeOptions.__dataclass_fields__[name], task_cfg)
