@@ -248,9 +248,13 @@ def test_options_on_the_command_line_with_a_user_dir_of_ones_own(corpus, tmp_pat
 @pytest.mark.slow
 def test_everything_in_a_file(corpus, tmp_path):
     document = configuration(corpus.language_model, tmp_path / "save")
+    document["task"] |= {"gradinit_centering": False, "gradinit_betas": [0.8, 0.95]}
     (tmp_path / "run.yaml").write_text("# @package _group_\n" + yaml.safe_dump(document))
     options = ["--config-dir", str(tmp_path), "--config-name", "run"]
-    check(hydra(*options, folder=tmp_path / "hydra", cwd=ROOT, real=True), tmp_path / "save")
+    outcome = hydra(*options, folder=tmp_path / "hydra", cwd=ROOT, real=True)
+    check(outcome, tmp_path / "save")
+    assert "|betas:0.8,0.95|" in outcome.output
+    assert "|centering:off|" in outcome.output
 
 
 @pytest.mark.slow
