@@ -63,9 +63,9 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 
 SMALL_MODEL = [
     *("--arch", "transformer_iwslt_de_en"),
-    *("--encoder-layers", "2", "--decoder-layers", "2"),
-    *("--encoder-embed-dim", "32", "--decoder-embed-dim", "32"),
-    *("--encoder-ffn-embed-dim", "64", "--decoder-ffn-embed-dim", "64"),
+    *("--encoder-layers", "1", "--decoder-layers", "1"),
+    *("--encoder-embed-dim", "16", "--decoder-embed-dim", "16"),
+    *("--encoder-ffn-embed-dim", "32", "--decoder-ffn-embed-dim", "32"),
 ]
 SHORT_TRAINING = [
     *("--optimizer", "adam", "--adam-betas", "(0.9, 0.98)", "--lr", "1e-3"),

@@ -250,8 +250,8 @@ def biases(weights: dict) -> dict:
 def test_a_run_centers_every_layer_norm_before_and_after_learning(centered):
     _, run = centered
     assert run.code == 0, run.output
-    assert len(run.lines("centered the outputs of 10 LayerNorms on 32 sentences")) == 2
-    assert len(biases(run.first)) == 10
+    assert len(run.lines("centered the outputs of 5 LayerNorms on 32 sentences")) == 2
+    assert len(biases(run.first)) == 5
     assert all(bias.any() for bias in biases(run.first).values())
     assert not any(bias.any() for bias in biases(run.initial).values())
     assert "|centering:on|" in run.output
@@ -272,7 +272,7 @@ def test_scales_that_were_learned_without_centering(corpus, tmp_path):
     again = train_here(corpus.translation, tmp_path / "again", *file)
     assert same(again.first, run.first)
     asked = train_here(corpus.translation, tmp_path / "asked", *file, "--gradinit-centering", "on")
-    assert len(asked.lines("centered the outputs of 10 LayerNorms")) == 1
+    assert len(asked.lines("centered the outputs of 5 LayerNorms")) == 1
     assert_saved_scales_give_the_same(asked, corpus, tmp_path / "asked", "on")
 
 

@@ -121,7 +121,7 @@ def test_a_probe_is_the_beginning_of_the_training(checked, corpus, tmp_path, arm
 
 def test_every_layer_and_tensor_is_measured(checked):
     probe = checked.probe(DEFAULT, 1e-3)
-    assert probe.layers == tuple(f"{s}.layers.{i}" for s in ("encoder", "decoder") for i in (0, 1))
+    assert probe.layers == ("encoder.layers.0", "decoder.layers.0")
     assert [look.update for look in probe.looks] == [0, 1, 2, 3, 4]
     assert all(0 < share < 1 for look in probe.looks for share in look.shares)
     # A bias that begins at zero is all update after the first one.

@@ -53,13 +53,11 @@ def test_norms_are_those_of_the_weights(learned):
 
 def test_branches_of_the_encoder_are_small_afterwards(learned):
     shares = Effect.load(learned[1] / effect.FILE_NAME).shares
-    encoder = ["self_attn", "ffn"]
-    decoder = ["self_attn", "encoder_attn", "ffn"]
     assert [change.name for change in shares] == [
-        *(f"encoder.layers.{i}.{branch}" for i in range(2) for branch in encoder),
-        *(f"decoder.layers.{i}.{branch}" for i in range(2) for branch in decoder),
+        *(f"encoder.layers.0.{branch}" for branch in ("self_attn", "ffn")),
+        *(f"decoder.layers.0.{branch}" for branch in ("self_attn", "encoder_attn", "ffn")),
     ]
-    for change in shares[:4]:
+    for change in shares[:2]:
         assert 0 < change.after < change.before / 5 < 1
 
 
@@ -96,7 +94,7 @@ def test_models_without_known_branches_and_data_have_none():
     assert snapshot(build("transformer_iwslt_de_en"), batches=()).shares == {}
 
 
-def test_what_is_not_finite_is_left_open():
+def test_values_that_are_not_finite_are_left_open():
     found = effect_between(
         Snapshot({"w": 1.0}, {"b": math.nan}), Snapshot({"w": math.inf}, {"b": 0.5}), "s"
     )
@@ -135,7 +133,7 @@ def test_damaged_files_are_refused(tmp_path, change, sentence):
 
 
 @pytest.mark.parametrize("content", [b"", b"[1", b"\xff", b"[" * 50_000])
-def test_what_is_no_json_is_refused(tmp_path, content):
+def test_files_that_are_no_json_are_refused(tmp_path, content):
     path = tmp_path / "e.json"
     path.write_bytes(content)
     with pytest.raises(GradInitError, match="cannot read"):

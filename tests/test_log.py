@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import train_here
+from conftest import GRADINIT, train_here
 
-HERE = ["--gradinit", "--gradinit-iterations", "40", "--max-update", "2", "--no-save"]
+from fairseq_gradinit.config import GradInitConfig
+from fairseq_gradinit.history import Iteration
+from fairseq_gradinit.iteration_log import TAG, IterationLog
+from fairseq_gradinit.scales import FILE_NAME
+
+TWO_LAYERS = ["--encoder-layers", "2", "--decoder-layers", "2"]
+HERE = [*GRADINIT, *TWO_LAYERS, "--max-update", "1", "--no-save"]
+SCALES = [0.5, 1.0, 2.0]
 
 
 @pytest.fixture(scope="module")
@@ -18,23 +27,25 @@ def told(corpus, tmp_path_factory):
     return train_here(corpus.translation, tmp_path_factory.mktemp("told"), *HERE)
 
 
-def test_a_line_every_few_iterations(told):
+def scales_document(run) -> dict:
+    return json.loads(Path(run.trainer.cfg.checkpoint.save_dir, FILE_NAME).read_text())
+
+
+def test_lines_of_iterations(told):
     lines = told.lines("| gradinit: ")
-    assert len(lines) == 20
-    steps = [int(re.search(r"gradinit: +(\d+) / 40 ", line).group(1)) for line in lines]
-    assert steps == list(range(2, 41, 2))
-    for line in lines:
+    steps = [re.search(r"gradinit: +(\d+ / \d+) ", line).group(1) for line in lines]
+    assert steps == ["1 / 3", "2 / 3", "3 / 3"]
+    for line, row in zip(lines, scales_document(told)["history"], strict=True):
         columns = dict(re.findall(r"(\w+)=([^,\s]+)", line))
-        assert columns["kind"] == "objective"
-        assert columns["gamma"] == "off"
-        assert float(columns["gnorm"]) > 0
-        assert float(columns["trial_loss"]) < float(columns["loss"])
-        assert 0.2 <= float(columns["min_scale"]) <= float(columns["max_scale"]) <= 5
+        assert (columns["kind"], columns["gamma"]) == ("objective", "off")
+        assert float(columns["gnorm"]) == round(row["grad_norm"], 2)
+        for name, digits in {"loss": 4, "trial_loss": 4, "min_scale": 3, "max_scale": 3}.items():
+            assert float(columns[name]) == round(row[name], digits)
 
 
 def test_the_beginning_says_what_is_done(told):
     (line,) = told.lines("GradInit: learning")
-    assert "47 of 87 parameter tensors in 40 iterations" in line
+    assert "47 of 87 parameter tensors in 3 iterations" in line
     assert "nats" in line
 
 
@@ -70,7 +81,7 @@ def test_the_signature_names_what_decides_the_result(told, corpus, tmp_path):
         ("optimizer", "adam"),
         ("eta", "0.001"),
         ("gamma", "off"),
-        ("iterations", "40"),
+        ("iterations", "3"),
         ("tokens", "600"),
         ("seed", "1"),
         ("task", "translation"),
@@ -78,103 +89,122 @@ def test_the_signature_names_what_decides_the_result(told, corpus, tmp_path):
         ("precision", "fp32"),
         ("device", "cpu"),
     }
-    again = train_here(corpus.translation, tmp_path / "again", *HERE)
-    assert signature_of(again) == signature
-    other = train_here(corpus.translation, tmp_path / "other", *HERE, "--seed", "2")
+    other = train_here(corpus.translation, tmp_path, *HERE, "--seed", "2")
     differs = {name for name, value in signature_of(other).items() if value != signature[name]}
     assert differs == {"seed", "model", "data"}
 
 
+@pytest.fixture
+def write_log(told, tmp_path):
+    """Writes 40 iterations as a run with some logging options does."""
+
+    def write(**common):
+        cfg = copy.deepcopy(told.trainer.cfg)
+        for name, value in common.items():
+            cfg.common[name] = value
+        log = IterationLog(cfg, GradInitConfig(eta=1e-3, iterations=40), tracked=True)
+        for index in range(1, 41):
+            log.write(Iteration(index, "objective", 5.25, 4.125, 1e3, 0.9, 1.1))
+        log.write_scales(SCALES)
+
+    return write
+
+
 @pytest.mark.parametrize("format_", ["json", "none", "tqdm"])
-def test_every_log_format(corpus, tmp_path, format_):
-    run = train_here(corpus.translation, tmp_path, *HERE, "--log-format", format_)
-    assert run.code == 0
-    assert run.lines("signature: ")
-    found = [line.partition(" | gradinit | ")[2] for line in run.lines(" | gradinit | ")]
+def test_every_log_format(write_log, caplog, format_):
+    caplog.set_level("INFO")
+    write_log(log_format=format_)
+    found = [record.message for record in caplog.records if record.name == "gradinit"]
     if format_ == "json":
         assert [json.loads(line)["kind"] for line in found] == ["objective"] * 20
     if format_ == "none":
         assert not found
 
 
-def test_tensorboard(corpus, tmp_path, monkeypatch):
-    from fairseq.logging import progress_bar
+class Trackers:
+    """What fairseq hands to its three trackers, none of which is installed."""
 
-    written, histograms = [], []
+    def __init__(self, monkeypatch) -> None:
+        from fairseq.logging import progress_bar
 
-    class Writer:
-        def __init__(self, folder):
-            self.tag = folder.rpartition("/")[2]
+        self.tensorboard: list[tuple] = []
+        self.histograms: list[tuple] = []
+        self.aim: list[tuple] = []
+        self.wandb: list[tuple] = []
+        self.begun: list[dict] = []
+        trackers = self
 
-        def add_scalar(self, key, value, step):
-            written.append((self.tag, key, value, step))
+        class Writer:
+            def __init__(self, folder):
+                self.tag = folder.rpartition("/")[2]
 
-        def add_histogram(self, key, values, step):
-            histograms.append((self.tag, key, list(values), step))
+            def add_scalar(self, key, value, step):
+                trackers.tensorboard.append((self.tag, key, step))
 
-        def add_text(self, *_): ...
-        def flush(self): ...
-        def close(self): ...
+            def add_histogram(self, key, values, step):
+                trackers.histograms.append((self.tag, key, list(values), step))
 
-    monkeypatch.setattr(progress_bar, "SummaryWriter", Writer)
-    monkeypatch.setattr(progress_bar, "_tensorboard_writers", {})
-    run = train_here(corpus.translation, tmp_path, *HERE, "--tensorboard-logdir", tmp_path / "tb")
-    assert run.code == 0
-    ours = [(key, step) for tag, key, _, step in written if tag == "gradinit"]
-    for key in ("loss", "trial_loss", "gnorm", "min_scale", "max_scale"):
-        assert [step for k, step in ours if k == key] == list(range(2, 41, 2))
-    assert any(tag == "train_inner" for tag, *_ in written)
-    assert histograms == [("gradinit", "scales", learned_scales(tmp_path), 40)]
+            def add_text(self, *_): ...
+            def flush(self): ...
+            def close(self): ...
+
+        class Run:
+            def track(self, value, name, step, context):
+                trackers.aim.append((context["tag"], name, value, step))
+
+            def set(self, key, value, strict): ...
+
+        wandb = SimpleNamespace(
+            init=lambda **options: self.begun.append(options),
+            log=lambda values, step: self.wandb.append((step, values)),
+            config=SimpleNamespace(update=lambda *_, **__: None),
+            run=SimpleNamespace(name="a run"),
+            Histogram=list,
+        )
+        monkeypatch.setattr(progress_bar, "SummaryWriter", Writer)
+        monkeypatch.setattr(progress_bar, "_tensorboard_writers", {})
+        monkeypatch.setattr(progress_bar, "get_aim_run", lambda repo, run_hash: Run())
+        monkeypatch.setitem(sys.modules, "aim", SimpleNamespace(Distribution=list))
+        monkeypatch.setattr(progress_bar, "wandb", wandb)
+
+    def check(self, scales: list[float]) -> None:
+        """Every one has each second of 40 iterations, and the scales after the last."""
+        shown = list(range(2, 41, 2))
+        for key in ("loss", "trial_loss", "gnorm", "min_scale", "max_scale"):
+            steps = [step for tag, name, step in self.tensorboard if (tag, name) == (TAG, key)]
+            assert steps == shown
+        assert self.histograms == [(TAG, "scales", scales, 40)]
+        ours = [(name, value, step) for tag, name, value, step in self.aim if tag == TAG]
+        assert [step for name, _, step in ours if name == "trial_loss"] == shown
+        assert ours[-1] == ("scales", scales, 40)
+        logged = [values for _, values in self.wandb]
+        found = [row["gradinit/iteration"] for row in logged if "gradinit/iteration" in row]
+        assert found == shown
+        assert [row["gradinit/scales"] for row in logged if "gradinit/scales" in row] == [scales]
+        steps = [step for step, row in self.wandb if any(key.startswith(TAG) for key in row)]
+        assert steps == sorted(steps)
+        assert steps[-1] <= 20
+        assert {options["project"] for options in self.begun} == {"p"}
+        assert len({options["name"] for options in self.begun}) == 1
 
 
-def learned_scales(folder) -> list[float]:
-    rows = json.loads((folder / "gradinit_scales.json").read_text())["blocks"]
-    return [row["scale"] for row in rows if row["state"] == "learned"]
+def test_trackers_get_iterations_and_scales(write_log, tmp_path, monkeypatch):
+    trackers = Trackers(monkeypatch)
+    write_log(
+        tensorboard_logdir=str(tmp_path / "tb"),
+        **{"aim_repo": str(tmp_path / "aim"), "aim_run_hash": "abc", "wandb_project": "p"},
+    )
+    trackers.check(SCALES)
 
 
-def test_aim(corpus, tmp_path, monkeypatch):
-    from fairseq.logging import progress_bar
-
-    tracked = []
-
-    class Run:
-        def track(self, value, name, step, context):
-            tracked.append((context["tag"], name, value, step))
-
-        def set(self, key, value, strict): ...
-
-    monkeypatch.setattr(progress_bar, "get_aim_run", lambda repo, run_hash: Run())
-    monkeypatch.setitem(sys.modules, "aim", SimpleNamespace(Distribution=list))
-    options = ["--aim-repo", tmp_path / "aim", "--aim-run-hash", "abc"]
+@pytest.mark.slow
+def test_trackers_of_a_run(corpus, tmp_path, monkeypatch):
+    trackers = Trackers(monkeypatch)
+    options = ["--gradinit-iterations", "40", "--wandb-project", "p"]
+    options += ["--tensorboard-logdir", tmp_path / "tb"]
+    options += ["--aim-repo", tmp_path / "aim", "--aim-run-hash", "abc"]
     run = train_here(corpus.translation, tmp_path, *HERE, *options)
     assert run.code == 0, run.output
-    ours = [(name, value, step) for tag, name, value, step in tracked if tag == "gradinit"]
-    assert [step for name, _, step in ours if name == "trial_loss"] == list(range(2, 41, 2))
-    assert ours[-1] == ("scales", learned_scales(tmp_path), 40)
-
-
-def test_wandb(corpus, tmp_path, monkeypatch):
-    from fairseq.logging import progress_bar
-
-    logged, begun = [], []
-    fake = SimpleNamespace(
-        init=lambda **options: begun.append(options),
-        log=lambda values, step: logged.append((step, values)),
-        config=SimpleNamespace(update=lambda *_, **__: None),
-        run=SimpleNamespace(name="a run"),
-        Histogram=list,
-    )
-    monkeypatch.setattr(progress_bar, "wandb", fake)
-    run = train_here(corpus.translation, tmp_path, *HERE, "--wandb-project", "p")
-    assert run.code == 0
-    assert {options["project"] for options in begun} == {"p"}
-    assert len({options["name"] for options in begun}) == 1
-    iterations = [
-        values["gradinit/iteration"] for _, values in logged if "gradinit/iteration" in values
-    ]
-    assert iterations == list(range(2, 41, 2))
-    steps = [step for step, values in logged if any(key.startswith("gradinit/") for key in values)]
-    assert steps == sorted(steps)
-    assert steps[-1] <= 20
-    (histogram,) = [values for _, values in logged if "gradinit/scales" in values]
-    assert histogram["gradinit/scales"] == learned_scales(tmp_path)
+    rows = scales_document(run)["blocks"]
+    trackers.check([row["scale"] for row in rows if row["state"] == "learned"])
+    assert any(tag == "train_inner" for tag, *_ in trackers.tensorboard)

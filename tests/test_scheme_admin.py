@@ -153,10 +153,10 @@ def test_two_processes_measure_what_one_does():
 def test_training_starts_from_measured_omegas(corpus, tmp_path):
     done = train_here(corpus.translation, tmp_path, "--init-scheme", "admin")
     assert type(done.trainer.get_model()).__name__ == "transformer_admin"
-    (line,) = done.lines("omega of the decoder's 6 sublayers")
+    (line,) = done.lines("omega of the decoder's 3 sublayers")
     logged = [float(word) for word in line.rpartition(": ")[2].split()]
     names = ["self_attn", "encoder_attn", "ffn"]
-    first = [done.first[f"decoder.layers.{i}.shortcuts.{n}"] for i in range(2) for n in names]
+    first = [done.first[f"decoder.layers.0.shortcuts.{name}"] for name in names]
     for value, omega in zip(logged, first, strict=True):
         assert (omega == omega[0]).all()
         assert omega[0].item() == pytest.approx(value, rel=0.01)

@@ -48,9 +48,9 @@ def test_a_model_without_such_layers_is_refused():
 
 def test_the_weights_of_training_start_there(corpus, tmp_path):
     done = train_here(corpus.translation, tmp_path, "--init-scheme", "zero-branches")
-    assert not done.first["decoder.layers.1.encoder_attn.out_proj.weight"].any()
-    assert done.initial["decoder.layers.1.encoder_attn.out_proj.weight"].any()
-    assert done.weights["decoder.layers.1.encoder_attn.out_proj.weight"].any()
+    assert not done.first["decoder.layers.0.encoder_attn.out_proj.weight"].any()
+    assert done.initial["decoder.layers.0.encoder_attn.out_proj.weight"].any()
+    assert done.weights["decoder.layers.0.encoder_attn.out_proj.weight"].any()
 
 
 def test_pre_ln_sets_the_flags(corpus, tmp_path):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, digest, train_here
+from test_train import same
 
 ENCODER = [
     *("--encoder-layers", "1", "--encoder-embed-dim", "16", "--encoder-ffn-embed-dim", "32"),
@@ -54,6 +55,26 @@ USUAL = [
 ]
 
 
+def test_the_hooks_change_no_number(corpus, tmp_path, monkeypatch):
+    from fairseq import options, tasks
+    from fairseq.distributed import utils
+    from fairseq.trainer import Trainer
+
+    hooked = train_here(corpus.translation, tmp_path, "--no-save")
+    assert hooked.code == 0, hooked.output
+    for holder, name in (
+        (options, "add_optimization_args"),
+        (tasks, "setup_task"),
+        (utils, "call_main"),
+        (Trainer, "begin_epoch"),
+    ):
+        monkeypatch.setattr(holder, name, getattr(holder, name).__wrapped__)
+    stock = train_here(corpus.translation, tmp_path, "--no-save")
+    assert len(set(stock.updates)) == len(stock.batches) == 4
+    assert (hooked.updates, hooked.batches) == (stock.updates, stock.batches)
+    assert same(hooked.weights, stock.weights)
+
+
 def outcomes(parallel: Path, monolingual: Path, plugin: bool) -> dict[str, object]:
     """Of each task: what the log says of the updates, the data they saw, and the weights."""
     found: dict[str, object] = {}
@@ -66,7 +87,7 @@ def outcomes(parallel: Path, monolingual: Path, plugin: bool) -> dict[str, objec
 
 
 def print_both(parallel: str, monolingual: str) -> None:
-    """Run by the test in a process that has not loaded the plugin."""
+    """Train without the plugin, then with it; for a process that has not loaded it."""
     folders = Path(parallel), Path(monolingual)
     without = outcomes(*folders, plugin=False)
     assert "fairseq_gradinit.plugin" not in sys.modules
