@@ -57,7 +57,7 @@ def test_modules_and_shapes_are_those_of_the_stock_counterpart(build, ours):
 
 
 @pytest.mark.parametrize("ours", [*STOCK, "transformer_gradinit_tiny"])
-def test_they_are_post_ln_and_named_as_a_stock_model(build, ours):
+def test_models_are_post_ln_and_named_as_a_stock_model(build, ours):
     args, model = build(ours)
     assert args.arch == "transformer"
     assert not args.encoder_normalize_before

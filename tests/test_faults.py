@@ -51,25 +51,35 @@ def spoiled_at(model, bad_calls, spoil):
     return loss
 
 
+def assert_skipped(kind, spoil, iteration, call, caplog) -> None:
+    """A batch that one of the losses of an iteration spoils is as if it had not been drawn."""
+    kept = PAIRS[:iteration] + PAIRS[iteration + 1 :]
+    model = make_model()
+    expected = learn(model, loss_of(model), kept, **CONFIGS[kind])
+    model = make_model()
+    # A bad first batch spares its iteration the rest of its calls.
+    loss = spoiled_at(model, {iteration * CALLS[kind] + call}, spoil)
+    caplog.clear()
+    found = learn(model, loss, PAIRS, **CONFIGS[kind])
+    assert found.scale_of == expected.scale_of
+    assert found.history == expected.history
+    assert found.skipped == 1
+    assert len([r for r in caplog.records if "the batch is skipped" in r.message]) == 1
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_batch_that_is_not_finite_is_skipped(kind, caplog):
+    assert_skipped(kind, SPOILERS["nan"], 0, 0, caplog)
+    assert_skipped(kind, SPOILERS["gradient"], 2, CALLS[kind] - 1, caplog)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("spoil", SPOILERS.values(), ids=SPOILERS)
-def test_a_batch_that_is_not_finite_is_as_if_it_had_not_been(kind, spoil, caplog):
-    """Wherever in the iteration it happens, in the first one too."""
-    calls = CALLS[kind]
+def test_a_batch_may_be_not_finite_anywhere_in_an_iteration(kind, spoil, caplog):
     for iteration in (0, 2):
-        kept = PAIRS[:iteration] + PAIRS[iteration + 1 :]
-        model = make_model()
-        expected = learn(model, loss_of(model), kept, **CONFIGS[kind])
-        for call in range(calls):
-            # A bad first batch spares its iteration the rest of its calls.
-            model = make_model()
-            loss = spoiled_at(model, {iteration * calls + call}, spoil)
-            caplog.clear()
-            found = learn(model, loss, PAIRS, **CONFIGS[kind])
-            assert found.scale_of == expected.scale_of
-            assert found.history == expected.history
-            assert found.skipped == 1
-            assert len([r for r in caplog.records if "the batch is skipped" in r.message]) == 1
+        for call in range(CALLS[kind]):
+            assert_skipped(kind, spoil, iteration, call, caplog)
 
 
 def test_too_many_bad_batches_are_an_error_that_names_what_grew(caplog):
@@ -86,7 +96,7 @@ def test_too_many_bad_batches_are_an_error_that_names_what_grew(caplog):
     assert all(map(torch.equal, initial, model.parameters()))
 
 
-def test_a_model_without_one_finite_loss_is_told_so():
+def test_a_model_without_one_finite_loss_is_refused():
     model = make_model()
     loss = spoiled_at(model, range(1000), SPOILERS["infinity"])
     with pytest.raises(GradInitError, match="not one batch could be used: check that the model"):
@@ -220,7 +230,7 @@ def test_the_host_waits_for_the_device_once_in_an_iteration(monkeypatch):
         assert [b - a for a, b in itertools.pairwise(at)] == [1, 1, 1, 2, 0]
 
 
-DISK = {"full": errno.ENOSPC, "read-only": errno.EROFS, "failing": errno.EIO, "quota": errno.EDQUOT}
+DISK = {"full": errno.ENOSPC, "failing": errno.EIO}
 PLACES = [(tempfile, "NamedTemporaryFile"), (os, "fsync"), (os, "chmod"), (os, "replace")]
 
 
@@ -234,7 +244,7 @@ def failing(number: int):
 @pytest.mark.parametrize("number", DISK.values(), ids=DISK)
 @pytest.mark.parametrize(("module", "step"), PLACES, ids=[step for _, step in PLACES])
 @pytest.mark.parametrize("stuck", [False, True], ids=["", "stuck"])
-def test_whatever_a_disk_refuses_is_said_and_the_earlier_file_stays(
+def test_an_error_of_the_disk_is_reported_and_the_earlier_file_stays(
     tmp_path, monkeypatch, number, module, step, stuck
 ):
     """With a disk that is `stuck`, the temporary file cannot be removed either."""
@@ -251,6 +261,8 @@ def test_whatever_a_disk_refuses_is_said_and_the_earlier_file_stays(
     assert path.read_text() == "old"
     if not stuck:
         assert [p.name for p in tmp_path.iterdir()] == ["s.json"]
+    write_atomically(path, "new")
+    assert path.read_text() == "new"
 
 
 def test_a_write_that_the_system_cuts_short_leaves_the_earlier_file(tmp_path):
@@ -267,9 +279,8 @@ def test_a_write_that_the_system_cuts_short_leaves_the_earlier_file(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["s.json"]
 
 
-@pytest.mark.parametrize("number", DISK.values(), ids=DISK)
 @pytest.mark.parametrize("nth", [1, 2, 3])
-def test_a_disk_that_fails_at_any_saving_of_the_state(tmp_path, monkeypatch, number, nth):
+def test_a_disk_that_fails_at_any_saving_of_the_state(tmp_path, monkeypatch, nth):
     """The state saved before is there to go on from, and the model is as it was."""
     path = tmp_path / "state.json"
     model = make_model()
@@ -279,7 +290,7 @@ def test_a_disk_that_fails_at_any_saving_of_the_state(tmp_path, monkeypatch, num
 
     def replacing(source: str, target: Path) -> None:
         if len(written) == nth - 1:
-            failing(number)()
+            failing(errno.ENOSPC)()
         usual(source, target)
         written.append(path.read_bytes())
 
@@ -295,7 +306,7 @@ def test_a_disk_that_fails_at_any_saving_of_the_state(tmp_path, monkeypatch, num
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", replacing)
-        with pytest.raises(GradInitError, match=rf"cannot write .*: {os.strerror(number)}"):
+        with pytest.raises(GradInitError, match=r"cannot write .*: No space left"):
             run(model)
     assert all(map(torch.equal, initial, model.parameters()))
     assert [p.read_bytes() for p in tmp_path.iterdir()] == written[-1:]

@@ -1,7 +1,7 @@
 """Files that someone else made: no scales or state file does more than say what is wrong with it.
 
-A seeded mutator damages a real file of each kind in ten thousand ways. Each of these is refused in
-a sentence, or gives exactly the values that stand in it, checked here against Python's own JSON.
+A seeded mutator damages a real file of each kind in many ways. Each of these is refused in a
+sentence, or gives exactly the values that are in it, checked here against Python's own JSON.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from fairseq_gradinit.quiet import quiet
 from fairseq_gradinit.scales import Scales
 from fairseq_gradinit.state import LearnerState, StateFile, _digest
 
-MUTANTS = 5_000
-"""Of each of the two kinds of file."""
+# Numbers of mutants of each kind of file, in the fast tier and the slow one.
+MUTANTS = pytest.mark.parametrize("mutants", [300, pytest.param(2_000, marks=pytest.mark.slow)])
 
 CONFIG = GradInitConfig(eta=0.05, iterations=4, gamma=36.0, norm_gains="learned", seed=4)
 PAIRS = [make_pair(seed) for seed in range(6)]
@@ -239,18 +239,18 @@ def outcome_for_scales(path: Path, content: bytes, model: nn.Module) -> str:
     return "applied"
 
 
-def test_mutants_of_a_scales_file_are_refused_or_mean_what_they_say(tmp_path, model):
+@MUTANTS
+def test_mutants_of_a_scales_file_are_refused_or_mean_what_they_say(tmp_path, model, mutants):
     text = real_scales(model)
     met = Counter(
         outcome_for_scales(tmp_path / "s.json", mutate(text, random.Random(seed)), model)
-        for seed in range(MUTANTS)
+        for seed in range(mutants)
     )
-    assert met.total() == MUTANTS == 5_000
     # Otherwise the mutator would be too gentle, or too rough to reach what lies behind the parser.
-
-    assert met["refused"] > 0.5 * MUTANTS
-    assert met["not applied"] > 10
-    assert met["applied"] > 0.02 * MUTANTS
+    assert met["refused"] > 0.5 * mutants
+    assert met["not applied"] > 0
+    assert met["applied"] > 0.02 * mutants
+    assert met["refused without its name"] == 0
 
 
 @pytest.fixture(scope="module")
@@ -294,7 +294,10 @@ def load_state(path: Path, content: bytes, identity: str) -> LearnerState | None
     return StateFile(path).load(identity)
 
 
-def test_mutants_of_a_state_file_are_refused_or_mean_what_they_say(tmp_path, real_state, caplog):
+@MUTANTS
+def test_mutants_of_a_state_file_are_refused_or_mean_what_they_say(
+    tmp_path, real_state, caplog, mutants
+):
     path = tmp_path / "state.json"
     identity = json.loads(real_state)["identity"]
     model = make_model().eval()
@@ -302,7 +305,7 @@ def test_mutants_of_a_state_file_are_refused_or_mean_what_they_say(tmp_path, rea
     original = load_state(path, real_state.encode(), identity)
     met: Counter[str] = Counter()
     continued = []
-    for seed in range(MUTANTS):
+    for seed in range(mutants):
         rng = random.Random(seed)
         content = mutate(real_state, rng)
         if rng.random() < 0.8:
@@ -330,13 +333,11 @@ def test_mutants_of_a_state_file_are_refused_or_mean_what_they_say(tmp_path, rea
         met["believed"] += 1
         if state != original:
             continued.append(content)
-    assert met.total() == MUTANTS == 5_000
-    assert min(met.values()) > 10
-
-    assert met["refused"] > 0.5 * MUTANTS
+    assert len(met) == 3
+    assert met["refused"] > 0.5 * mutants
     # A state that is believed leads to scales within their bounds, whatever it holds.
-    assert len(continued) > 20
-    for content in random.Random(0).sample(continued, 20):
+    assert continued
+    for content in continued[: mutants // 100]:
         path.write_bytes(content)
         scales = run_to_its_end(path)
         assert all(CONFIG.min_scale <= scale <= CONFIG.max_scale for scale in scales.values())
@@ -357,9 +358,7 @@ def test_mutants_of_a_state_file_are_refused_or_mean_what_they_say(tmp_path, rea
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_a_state_that_no_run_can_leave_is_not_gone_on_with(
-    change, unlikely, tmp_path, real_state, caplog
-):
+def test_a_state_that_no_run_can_leave_is_refused(change, unlikely, tmp_path, real_state, caplog):
     path = tmp_path / "state.json"
     document = json.loads(real_state)
     document["state"] |= change
@@ -410,7 +409,7 @@ def test_a_key_that_occurs_twice_is_named(tmp_path, model):
         Scales.load(path)
 
 
-def test_what_a_refusal_quotes_is_short_and_shallow(tmp_path):
+def test_quotes_in_a_refusal_are_short_and_shallow(tmp_path):
     """Of records of results too, where a value may be as deep as JSON allows."""
     deep: object = 1
     for _ in range(900):
@@ -421,7 +420,7 @@ def test_what_a_refusal_quotes_is_short_and_shallow(tmp_path):
         sentence(f"a sentence about {error.value}")
 
 
-def test_a_log_takes_whatever_another_runs_identity_is(tmp_path, real_state, caplog, capsys):
+def test_a_log_takes_any_identity_of_another_run(tmp_path, real_state, caplog, capsys):
     document = json.loads(real_state) | {"identity": "\ud800|\x1b[2J|" + "x" * 10**6}
     path = tmp_path / "state.json"
     handler = logging.StreamHandler()
