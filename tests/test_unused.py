@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, digest, train_here
-from test_train import same
 
 ENCODER = [
     *("--encoder-layers", "1", "--encoder-embed-dim", "16", "--encoder-ffn-embed-dim", "32"),
@@ -59,6 +58,7 @@ def test_the_hooks_change_no_number(corpus, tmp_path, monkeypatch):
     from fairseq import options, tasks
     from fairseq.distributed import utils
     from fairseq.trainer import Trainer
+    from test_train import same
 
     hooked = train_here(corpus.translation, tmp_path, "--no-save")
     assert hooked.code == 0, hooked.output
