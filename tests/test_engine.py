@@ -5,12 +5,14 @@ from __future__ import annotations
 import gc
 import math
 from collections import Counter
+from dataclasses import asdict
 
 import pytest
 import torch
 from tiny import (
     central_differences,
     gradients,
+    in_ranks,
     loss_after,
     loss_of,
     make_learner,
@@ -23,9 +25,10 @@ from torch import nn
 
 from fairseq_gradinit.blocks import collect_blocks
 from fairseq_gradinit.config import GradInitConfig
-from fairseq_gradinit.engine import BatchPair, ScaleLearner, learn_scales
+from fairseq_gradinit.engine import BatchPair, Learned, ScaleLearner, learn_scales
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.history import Iteration
+from fairseq_gradinit.processes import OneProcess, Processes
 from fairseq_gradinit.quiet import quiet
 from fairseq_gradinit.state import StateFile
 
@@ -174,6 +177,82 @@ def test_one_micro_batch_or_many_is_the_same_gradient(model):
             found = [make_learner(model, gamma=gamma).gradient(p) for p in (whole, parts)]
             torch.testing.assert_close(found[0].by_scales, found[1].by_scales)
             assert found[0].loss == pytest.approx(found[1].loss)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target": "adam"},
+        {"target": "sgd-normalized"},
+        {"target": "adam", "gamma": 1.0, "second_order": "exact"},
+        {"target": "sgd", "gamma": 0.1, "second_order": "exact"},
+        {"target": "adam", "gamma": 1.0, "second_order": "auto"},
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())),
+)
+def test_ranks_learn_what_one_process_learns_with_all_micro_batches(ranks, settings):
+    """Also from shares of different sizes, and when the third of three ranks has none."""
+    rng = torch.Generator().manual_seed(7)
+    sizes = [(4, 2, 3, 2, 5), (3, 2), (3, 2)]
+    drawn = [[torch.randint(11, (n, 5), generator=rng) for n in size] for size in sizes]
+
+    def work(processes: Processes) -> Learned:
+        model = make_model()
+        config = GradInitConfig(eta=0.05, iterations=3, norm_gains="learned", **settings)
+        shares = [batches[processes.rank :: processes.count] for batches in drawn]
+        pairs = [BatchPair(share, share[::-1]) for share in shares]
+        with quiet(model):
+            blocks = collect_blocks({"": model}, config.norm_gains)
+            return learn_scales(blocks, loss_of(model), pairs, config, processes=processes)
+
+    together, alone = in_ranks(ranks, work), work(OneProcess())
+    assert together == [together[0]] * ranks
+    kind = "constraint" if "gamma" in settings else "objective"
+    assert [iteration.kind for iteration in alone.history] == [kind] * 3
+    # Finite differences magnify rounding.
+    precision = 1e-5 if alone.second_order == "finite-difference" else 1e-9
+    assert together[0].scale_of == pytest.approx(alone.scale_of, rel=precision)
+    for found, expected in zip(together[0].history, alone.history, strict=True):
+        for name, value in asdict(expected).items():
+            if value is not None and name != "kind":
+                value = pytest.approx(value, rel=precision)
+            assert getattr(found, name) == value
+
+
+def test_ranks_with_other_weights_are_refused():
+    def work(processes: Processes) -> ScaleLearner:
+        model = make_model()
+        with torch.no_grad():
+            model.out.bias += processes.rank
+        blocks = collect_blocks({"": model}, "fixed")
+        return ScaleLearner(blocks, loss_of(model), GradInitConfig(eta=0.05), processes)
+
+    with pytest.raises(GradInitError, match=r"different initial weights, first for out\.bias"):
+        in_ranks(2, work)
+
+
+def test_ranks_whose_scales_part_are_refused():
+    def work(processes: Processes) -> None:
+        model = make_model()
+        config = GradInitConfig(eta=0.05, lr=0.01 * (1 + processes.rank))
+        blocks = collect_blocks({"": model}, "fixed")
+        with quiet(model):
+            learner = ScaleLearner(blocks, loss_of(model), config, processes)
+            for seed in (5, 6):
+                learner.step(make_pair(seed))
+
+    with pytest.raises(GradInitError, match=r"different scales, first for embed\.weight"):
+        in_ranks(2, work)
+
+
+def test_a_rank_that_ends_early_is_an_error_in_the_others():
+    def work(processes: Processes) -> None:
+        if processes.rank == 0:
+            processes.gather("still here")
+
+    with pytest.raises(GradInitError, match="process 0 of 2 lost the others"):
+        in_ranks(2, work)
 
 
 def test_learning_lowers_the_loss_after_the_trial_step(model, pair):

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,7 +14,9 @@ from torch import nn
 from fairseq_gradinit.blocks import collect_blocks
 from fairseq_gradinit.config import GradInitConfig
 from fairseq_gradinit.engine import BatchPair, ScaleLearner
+from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.history import Iteration
+from fairseq_gradinit.processes import Processes
 
 
 class Attention(nn.Module):
@@ -121,3 +127,83 @@ def step(learner: ScaleLearner, pair: BatchPair) -> Iteration:
 def move_away_from_one(learner: ScaleLearner, pair: BatchPair) -> None:
     for _ in range(3):
         learner.step(pair)
+
+
+@dataclass
+class _Ranks:
+    """What the threads of `in_ranks` share.
+
+    Attributes:
+        turn: held by the rank that runs.
+        given: to each collective so far, by rank: its name and what goes in.
+        ended: how many ranks have returned or failed.
+    """
+
+    count: int
+    turn: threading.Condition = field(default_factory=threading.Condition)
+    given: list[dict[int, tuple[str, Any]]] = field(default_factory=list)
+    ended: int = 0
+
+
+class ThreadProcesses:
+    """One rank of several that are threads of this process: see `Processes` and `in_ranks`.
+
+    The ranks take turns. One runs until it waits in a collective, so that they do not compete for
+    what all threads share: random number generators, and torch's choice of attention kernels.
+    """
+
+    def __init__(self, rank: int, ranks: _Ranks) -> None:
+        self.rank, self.count = rank, ranks.count
+        self._ranks = ranks
+        self._done = 0
+
+    def sum_(self, tensors: Sequence[torch.Tensor]) -> None:
+        given = self._exchange("sum", [tensor.clone() for tensor in tensors])
+        for tensor, parts in zip(tensors, zip(*given, strict=True), strict=True):
+            tensor.copy_(torch.stack(parts).sum(0))
+
+    def max_(self, tensor: torch.Tensor) -> None:
+        tensor.copy_(torch.stack(self._exchange("max", tensor.clone())).amax(0))
+
+    def gather(self, text: str) -> list[str]:
+        return self._exchange("gather", text)
+
+    def _exchange(self, name: str, value: Any) -> list[Any]:
+        """What all ranks give to this collective, in their order."""
+        ranks = self._ranks
+        if self._done == len(ranks.given):
+            ranks.given.append({})
+        given = ranks.given[self._done]
+        self._done += 1
+        given[self.rank] = name, value
+        ranks.turn.notify_all()
+        ranks.turn.wait_for(lambda: len(given) == self.count or ranks.ended > 0)
+        if len(given) < self.count:
+            raise GradInitError(f"process {self.rank} of {self.count} lost the others in {name}")
+        assert {other for other, _ in given.values()} == {name}, given
+        return [given[rank][1] for rank in range(self.count)]
+
+
+def in_ranks(count: int, work: Callable[[Processes], Any]) -> list[Any]:
+    """What `work` returns in each of `count` ranks; raises the error that happened first."""
+    ranks = _Ranks(count)
+    found: list[Any] = [None] * count
+    errors: list[BaseException] = []
+
+    def run(rank: int) -> None:
+        with ranks.turn:
+            try:
+                found[rank] = work(ThreadProcesses(rank, ranks))
+            except BaseException as error:
+                errors.append(error)
+            ranks.ended += 1
+            ranks.turn.notify_all()
+
+    threads = [threading.Thread(target=run, args=[rank]) for rank in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return found
