@@ -69,7 +69,7 @@ def checked(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Checked
     return check_here(*options, "fairseq-train", *training, out=folder / "out")
 
 
-def test_it_says_what_its_status_says(checked):
+def test_the_printed_verdict_agrees_with_the_status(checked):
     report = checked.report
     outcomes = dict(zip(report.probes, report.verdicts, strict=True))
     asked = outcomes[checked.probe(FROM_GRADINIT, 1e-3)]
@@ -81,7 +81,7 @@ def test_it_says_what_its_status_says(checked):
     assert len(rows) == len(report.probes) == 6
 
 
-def test_it_writes_numbers_picture_and_scales_and_nothing_else(checked):
+def test_the_output_is_numbers_picture_and_scales_alone(checked):
     names = {path.name for path in checked.out.iterdir()}
     assert names == {"check.json", "check.png", "gradinit_scales.json"}
     assert (checked.out / "check.png").read_bytes().startswith(b"\x89PNG")
@@ -167,7 +167,7 @@ def test_a_rate_at_which_nothing_can_train(corpus, optimizer, lr, reason):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_mistake_is_answered_by_a_sentence(corpus, words, message):
+def test_mistakes_are_refused_in_one_sentence(corpus, words, message):
     done = check_here(
         "--updates", 1, "--rates", 1, "--", corpus.translation, *usual_options(), *words
     )

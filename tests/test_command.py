@@ -393,7 +393,7 @@ def test_the_program_draws_the_heat_map(kept) -> None:
         (["heat-map", "results.jsonl", "--out", "no/a.png"], "cannot write no/a.png: No such "),
     ],
 )
-def test_a_mistake_is_answered_with_a_sentence(kept, capsys, words, sentence) -> None:
+def test_mistakes_are_refused_in_one_sentence(kept, capsys, words, sentence) -> None:
     (kept / "empty.jsonl").touch()
     assert command.main(words) == 1
     printed = capsys.readouterr()

@@ -48,7 +48,7 @@ def test_equal_scales_do_not_differ(diff):
     assert diff(A, A) == (0, ["0 of 3 tensors differ"])
 
 
-def test_what_differs_is_printed(diff):
+def test_differences_are_printed(diff):
     assert diff(A, changed(0.75, 0.25, 1.0, signature="gradinit:0|seed:2|gamma:off")) == (
         1,
         [
@@ -91,7 +91,7 @@ def test_the_tolerance_is_relative(diff):
         (["a.json", "a.json", "--tolerance", "nan"], "--tolerance nan is not a number from 0 up"),
     ],
 )
-def test_what_cannot_be_compared_ends_with_2(tmp_path, monkeypatch, capsys, words, sentence):
+def test_incomparable_arguments_end_with_2(tmp_path, monkeypatch, capsys, words, sentence):
     monkeypatch.chdir(tmp_path)
     A.save(Path("a.json"))
     assert command.main(["diff", *words]) == 2
@@ -207,7 +207,7 @@ def test_centering_is_not_done_and_that_is_told(apply, caplog):
         ({"model": Path("x")}, "cannot read the checkpoint old.pt: "),
     ],
 )
-def test_what_does_not_fit_is_refused(apply, document, sentence):
+def test_documents_that_do_not_fit_are_refused(apply, document, sentence):
     status, error = apply(document)
     assert status == 1
     assert error.startswith(f"fairseq-gradinit: {sentence}")
@@ -216,7 +216,7 @@ def test_what_does_not_fit_is_refused(apply, document, sentence):
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x80\x02text", b"text"])
-def test_what_is_no_checkpoint_is_refused(tmp_path, monkeypatch, capsys, content):
+def test_files_that_are_no_checkpoint_are_refused(tmp_path, monkeypatch, capsys, content):
     monkeypatch.chdir(tmp_path)
     A.save(Path("a.json"))
     Path("old.pt").write_bytes(content)

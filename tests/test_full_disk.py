@@ -29,14 +29,17 @@ from fairseq_gradinit import command
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.results import append_run, read_runs
 
+pytestmark = pytest.mark.slow
+
 NOBODY = 65534
 TRAINING = [*GRADINIT, *SCALES_ALONE, "--max-update", "1", "--no-save"]
+SMALLER = [*TRAINING, "--encoder-layers", "1", "--decoder-layers", "1"]
 NUMBERS = ["numbers", "--source-lang", "de", "--target-lang", "en", "--workers", "1"]
 
 
 @pytest.mark.parametrize("first", ["state", "scales"])
 def test_a_full_disk_keeps_what_an_earlier_gradinit_left(corpus, disk, first):
-    options = [*TRAINING, "--gradinit-save-interval", "1" if first == "state" else "0"]
+    options = [*SMALLER, "--gradinit-save-interval", "1" if first == "state" else "0"]
     assert train_here(corpus.translation, disk.folder / "run", *options).code == 0
     before = disk.contents()
     disk.fill()
@@ -98,7 +101,7 @@ def test_programs_on_a_full_disk(disk, inputs, capsys):
         (disk.folder / name).unlink()
 
 
-def test_what_is_printed_to_a_full_disk(inputs):
+def test_printing_to_a_full_disk(inputs):
     """Also where what is printed is less than a buffer holds."""
     for words in (["table", inputs / "results.jsonl"], ["diff", inputs, inputs]):
         with Path("/dev/full").open("w") as full:
@@ -199,7 +202,7 @@ def test_a_folder_that_may_only_be_read(corpus, inputs, shared, capsys):
     # Also to have everything imported: Python itself may lie where only root can read.
     assert not any(write() for write in programs.values())
     append_run(kept / "results.jsonl", RUN)
-    assert train_here(data, kept, *TRAINING).code == 0
+    assert train_here(data, kept, *SMALLER).code == 0
     before = {path: path.read_bytes() for path in kept.iterdir()}
     kept.chmod(0o555)
     with ordinary_user():
@@ -210,7 +213,7 @@ def test_a_folder_that_may_only_be_read(corpus, inputs, shared, capsys):
             append_run(kept / "results.jsonl", RUN)
         assert prepare.main([*NUMBERS, "--out", str(kept / "numbers")]) == 1
         assert "Permission denied" in capsys.readouterr().err.splitlines()[-1]
-        run = train_here(data, kept, *TRAINING, "--seed", "5")
+        run = train_here(data, kept, *SMALLER, "--seed", "5")
         assert f"cannot write to --save-dir {kept}: Permission denied; " in run.error()
     kept.chmod(0o755)
     assert {path: path.read_bytes() for path in kept.iterdir()} == before

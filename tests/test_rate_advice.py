@@ -205,7 +205,7 @@ def test_a_trial_step_of_another_length_is_named(settings, wanted, found):
     assert advice.endswith(f"with --gradinit-eta {found}")
 
 
-def test_a_run_says_it_before_it_learns(corpus, tmp_path):
+def test_the_log_has_the_warning_before_learning(corpus, tmp_path):
     base = [*usual_options("--warmup-updates"), "--warmup-updates", "9"]
     options = ["--max-update", "1", "--no-save", "--gradinit", "--gradinit-iterations", "1"]
     done = train_here(corpus.translation, tmp_path, *options, base=base)

@@ -76,7 +76,7 @@ def test_a_record_of_other_scales_is_left_out(tmp_path, caplog):
     assert "gradinit_effect.json is of other scales than" in caplog.text
 
 
-def test_what_is_no_run_is_refused(tmp_path):
+def test_files_that_are_no_run_are_refused(tmp_path):
     with pytest.raises(GradInitError, match=r"there is no gradinit_scales.json in .*--save-dir"):
         read_runs([tmp_path])
     with pytest.raises(GradInitError, match="cannot read the scales file"):
@@ -160,7 +160,7 @@ def test_iterations_are_drawn_with_gamma():
     assert set(drawn["gamma = 1000"][1]) == {1000.0}
 
 
-def test_what_is_not_known_is_not_drawn():
+def test_figures_without_data_are_left_out():
     assert report_figures.norms_over_depth([BARE]) is None
     assert report_figures.shares_over_depth([BARE]) is None
     assert report_figures.iterations([BARE]) is None
@@ -177,19 +177,22 @@ def test_dollar_signs_are_no_formulas():
 # ---- The page.
 
 
-def test_the_page_needs_nothing_beside_it():
-    text = report.page([RUN, BARE], "the command")
+@pytest.fixture(scope="module")
+def text() -> str:
+    return report.page([RUN, BARE], "the command")
+
+
+def test_the_page_needs_nothing_beside_it(text):
     assert text.count("<svg") == 4
     assert not re.findall(r"<script|<link|@import|\ssrc=|url\((?!#)", text)
     assert all(target.startswith("#") for target in re.findall(r'href="([^"]*)"', text))
 
 
-def test_the_page_is_the_same_for_the_same_runs():
-    assert report.page([RUN, BARE], "c") == report.page([RUN, BARE], "c")
+def test_the_page_is_the_same_for_the_same_runs(text):
+    assert report.page([RUN, BARE], "the command") == text
 
 
-def test_ids_are_not_shared_between_the_figures():
-    text = report.page([RUN], "c")
+def test_ids_are_not_shared_between_the_figures(text):
     used = set(re.findall(r"url\(#([^)]+)\)", text)) | set(
         re.findall(r'xlink:href="#([^"]+)"', text)
     )
@@ -207,8 +210,8 @@ def test_names_are_text_and_not_markup():
     assert text.count("&lt;script&gt;") > 5
 
 
-def test_the_summary_says_what_came_of_it():
-    text = re.sub(r"\s+", " ", report.page([RUN, BARE], "c")).replace("> <", "><")
+def test_the_summary_has_scales_iterations_and_losses(text):
+    text = re.sub(r"\s+", " ", text).replace("> <", "><")
     for row in (
         "<th>tensors with a learned scale</th><td>19 of 19</td><td>18 of 18</td>",
         "<th>smallest of these scales</th><td>0.25 (embed.weight)</td><td>1 (",
@@ -261,7 +264,7 @@ def test_the_program_writes_page_and_pictures(tmp_path, monkeypatch, capsys):
         (["run", "--png", "file"], "cannot make the folder file: File exists"),
     ],
 )
-def test_a_mistake_is_answered_with_a_sentence(tmp_path, monkeypatch, capsys, words, sentence):
+def test_mistakes_are_refused_in_one_sentence(tmp_path, monkeypatch, capsys, words, sentence):
     monkeypatch.chdir(tmp_path)
     save_run(tmp_path / "run", RUN)
     (tmp_path / "file").touch()
@@ -290,11 +293,11 @@ def browse(profile: Path, *arguments: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory):
+def page(text, tmp_path_factory):
     if not BROWSER:
         pytest.skip("there is no Chromium")
     path = tmp_path_factory.mktemp("page") / "report.html"
-    path.write_text(report.page([RUN, BARE], "the command"))
+    path.write_text(text)
     return path
 
 
@@ -303,8 +306,9 @@ def brightness(path: Path) -> np.ndarray:
     return image.imread(path)[..., :3].mean(axis=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dark", [False, True])
-def test_it_can_be_read_in_the_light_and_in_the_dark(page, tmp_path, dark):
+def test_the_page_is_legible_in_light_and_dark(page, tmp_path, dark):
     shot = tmp_path / "shot.png"
     scheme = [f"--blink-settings=preferredColorScheme={0 if dark else 1}"]
     browse(
@@ -322,7 +326,8 @@ def test_it_can_be_read_in_the_light_and_in_the_dark(page, tmp_path, dark):
         assert np.abs(band - ground).max() > 0.5
 
 
-def test_it_can_be_printed(page, tmp_path):
+@pytest.mark.slow
+def test_the_page_can_be_printed(page, tmp_path):
     paper = tmp_path / "paper.pdf"
     browse(tmp_path / "profile", f"--print-to-pdf={paper}", "--no-pdf-header-footer", page.as_uri())
     content = paper.read_bytes()

@@ -104,7 +104,7 @@ def file(tmp_path: Path) -> Path:
 
 
 @given(records)
-@hypothesis_settings(deadline=None, max_examples=50)
+@hypothesis_settings(deadline=None, max_examples=25)
 def test_any_record_comes_back_as_it_was(tmp_path_factory, record) -> None:
     file = tmp_path_factory.mktemp("records") / "runs.jsonl"
     append_run(file, record)
@@ -246,7 +246,7 @@ def test_a_damaged_line_is_named(file, line, reason) -> None:
         read_runs([file])
 
 
-def test_what_is_not_text_is_named_too(file) -> None:
+def test_bytes_that_are_no_text_are_named(file) -> None:
     file.write_bytes(b"\xff\xfe\xfd\n")
     with pytest.raises(GradInitError, match="line 1 of "):
         read_runs([file])
