@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
+import importlib
 import io
 import json
 import logging
@@ -14,7 +14,6 @@ import re
 import resource
 import subprocess
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -116,45 +115,12 @@ class Outcome:
         return line.partition("GradInit: ")[2]
 
 
-@functools.cache
-def warm_programs() -> Path:
-    """The folder of what stands in for programs, see warm_programs.py; it serves this process."""
-    folder = Path(tempfile.mkdtemp(prefix="warm-programs-"))
-    server = subprocess.Popen(
-        [sys.executable, str(ROOT / "tests" / "warm_programs.py"), str(folder)],
-        **{"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL},
-        env={**os.environ, **ENVIRONMENT},
-    )
-    assert any(line == b"ready\n" for line in server.stdout)
-    # It ends when the other end of its standard input is closed.
-    warm_programs.server = server
-    return folder
-
-
-@pytest.fixture(scope="module")
-def warm() -> Iterator[None]:
-    """What is started by the interpreter of this process, or beside it, has a stand-in."""
-    stand_in = str(warm_programs() / "python3")
-    with mock.patch.object(sys, "executable", stand_in), mock.patch.dict(os.environ, ENVIRONMENT):
-        yield
-
-
 def run_command(
-    program: str,
-    *arguments: object,
-    stdin: str | None = None,
-    cwd: Path | str = "/",
-    real: bool = False,
-    **env: str,
+    program: str, *arguments: object, stdin: str | None = None, cwd: Path | str = "/", **env: str
 ) -> Outcome:
-    """Run a program of the environment that the tests run in, by default in a folder not ours.
-
-    Unless it is to be the `real` one, its stand-in, if there is one.
-    """
-    stand_in = warm_programs() / program
-    start = BIN / program if real or not stand_in.exists() else stand_in
+    """Run a program of the environment that the tests run in, by default in a folder not ours."""
     done = subprocess.run(
-        [str(start), *map(str, arguments)],
+        [str(BIN / program), *map(str, arguments)],
         capture_output=True,
         text=True,
         input=stdin,
@@ -164,6 +130,39 @@ def run_command(
         check=False,
     )
     return Outcome(done.returncode, done.stdout + done.stderr)
+
+
+def run_here(program: str, *arguments: object, stdin: str = "") -> Outcome:
+    """Run one of fairseq's programs in this process, where the plugin stays loaded."""
+    import fairseq_gradinit.plugin  # noqa: F401
+
+    name = program.removeprefix("fairseq-").replace("-", "_")
+    module = importlib.import_module(f"fairseq_cli.{name}")
+    printed = io.StringIO()
+    handler = logging.StreamHandler(printed)
+    # As fairseq_cli sets it.
+    form = "%(asctime)s | %(levelname)s | %(name)s | %(message)s"
+    handler.setFormatter(logging.Formatter(form, "%Y-%m-%d %H:%M:%S"))
+    root = logging.getLogger()
+    level = root.level
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    code = 0
+    try:
+        with (
+            mock.patch.object(sys, "argv", [program, *map(str, arguments)]),
+            mock.patch.object(sys, "stdin", io.StringIO(stdin)),
+            contextlib.redirect_stdout(printed),
+            contextlib.redirect_stderr(printed),
+            warnings.catch_warnings(action="ignore"),
+        ):
+            module.cli_main()
+    except SystemExit as leaving:
+        code = leaving.code or 0
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(level)
+    return Outcome(code, printed.getvalue())
 
 
 @dataclass(frozen=True)
@@ -197,14 +196,16 @@ def write_corpus(folder: Path, sentences: dict[str, int]) -> None:
         (folder / f"{split}.en").write_text("\n".join(target) + "\n")
 
 
-def binarise(folder: Path, *arguments: str, real: bool = False) -> Path:
-    done = run_command("fairseq-preprocess", *arguments, "--destdir", folder, real=real)
+def binarise(folder: Path, *arguments: str) -> Path:
+    done = run_here("fairseq-preprocess", *arguments, "--destdir", folder)
     assert done.code == 0, done.output
     return folder
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    # Torch imports it when it makes its first optimizer, for seconds that no test is to pay.
+    importlib.import_module("torch._dynamo")
     folder = tmp_path_factory.mktemp("corpus")
     write_corpus(folder, {"train": 400, "valid": 40})
     train, valid = str(folder / "train"), str(folder / "valid")

@@ -1,29 +1,21 @@
-"""One process of several that learn scales together: `torchrun rank.py SCENARIO FOLDER`.
+"""What several processes learn together; as a program one of them: `torchrun rank.py FOLDER`.
 
-Writes what it comes to as FOLDER/RANK.json. Run without torchrun it is alone with all the data.
+It writes what it learns as FOLDER/RANK.json.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
-import math
-import os
 import sys
-from collections.abc import Container
 from pathlib import Path
 
 import torch
-from tiny import SPOILERS
 from torch import nn
 
 from fairseq_gradinit.blocks import collect_blocks
 from fairseq_gradinit.config import GradInitConfig
-from fairseq_gradinit.engine import BatchPair, ScaleLearner, learn_scales
-from fairseq_gradinit.errors import GradInitError, GradInitStopped
-from fairseq_gradinit.processes import OneProcess, Processes, ProcessGroup
-from fairseq_gradinit.quiet import quiet
-from fairseq_gradinit.state import StateFile, _digest
+from fairseq_gradinit.engine import BatchPair, ScaleLearner
+from fairseq_gradinit.processes import Processes, ProcessGroup
 
 SETTINGS = {
     "objective": {"target": "adam"},
@@ -75,7 +67,7 @@ def make_learner(processes: Processes, settings: dict, seed: int = 3) -> ScaleLe
     return ScaleLearner(blocks, loss, config, processes, optimizer=torch.optim.Adam)
 
 
-def learn(processes: Processes, folder: Path) -> dict[str, list]:
+def learn(processes: Processes) -> dict[str, list]:
     """Scales and history of every kind of run."""
     found = {}
     for name, settings in SETTINGS.items():
@@ -88,119 +80,13 @@ def learn(processes: Processes, folder: Path) -> dict[str, list]:
     return found
 
 
-def other_weights(processes: Processes, folder: Path) -> object:
-    return make_learner(processes, {}, seed=3 + processes.rank)
-
-
-def other_settings(processes: Processes, folder: Path) -> object:
-    learner = make_learner(processes, {"lr": 0.01 * (1 + processes.rank)})
-    for pair in draw_pairs(processes):
-        learner.step(pair)
-    return None
-
-
-def one_ends(processes: Processes, folder: Path) -> object:
-    """The last process ends without a word in the second iteration."""
-    learner = make_learner(processes, {})
-    for i, pair in enumerate(draw_pairs(processes)):
-        if i == 1 and processes.rank == processes.count - 1:
-            os._exit(0)
-        learner.step(pair)
-    return None
-
-
-def stop_and_go_on(processes: Processes, folder: Path) -> object:
-    """The last process alone is asked to stop; then all go on, and only rank 0 has the file.
-
-    At the end they are to go on from one with NaN in it.
-    """
-    asked = 0
-
-    def stop() -> bool:
-        nonlocal asked
-        asked += 1
-        return asked == 2 and processes.rank == processes.count - 1
-
-    def whole(path: Path | None, stop=lambda: False) -> object:
-        model, loss = model_and_loss()
-        config = GradInitConfig(eta=0.05, iterations=4)
-        with quiet(model):
-            blocks = collect_blocks({"": model}, "fixed")
-            state = None if path is None else StateFile(path, processes=processes)
-            pairs = draw_pairs(processes)
-            return learn_scales(
-                blocks, loss, pairs, config, processes=processes, state_file=state, stop=stop
-            )
-
-    path = folder / f"state.{processes.rank}"
-    try:
-        whole(path, stop)
-    except GradInitStopped as stopped:
-        message = str(stopped)
-    found = [message, whole(path).scale_of, whole(None).scale_of, path.exists()]
-    if path.exists():
-        document = json.loads(path.read_text())
-        document["state"]["scales"][0] = math.nan
-        body = {name: document[name] for name in ("identity", "state")}
-        path.write_text(json.dumps({**document, "digest": _digest(body)}))
-    return [*found, whole(path).scale_of]
-
-
-def not_finite(processes: Processes, folder: Path) -> object:
-    """The last process alone meets a loss or a gradient that is not finite, in the first iteration.
-
-    Returns:
-        For each such evaluation what was learned, what is learned without that iteration's
-        batches, and how many were skipped; for each kind the error when none may be skipped.
-    """
-    last = processes.rank == processes.count - 1
-    pairs = draw_pairs(processes)
-
-    def run(pairs: list[BatchPair], kind: str, spoiled: Container[int], max_skipped: int = 1):
-        model, loss_of = model_and_loss()
-        calls = itertools.count()
-
-        def loss(rows: torch.Tensor) -> tuple[torch.Tensor, int]:
-            value, count = loss_of(rows)
-            if next(calls) in spoiled and last:
-                value = SPOILERS[kind](value, model[0].bias)
-            return value, count
-
-        config = GradInitConfig(eta=0.05, iterations=3, max_skipped=max_skipped)
-        with quiet(model):
-            blocks = collect_blocks({"": model}, "fixed")
-            return learn_scales(blocks, loss, pairs, config, processes=processes)
-
-    expected = run(pairs[1:], "nan", ()).scale_of
-    found = []
-    for kind in SPOILERS:
-        for call in (0, len(pairs[0].first)):
-            learned = run(pairs, kind, {call})
-            found.append([learned.scale_of, expected, learned.skipped])
-        try:
-            run(pairs, kind, {0}, max_skipped=0)
-        except GradInitError as error:
-            found.append(str(error))
-    return found
-
-
 def main() -> None:
     torch.set_num_threads(1)
-    scenario, folder = globals()[sys.argv[1]], Path(sys.argv[2])
-    processes: Processes = OneProcess()
-    if "RANK" in os.environ:
-        torch.distributed.init_process_group("gloo")
-        processes = ProcessGroup()
-    try:
-        found = scenario(processes, folder)
-    except GradInitError as error:
-        found = str(error)
-    else:
-        if processes.count > 1:
-            torch.distributed.destroy_process_group()
-    (folder / f"{processes.rank}.json").write_text(json.dumps(found))
-    # After an error, gloo's threads may abort an interpreter that ends in order.
-    os._exit(0)
+    torch.distributed.init_process_group("gloo")
+    processes = ProcessGroup()
+    found = learn(processes)
+    torch.distributed.destroy_process_group()
+    (Path(sys.argv[1]) / f"{processes.rank}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -33,8 +33,6 @@ from training_runs import Case, Corpus, Run, RunError, Runner, RunsFile, run_all
 
 from fairseq_gradinit.errors import GradInitError
 
-pytestmark = pytest.mark.usefixtures("warm")
-
 CASE = case(MULTI30K, DEFAULT, updates=100)
 
 

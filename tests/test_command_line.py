@@ -1,4 +1,4 @@
-"""fairseq's programs as a user starts them, from a folder that has nothing to do with us."""
+"""fairseq's programs: by their functions in this process, and once as a user starts them."""
 
 from __future__ import annotations
 
@@ -7,24 +7,36 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import (
     GRADINIT,
-    OWN_USER_DIR,
     PLUGIN,
-    ROOT,
     Corpus,
     Outcome,
+    Training,
     run_command,
+    run_here,
     train,
+    train_here,
     usual_options,
 )
 
-from fairseq_gradinit.checkpoints import allow_fairseq_checkpoints
-
 # What a user of stock fairseq has to set on torch >= 2.6, where it cannot read its own files.
 STOCK_LOADS = {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}
-ARCHITECTURE = ["--arch", "transformer_gradinit_tiny"]
+ARCHITECTURE = ["--arch", "transformer_gradinit_tiny", "--encoder-layers", "1"]
+
+
+def hypotheses(outcome: Outcome) -> list[str]:
+    assert outcome.code == 0, outcome.output
+    return [line for line in outcome.output.splitlines() if line.startswith("H-")]
+
+
+def require_gradinit_and_training(run: Outcome, save_dir: Path) -> None:
+    assert run.code == 0, run.output
+    assert len(run.lines("gradinit: ")) >= 3
+    assert run.lines("signature: gradinit:")
+    assert len(run.updates) == 4
+    document = json.loads((save_dir / "gradinit_scales.json").read_text())
+    assert len(document["history"]) == 3
 
 
 @pytest.fixture(scope="module")
@@ -33,46 +45,76 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(corpus: Corpus, folder: Path) -> Outcome:
+def trained(corpus: Corpus, folder: Path) -> Training:
     """Our architecture with GradInit; its checkpoint is what the other programs read."""
-    return train(corpus.translation, folder / "trained", *PLUGIN, *GRADINIT, *ARCHITECTURE)
+    return train_here(corpus.translation, folder, *GRADINIT, *ARCHITECTURE)
 
 
 @pytest.fixture(scope="module")
-def checkpoint(trained: Outcome, folder: Path) -> Path:
+def checkpoint(trained: Training, folder: Path) -> Path:
     assert trained.code == 0, trained.output
-    return folder / "trained" / "checkpoint_last.pt"
-
-
-def weights(path: Path) -> dict[str, torch.Tensor]:
-    allow_fairseq_checkpoints()
-    return torch.load(path, weights_only=True)["model"]
+    return folder / "checkpoint_last.pt"
 
 
 def test_training(trained, folder):
-    assert trained.code == 0, trained.output
-    assert len(trained.lines("| gradinit: ")) == 3
-    assert trained.lines("signature: gradinit:")
-    assert len(trained.updates) == 4
-    document = json.loads((folder / "trained" / "gradinit_scales.json").read_text())
-    assert len(document["history"]) == 3
+    require_gradinit_and_training(trained, folder)
 
 
-def test_without_gradinit_nothing_changes(corpus, folder):
-    stock = train(corpus.translation, folder / "stock")
-    plugin = train(corpus.translation, folder / "plugin", *PLUGIN)
-    assert stock.code == plugin.code == 0, plugin.output
-    assert len(stock.updates) == 4
-    assert stock.updates == plugin.updates
-    one = weights(folder / "stock" / "checkpoint_last.pt")
-    other = weights(folder / "plugin" / "checkpoint_last.pt")
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
-    assert not list((folder / "plugin").glob("gradinit*"))
+def test_resuming(corpus, checkpoint, tmp_path):
+    more = ["--restore-file", checkpoint, "--max-update", "6"]
+    resumed = train_here(corpus.translation, tmp_path, *GRADINIT, *ARCHITECTURE, *more)
+    assert resumed.code == 0, resumed.output
+    assert len(resumed.lines("skipping GradInit")) == 1
+    assert len(resumed.updates) == 2
 
 
-def test_help_shows_the_options_in_a_group_of_their_own():
-    outcome = run_command("fairseq-train", *PLUGIN, "--help", COLUMNS="100")
+def test_generate(corpus, checkpoint):
+    options = ["--path", checkpoint, "--gen-subset", "valid", "--cpu", "--max-len-b", "12"]
+    outcome = run_here("fairseq-generate", corpus.translation, *PLUGIN, *options)
+    assert len(hypotheses(outcome)) == 40
+
+
+def test_interactive(corpus, checkpoint):
+    options = ["--path", checkpoint, "--cpu", "--max-len-b", "12", "-s", "de", "-t", "en"]
+    outcome = run_here(
+        "fairseq-interactive", corpus.translation, *PLUGIN, *options, stdin="w1 w2 w3\nw4 w5\n"
+    )
+    assert len(hypotheses(outcome)) == 2
+
+
+def test_validate(corpus, checkpoint):
+    options = ["--task", "translation", "--path", checkpoint, "--max-tokens", "400", "--cpu"]
+    outcome = run_here("fairseq-validate", corpus.translation, *PLUGIN, *options)
+    assert outcome.code == 0, outcome.output
+    assert outcome.lines("valid on 'valid' subset")
+
+
+def test_evaluation_of_a_language_model(corpus, tmp_path):
+    sizes = [o for o in usual_options() if o.startswith(("--arch", "--encoder-", "--decoder-"))]
+    base = [
+        *usual_options(*sizes, "--criterion", "--label-smoothing", "--disable-validation"),
+        *("--task", "language_modeling", "--arch", "transformer_lm", "--tokens-per-sample", "16"),
+        *("--decoder-layers", "1", "--decoder-embed-dim", "32", "--decoder-attention-heads", "2"),
+        *("--criterion", "cross_entropy"),
+    ]
+    # Otherwise fairseq leaves sentences out.
+    whole = ["--required-batch-size-multiple", "1"]
+    run = train_here(corpus.language_model, tmp_path, *GRADINIT, *whole, base=base)
+    require_gradinit_and_training(run, tmp_path)
+    path = tmp_path / "checkpoint_last.pt"
+    more = [*PLUGIN, "--path", path, "--gen-subset", "valid", "--cpu", "--max-tokens", "400"]
+    more += ["--tokens-per-sample", "16", *whole]
+    evaluated = run_here("fairseq-eval-lm", corpus.language_model, *more)
+    assert evaluated.code == 0, evaluated.output
+    (validation,) = re.findall(r"valid on 'valid' subset .*\| ppl (\S+)", run.output)
+    (perplexity,) = re.findall(r"Perplexity: (\S+)", evaluated.output)
+    assert float(perplexity) == pytest.approx(float(validation), rel=1e-3)
+    assert 2 < float(perplexity) < 100
+
+
+def test_help_shows_the_options_in_a_group_of_their_own(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    outcome = run_here("fairseq-train", *PLUGIN, "--help")
     assert outcome.code == 0
     _, _, group = outcome.output.partition("\nGradInit:\n")
     group = " ".join(group.partition("\n\n")[0].split())
@@ -94,79 +136,13 @@ def test_help_shows_the_options_in_a_group_of_their_own():
         assert text in group
 
 
-def test_resuming(corpus, folder, checkpoint):
-    more = ["--restore-file", checkpoint, "--max-update", "6"]
-    resumed = train(
-        corpus.translation, folder / "resumed", *PLUGIN, *GRADINIT, *ARCHITECTURE, *more
+@pytest.mark.slow
+def test_the_programs_and_a_fairseq_without_the_plugin_that_reads_the_checkpoint(corpus, tmp_path):
+    run = train(corpus.translation, tmp_path, *PLUGIN, *GRADINIT, *ARCHITECTURE)
+    require_gradinit_and_training(run, tmp_path)
+    options = ["--path", tmp_path / "checkpoint_last.pt", "--gen-subset", "valid", "--cpu"]
+    stock = run_command(
+        "fairseq-generate", corpus.translation, *options, "--max-len-b", "12", **STOCK_LOADS
     )
-    assert resumed.code == 0, resumed.output
-    assert len(resumed.lines("skipping GradInit")) == 1
-    assert len(resumed.updates) == 2
-
-
-def test_generate(corpus, checkpoint):
-    options = ["--path", checkpoint, "--gen-subset", "valid", "--cpu", "--max-len-b", "12"]
-    outcome = run_command("fairseq-generate", corpus.translation, *PLUGIN, *options)
-    assert outcome.code == 0, outcome.output
-    assert len([line for line in outcome.output.splitlines() if line.startswith("H-")]) == 40
-
-
-def test_interactive(corpus, checkpoint):
-    options = ["--path", checkpoint, "--cpu", "--max-len-b", "12"]
-    arguments = [corpus.translation, *PLUGIN, *options, "-s", "de", "-t", "en"]
-    outcome = run_command("fairseq-interactive", *arguments, stdin="w1 w2 w3\nw4 w5\n")
-    assert outcome.code == 0, outcome.output
-    assert len([line for line in outcome.output.splitlines() if line.startswith("H-")]) == 2
-
-
-def test_validate(corpus, checkpoint):
-    options = ["--task", "translation", "--path", checkpoint, "--max-tokens", "400", "--cpu"]
-    # In the clone, the user dir's name is also that of a folder.
-    outcome = run_command("fairseq-validate", corpus.translation, *PLUGIN, *options, cwd=ROOT)
-    assert outcome.code == 0, outcome.output
-    assert outcome.lines("valid on 'valid' subset")
-
-
-def test_a_fairseq_without_the_plugin_reads_the_checkpoint(corpus, folder, checkpoint):
-    options = ["--path", checkpoint, "--gen-subset", "valid", "--cpu", "--max-len-b", "12"]
-    stock = run_command("fairseq-generate", corpus.translation, *options, **STOCK_LOADS)
-    assert stock.code == 0, stock.output
-    assert "gradinit" not in stock.output.replace("'gradinit", "").replace(str(folder), "")
-    assert len([line for line in stock.output.splitlines() if line.startswith("H-")]) == 40
-
-
-def test_a_user_dir_of_ones_own_brings_the_plugin_along(corpus, folder):
-    options = [*OWN_USER_DIR, "--task", "task_registered_later", *GRADINIT]
-    outcome = train(corpus.translation, folder / "own", *options, "--max-update", "1")
-    assert outcome.code == 0, outcome.output
-    assert len(outcome.lines("| gradinit: ")) == 3
-
-
-def test_language_modelling_on_the_command_line(corpus, folder):
-    sizes = [o for o in usual_options() if o.startswith(("--arch", "--encoder-", "--decoder-"))]
-    base = [
-        *usual_options(*sizes, "--criterion", "--label-smoothing", "--disable-validation"),
-        *("--task", "language_modeling", "--arch", "transformer_lm", "--tokens-per-sample", "16"),
-        *("--decoder-layers", "1", "--decoder-embed-dim", "32", "--decoder-attention-heads", "2"),
-        *("--criterion", "cross_entropy"),
-    ]
-    # Otherwise fairseq leaves sentences out.
-    whole = ["--required-batch-size-multiple", "1"]
-    outcome = train(corpus.language_model, folder / "lm", *PLUGIN, *GRADINIT, *whole, base=base)
-    assert outcome.code == 0, outcome.output
-    assert len(outcome.lines("| gradinit: ")) == 3
-    path = folder / "lm" / "checkpoint_last.pt"
-    more = [*PLUGIN, "--path", path, "--gen-subset", "valid", "--cpu", "--max-tokens", "400"]
-    more += ["--tokens-per-sample", "16", *whole]
-    evaluated = run_command("fairseq-eval-lm", corpus.language_model, *more)
-    assert evaluated.code == 0, evaluated.output
-    (validation,) = re.findall(r"valid on 'valid' subset .*\| ppl (\S+)", outcome.output)
-    (perplexity,) = re.findall(r"Perplexity: (\S+)", evaluated.output)
-    assert float(perplexity) == pytest.approx(float(validation), rel=1e-3)
-    assert 2 < float(perplexity) < 100
-
-
-def test_gradinit_needs_the_plugin_to_be_named(corpus, folder):
-    outcome = train(corpus.translation, folder / "unnamed", "--gradinit")
-    assert outcome.code == 2
-    assert "unrecognized arguments: --gradinit" in outcome.output
+    assert len(hypotheses(stock)) == 40
+    assert "gradinit" not in stock.output.replace("'gradinit", "").replace(str(tmp_path), "")

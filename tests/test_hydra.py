@@ -69,9 +69,9 @@ def overrides(configuration: dict) -> list[str]:
     return found
 
 
-def hydra(*arguments: str, folder: Path, cwd: Path | str = "/", real: bool = False) -> Outcome:
+def hydra(*arguments: str, folder: Path, cwd: Path | str = "/") -> Outcome:
     words = [f"hydra.run.dir={folder}", *arguments]
-    return run_command("fairseq-hydra-train", *words, cwd=cwd, real=real)
+    return run_command("fairseq-hydra-train", *words, cwd=cwd)
 
 
 def check(outcome: Outcome, save_dir: Path) -> None:
@@ -251,7 +251,7 @@ def test_everything_in_a_file(corpus, tmp_path):
     document["task"] |= {"gradinit_centering": False, "gradinit_betas": [0.8, 0.95]}
     (tmp_path / "run.yaml").write_text("# @package _group_\n" + yaml.safe_dump(document))
     options = ["--config-dir", str(tmp_path), "--config-name", "run"]
-    outcome = hydra(*options, folder=tmp_path / "hydra", cwd=ROOT, real=True)
+    outcome = hydra(*options, folder=tmp_path / "hydra", cwd=ROOT)
     check(outcome, tmp_path / "save")
     assert "|betas:0.8,0.95|" in outcome.output
     assert "|centering:off|" in outcome.output

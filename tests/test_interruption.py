@@ -1,4 +1,4 @@
-"""fairseq-train, interrupted while it learns scales, goes on when it is given again."""
+"""fairseq-train, interrupted while it learns scales, resumes when given again."""
 
 from __future__ import annotations
 
@@ -10,44 +10,117 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import (
     BIN,
     ENVIRONMENT,
     GRADINIT,
     PLUGIN,
+    SCALES_ALONE,
     SHORT_TRAINING,
     SMALL_MODEL,
+    Corpus,
     Outcome,
-    warm_programs,
+    Training,
+    train_here,
 )
+
+from fairseq_gradinit.iteration_log import IterationLog
 
 ITERATIONS = 40
 
 
-def command(data: Path, save_dir: Path, *arguments: str, programs: Path = BIN) -> list[str]:
-    """What is interrupted is the program that a user starts."""
-    return [
-        *(str(programs / "fairseq-train"), str(data), *SMALL_MODEL, *SHORT_TRAINING, *PLUGIN),
-        *(*GRADINIT, "--gradinit-iterations", str(ITERATIONS), "--gradinit-save-interval", "4"),
-        *("--max-update", "2", "--save-dir", str(save_dir), *arguments),
+def read_scales(save_dir: Path) -> dict:
+    return json.loads((save_dir / "gradinit_scales.json").read_text())
+
+
+# ---- In this process.
+
+FEW = 6
+
+
+def train_few(corpus: Corpus, save_dir: Path, *arguments: str) -> Training:
+    return train_here(
+        corpus.translation,
+        *(save_dir, *GRADINIT, "--gradinit-iterations", FEW, "--gradinit-save-interval", "2"),
+        *("--encoder-layers", "1", "--decoder-layers", "1", "--max-update", "2", *arguments),
+    )
+
+
+@pytest.fixture(scope="module")
+def unbroken(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Training]:
+    folder = tmp_path_factory.mktemp("unbroken")
+    run = train_few(corpus, folder)
+    assert run.code == 0, run.output
+    return read_scales(folder), run
+
+
+@pytest.fixture
+def interrupt_here(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Send a signal to a training when three iterations have been logged."""
+
+    def interrupt(number: int, *arguments: str) -> Training:
+        write = IterationLog.write
+
+        def write_and_signal(log, iteration) -> None:
+            write(log, iteration)
+            if iteration.index == 3:
+                signal.raise_signal(number)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(IterationLog, "write", write_and_signal)
+            return train_few(corpus, tmp_path, *arguments)
+
+    return interrupt
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_learning_and_the_same_command_resumes_it(
+    interrupt_here, number, corpus, tmp_path, unbroken
+):
+    broken = interrupt_here(number)
+    assert broken.code == 128 + number
+    (line,) = broken.lines("GradInit stopped after iteration ")
+    assert f", by {signal.Signals(number).name}: the same command goes on from there" in line
+    assert not (tmp_path / "gradinit_scales.json").exists()
+    whole = train_few(corpus, tmp_path)
+    assert whole.code == 0, whole.output
+    assert len(whole.lines(f"of {FEW}, from {tmp_path / 'gradinit_state.json'}")) == 1
+    scales, run = unbroken
+    assert read_scales(tmp_path) == scales
+    assert whole.updates == run.updates
+    assert all(torch.equal(tensor, whole.weights[name]) for name, tensor in run.weights.items())
+
+
+def test_without_a_state_a_stop_says_that_nothing_is_saved(interrupt_here, tmp_path):
+    run = interrupt_here(signal.SIGTERM, "--gradinit-save-interval", "0", *SCALES_ALONE)
+    assert run.code == 128 + signal.SIGTERM
+    assert run.lines("nothing is saved, as --gradinit-save-interval 0 asks")
+    assert not (tmp_path / "gradinit_state.json").exists()
+
+
+# ---- The program.
+
+
+def start(data: Path, save_dir: Path) -> subprocess.Popen:
+    words = [
+        *(BIN / "fairseq-train", data, *SMALL_MODEL, *SHORT_TRAINING, *PLUGIN, *GRADINIT),
+        *("--gradinit-iterations", str(ITERATIONS), "--gradinit-save-interval", "4"),
+        *("--max-update", "2", "--save-dir", save_dir),
     ]
-
-
-def start(words: list[str], save_dir: Path) -> subprocess.Popen:
     save_dir.mkdir(exist_ok=True)
     with (save_dir / "log").open("a") as log:
         return subprocess.Popen(words, stdout=log, stderr=log, env={**os.environ, **ENVIRONMENT})
 
 
-def finish(data: Path, save_dir: Path, *arguments: str) -> Outcome:
-    words = command(data, save_dir, *arguments, programs=warm_programs())
-    code = start(words, save_dir).wait(timeout=300)
+def finish(data: Path, save_dir: Path) -> Outcome:
+    code = start(data, save_dir).wait(timeout=300)
     return Outcome(code, (save_dir / "log").read_text())
 
 
-def interrupt(data: Path, save_dir: Path, number: int, *arguments: str) -> Outcome:
+def interrupt(data: Path, save_dir: Path, number: int) -> Outcome:
     """Send a signal when the state has been saved at least twice."""
-    process = start(command(data, save_dir, *arguments), save_dir)
+    process = start(data, save_dir)
     state = save_dir / "gradinit_state.json"
     while not state.exists() or len(json.loads(state.read_text())["state"]["history"]) < 8:
         assert process.poll() is None, (save_dir / "log").read_text()
@@ -58,59 +131,19 @@ def interrupt(data: Path, save_dir: Path, number: int, *arguments: str) -> Outco
 
 
 def learned(save_dir: Path) -> dict:
-    document = json.loads((save_dir / "gradinit_scales.json").read_text())
+    document = read_scales(save_dir)
     assert len(document["history"]) == ITERATIONS
     return document
 
 
-@pytest.fixture(scope="module")
-def unbroken(corpus, tmp_path_factory) -> tuple[dict, list[str]]:
-    folder = tmp_path_factory.mktemp("unbroken")
-    outcome = finish(corpus.translation, folder)
-    assert outcome.code == 0, outcome.output
-    return learned(folder), outcome.updates
-
-
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_an_interrupted_run_ends_with_the_scales_of_an_unbroken_one(
-    number, corpus, tmp_path, unbroken
-):
-    broken = interrupt(corpus.translation, tmp_path, number)
-    assert not (tmp_path / "gradinit_scales.json").exists()
+@pytest.mark.slow
+def test_the_program_stops_at_a_signal_and_resumes(corpus, tmp_path):
+    broken = interrupt(corpus.translation, tmp_path, signal.SIGTERM)
+    assert broken.code == 128 + signal.SIGTERM
+    assert broken.lines("GradInit stopped after iteration ")
     assert "Traceback" not in broken.output
-    if number == signal.SIGKILL:
-        assert broken.code == -signal.SIGKILL
-    else:
-        assert broken.code == 128 + number
-        (line,) = broken.lines("GradInit stopped after iteration ")
-        assert f", by {signal.Signals(number).name}: the same command goes on from there" in line
     whole = finish(corpus.translation, tmp_path)
     assert whole.code == 0, whole.output
     assert len(whole.lines(f"of {ITERATIONS}, from {tmp_path / 'gradinit_state.json'}")) == 1
-    scales, updates = unbroken
-    assert learned(tmp_path) == scales
-    assert whole.updates == updates
-
-
-def test_a_torn_state_is_named_and_learning_begins_anew(corpus, tmp_path, unbroken):
-    interrupt(corpus.translation, tmp_path, signal.SIGKILL)
-    state = tmp_path / "gradinit_state.json"
-    state.write_text(state.read_text()[:-100])
-    whole = finish(corpus.translation, tmp_path)
-    assert whole.code == 0, whole.output
-    (line,) = whole.lines("begins anew")
-    assert f"WARNING | fairseq_gradinit.state | {state} is damaged" in line
-    assert learned(tmp_path) == unbroken[0]
-
-
-def test_without_a_state_a_stop_says_that_nothing_is_saved(corpus, tmp_path):
-    words = command(corpus.translation, tmp_path, "--gradinit-save-interval", "0")
-    process = start(words, tmp_path)
-    log = tmp_path / "log"
-    while "gradinit:" not in log.read_text():
-        assert process.poll() is None, log.read_text()
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=300) == 128 + signal.SIGTERM
-    assert "nothing is saved, as --gradinit-save-interval 0 asks" in log.read_text()
-    assert not (tmp_path / "gradinit_state.json").exists()
+    assert len(whole.updates) == 2
+    learned(tmp_path)

@@ -1,40 +1,49 @@
-"""Several processes learn what one process learns on all of their data."""
+"""Several processes learn what one process learns on all of their data.
+
+Threads are the processes, except in the slow tests: these start programs, which meet over gloo.
+"""
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import json
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import math
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import GRADINIT, PLUGIN, Outcome, run_command, train_here, usual_options
+from conftest import BIN, ENVIRONMENT, GRADINIT, PLUGIN, ROOT, Outcome, run_command, usual_options
+from rank import draw_pairs, learn, make_learner, model_and_loss
+from tiny import SPOILERS, in_ranks
+
+from fairseq_gradinit.blocks import collect_blocks
+from fairseq_gradinit.config import GradInitConfig
+from fairseq_gradinit.engine import BatchPair, learn_scales
+from fairseq_gradinit.errors import GradInitError, GradInitStopped
+from fairseq_gradinit.processes import OneProcess, Processes
+from fairseq_gradinit.quiet import quiet
+from fairseq_gradinit.state import StateFile, _digest
 
 RANK = Path(__file__).with_name("rank.py")
 
-
-def run_ranks(scenario: str, processes: int, folder: Path, real: bool = False) -> list:
-    """What each of several processes came to, by torchrun and gloo."""
-    words = ("--standalone", "--nproc-per-node", processes, RANK, scenario, folder)
-    done = run_command("torchrun", *words, real=real)
-    files = [folder / f"{rank}.json" for rank in range(processes)]
-    assert done.code == 0, done.output
-    return [json.loads(file.read_text()) for file in files if file.exists()]
+# ---- The engine.
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory) -> dict:
-    folder = tmp_path_factory.mktemp("alone")
-    done = run_command("python", RANK, "learn", folder)
-    assert done.code == 0, done.output
-    return json.loads((folder / "0.json").read_text())
+def alone() -> dict[str, list]:
+    return learn(OneProcess())
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_processes_agree_with_one_on_all_the_data(processes, alone, tmp_path):
-    """Also when the shares differ in size, and when the third of three processes has none."""
-    together = run_ranks("learn", processes, tmp_path)
+def require_same_scales(together: Sequence[dict[str, list]], alone: dict[str, list]) -> None:
+    """Of every kind of run that `learn` has."""
     assert all(found == together[0] for found in together)
     assert together[0].keys() == alone.keys()
     for name, (scales, losses, kinds) in together[0].items():
@@ -50,93 +59,240 @@ def test_processes_agree_with_one_on_all_the_data(processes, alone, tmp_path):
     assert "constraint" in alone["constraint, differences"][2]
 
 
-def test_processes_that_start_apart_are_told_so(tmp_path):
-    for message in run_ranks("other_weights", 2, tmp_path, real=True):
-        assert "the processes have different initial weights, first for 0.weight" in message
+@pytest.mark.parametrize("count", [2, 3])
+def test_processes_agree_with_one_on_all_the_data(count, alone):
+    """Also when the shares differ in size, and when the third of three processes has none."""
+    require_same_scales(in_ranks(count, learn), alone)
 
 
-def test_processes_with_other_settings_are_told_so(tmp_path):
-    for message in run_ranks("other_settings", 2, tmp_path):
-        assert "the processes have different scales, first for 0.weight" in message
+@pytest.mark.slow
+def test_processes_over_gloo_agree_with_one(alone, tmp_path):
+    words = ("--standalone", "--nproc-per-node", 2, RANK, tmp_path)
+    done = run_command("torchrun", *words)
+    assert done.code == 0, done.output
+    require_same_scales(
+        [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)], alone
+    )
 
 
-def test_a_process_that_ends_stops_the_others_with_a_sentence(tmp_path):
-    found = run_ranks("one_ends", 3, tmp_path)
-    assert len(found) == 2
-    for rank, message in enumerate(found):
-        assert f"process {rank} of 3 lost the others in all_reduce: one of them has " in message
+def test_other_initial_weights_are_an_error():
+    def start(processes: Processes) -> None:
+        make_learner(processes, {}, seed=3 + processes.rank)
+
+    with pytest.raises(GradInitError, match=r"different initial weights, first for 0\.weight"):
+        in_ranks(2, start)
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_what_is_not_finite_in_one_process_is_skipped_by_all(processes, tmp_path):
-    """A loss or a gradient, at S and after the trial step; too many are the same error in all."""
-    together = run_ranks("not_finite", processes, tmp_path)
-    assert len(together) == processes
-    assert all(found == together[0] for found in together)
-    errors = [found for found in together[0] if isinstance(found, str)]
-    learned = [found for found in together[0] if not isinstance(found, str)]
-    assert len(errors) == 3
-    assert len(learned) == 6
-    for scales, expected, skipped in learned:
-        assert scales == expected
-        assert skipped == 1
-    for message in errors:
-        assert "in GradInit iteration 1, and 1 batches are more than may be skipped" in message
+def test_other_settings_are_an_error():
+    def run(processes: Processes) -> None:
+        learner = make_learner(processes, {"lr": 0.01 * (1 + processes.rank)})
+        for pair in draw_pairs(processes):
+            learner.step(pair)
+
+    with pytest.raises(GradInitError, match=r"different scales, first for 0\.weight"):
+        in_ranks(2, run)
 
 
-def test_processes_stop_together_and_go_on_together(tmp_path):
-    found = run_ranks("stop_and_go_on", 2, tmp_path)
-    for rank, (message, resumed, unbroken, has_file, anew) in enumerate(found):
-        assert message == "GradInit stopped after iteration 2"
-        assert resumed == unbroken == anew
-        assert has_file == (rank == 0)
+@pytest.mark.parametrize("kind", SPOILERS)
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_batch_that_is_not_finite_in_one_process_is_skipped_by_all(count, kind):
+    """At S and after the trial step; too many are the same error in all."""
+
+    def run(
+        processes: Processes, pairs: list[BatchPair], spoiled: int | None, max_skipped: int = 1
+    ) -> tuple[dict[str, float], int]:
+        model, loss_of = model_and_loss()
+        calls = itertools.count()
+
+        def loss(rows: torch.Tensor) -> tuple[torch.Tensor, int]:
+            value, size = loss_of(rows)
+            if next(calls) == spoiled and processes.rank == processes.count - 1:
+                value = SPOILERS[kind](value, model[0].bias)
+            return value, size
+
+        config = GradInitConfig(eta=0.05, iterations=3, max_skipped=max_skipped)
+        with quiet(model):
+            blocks = collect_blocks({"": model}, "fixed")
+            found = learn_scales(blocks, loss, pairs, config, processes=processes)
+        return found.scale_of, found.skipped
+
+    def without(processes: Processes) -> tuple[dict[str, float], int]:
+        return run(processes, draw_pairs(processes)[1:], None)
+
+    expected, _ = in_ranks(count, without)[0]
+    for first in (True, False):
+
+        def spoilt(processes: Processes, first: bool = first) -> tuple[dict[str, float], int]:
+            pairs = draw_pairs(processes)
+            return run(processes, pairs, 0 if first else len(pairs[0].first))
+
+        assert in_ranks(count, spoilt) == [(expected, 1)] * count
+
+    def refused(processes: Processes) -> str:
+        with pytest.raises(GradInitError) as raised:
+            run(processes, draw_pairs(processes), 0, max_skipped=0)
+        return str(raised.value)
+
+    (message,) = set(in_ranks(count, refused))
+    assert "in GradInit iteration 1, and 1 batches are more than may be skipped" in message
+
+
+def test_processes_stop_together_and_resume_together(tmp_path):
+    """One alone is asked to stop; only rank 0 has the state, and a damaged one is no state."""
+
+    def whole(processes: Processes, path: Path | None = None, stop=lambda: False):
+        model, loss = model_and_loss()
+        config = GradInitConfig(eta=0.05, iterations=4)
+        with quiet(model):
+            blocks = collect_blocks({"": model}, "fixed")
+            state = None if path is None else StateFile(path, processes=processes)
+            pairs = draw_pairs(processes)
+            return learn_scales(
+                blocks, loss, pairs, config, processes=processes, state_file=state, stop=stop
+            ).scale_of
+
+    def path_of(processes: Processes) -> Path:
+        return tmp_path / f"state.{processes.rank}"
+
+    def stopped(processes: Processes) -> str:
+        answers = iter([False, processes.rank == 1, False, False])
+        with pytest.raises(GradInitStopped) as raised:
+            whole(processes, path_of(processes), lambda: next(answers))
+        return str(raised.value)
+
+    def resumed(processes: Processes) -> dict[str, float]:
+        return whole(processes, path_of(processes))
+
+    assert in_ranks(2, stopped) == ["GradInit stopped after iteration 2"] * 2
+    unbroken = in_ranks(2, whole)
+    assert in_ranks(2, resumed) == unbroken
+    (state,) = tmp_path.iterdir()
+    assert state.name == "state.0"
+    document = json.loads(state.read_text())
+    document["state"]["scales"][0] = math.nan
+    body = {name: document[name] for name in ("identity", "state")}
+    state.write_text(json.dumps({**document, "digest": _digest(body)}))
+    assert in_ranks(2, resumed) == unbroken
+
+
+# ---- Two ranks of fairseq-train.
+
+ITERATIONS = 7
+LEARNING = [
+    *GRADINIT,
+    *("--gradinit-iterations", str(ITERATIONS), "--gradinit-save-interval", "1"),
+    *("--encoder-layers", "1", "--decoder-layers", "1"),
+]
+FAULTY = ["--user-dir", str(ROOT / "tests" / "faulty_user_dir")]
 
 
 def train_on_two_ranks(
-    data: Path, save_dir: Path, *arguments: object, how: Sequence[str] = GRADINIT
+    data: Path,
+    save_dir: Path,
+    *arguments: object,
+    how: Sequence[str] = LEARNING,
+    harm: Mapping[str, str] | None = None,
 ) -> list[Outcome]:
-    """fairseq-train as two processes; fairseq itself starts them only where there are GPUs."""
+    """fairseq-train as two processes; fairseq itself starts them only where there are GPUs.
+
+    Args:
+        harm: what the environment of rank 1 has in addition, see faulty_user_dir. If it is
+            stopped, it continues when rank 0 has ended.
+    """
     save_dir.mkdir(parents=True, exist_ok=True)
-    base = usual_options("--max-update")
+    # A file of an earlier run would mislead them.
+    (save_dir / "rendezvous").unlink(missing_ok=True)
+    logs = [save_dir / f"log.{rank}" for rank in range(2)]
+    with ExitStack() as stack:
+        ranks = [
+            subprocess.Popen(
+                [
+                    *(BIN / "fairseq-train", data, *usual_options("--max-update"), *PLUGIN, *how),
+                    *("--save-dir", save_dir, "--max-update", "2"),
+                    *("--distributed-world-size", "2", "--distributed-rank", str(rank)),
+                    *("--distributed-init-method", f"file://{save_dir}/rendezvous"),
+                    *("--distributed-no-spawn", "--distributed-backend", "gloo"),
+                    # Another name of legacy_ddp; pytorch_ddp, also called c10d, needs devices.
+                    *("--ddp-backend", "no_c10d", *arguments),
+                ],
+                **{"stdout": stack.enter_context(log.open("w")), "stderr": subprocess.STDOUT},
+                env={**os.environ, **ENVIRONMENT, **((harm or {}) if rank == 1 else {})},
+                cwd="/",
+            )
+            for rank, log in enumerate(logs)
+        ]
+        try:
+            ranks[0].wait(timeout=600)
+            deadline = time.monotonic() + 600
+            while ranks[1].poll() is None and time.monotonic() < deadline:
+                ranks[1].send_signal(signal.SIGCONT)
+                time.sleep(0.1)
+        finally:
+            for rank in ranks:
+                rank.kill()
+    return [Outcome(rank.wait(), log.read_text()) for rank, log in zip(ranks, logs, strict=True)]
 
-    def rank(number: int) -> Outcome:
-        return run_command(
-            "fairseq-train",
-            *(data, *base, *PLUGIN, *how, "--save-dir", save_dir, "--max-update", "2"),
-            *("--distributed-world-size", "2", "--distributed-rank", number),
-            *("--distributed-init-method", f"file://{save_dir}/rendezvous"),
-            *("--distributed-no-spawn", "--distributed-backend", "gloo"),
-            # Another name of legacy_ddp; pytorch_ddp, also called c10d, needs devices.
-            *("--ddp-backend", "no_c10d", *arguments),
-        )
 
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(rank, range(2)))
+def read_scales(save_dir: Path) -> dict:
+    return json.loads((save_dir / "gradinit_scales.json").read_text())
 
 
-def read_scales(save_dir: Path) -> torch.Tensor:
-    document = json.loads((save_dir / "gradinit_scales.json").read_text())
-    return torch.tensor([block["scale"] for block in document["blocks"]], dtype=torch.float64)
+def weights(save_dir: Path) -> dict[str, torch.Tensor]:
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(save_dir / "checkpoint_last.pt", weights_only=True)["model"]
 
 
-def test_two_ranks_of_fairseq_learn_what_one_learns_with_twice_the_micro_batches(corpus, tmp_path):
-    two = train_on_two_ranks(corpus.translation, tmp_path / "two")
-    assert [outcome.code for outcome in two] == [0, 0], two[0].output + two[1].output
-    assert len(two[0].updates) == 2
-    one = train_here(
-        corpus.translation,
-        *(tmp_path / "one", *GRADINIT, "--update-freq", "2", "--max-update", "2"),
+@pytest.fixture(scope="module")
+def two(corpus, tmp_path_factory) -> tuple[Path, list[Outcome]]:
+    """Two ranks that nothing happens to."""
+    folder = tmp_path_factory.mktemp("two")
+    ranks = train_on_two_ranks(corpus.translation, folder)
+    assert [outcome.code for outcome in ranks] == [0, 0], ranks[0].output + ranks[1].output
+    return folder, ranks
+
+
+@pytest.mark.slow
+def test_two_ranks_of_fairseq_learn_what_one_learns_with_twice_the_micro_batches(
+    corpus, two, tmp_path
+):
+    folder, ranks = two
+    assert len(ranks[0].updates) == 2
+    one = run_command(
+        "fairseq-train",
+        *(corpus.translation, *usual_options("--max-update"), *PLUGIN, *LEARNING),
+        *("--save-dir", tmp_path, "--update-freq", "2", "--max-update", "2"),
     )
     assert one.code == 0, one.output
-    torch.testing.assert_close(
-        read_scales(tmp_path / "two"), read_scales(tmp_path / "one"), rtol=1e-4, atol=1e-4
+    found, expected = (
+        torch.tensor([block["scale"] for block in read_scales(path)["blocks"]])
+        for path in (folder, tmp_path)
     )
-    assert "|micro-batches:1|processes:2|" in two[0].output
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert "|micro-batches:1|processes:2|" in ranks[0].output
     assert "|micro-batches:2|processes:1|" in one.output
 
 
-def test_a_mistake_on_two_ranks_is_one_sentence_of_each(corpus, tmp_path):
-    for outcome in train_on_two_ranks(
-        corpus.translation, tmp_path, "--gradinit-max-tokens", "100000"
-    ):
-        assert "(400 sentences) fill only 1 GradInit batch(es)" in outcome.error()
+@pytest.mark.slow
+def test_a_rank_killed_or_stalled_ends_both_and_the_same_command_resumes(corpus, two, tmp_path):
+    """To the scales and the checkpoint of a run that nothing happened to.
+
+    Before the iterations there are 7 collectives, or 8 if there is a state; each has 5 more.
+    """
+    for harm, code in (({"KILLED_AT": "20"}, -signal.SIGKILL), ({"STOPPED_AT": "20"}, 1)):
+        good, bad = train_on_two_ranks(corpus.translation, tmp_path, *FAULTY, harm=harm)
+        assert (good.code, bad.code) == (1, code), good.output + bad.output
+        assert "process 0 of 2 lost the others in all_reduce: " in good.error()
+        assert not (tmp_path / "gradinit_scales.json").exists()
+    assert "process 1 of 2 lost the others in all_reduce: " in bad.error()
+    assert "Timed out waiting 5000ms" in good.error()
+    ended = train_on_two_ranks(corpus.translation, tmp_path)
+    assert [rank.code for rank in ended] == [0, 0], ended[0].output + ended[1].output
+    (line,) = ended[0].lines("going on after iteration ")
+    assert 3 < int(re.search(r"iteration (\d+) of", line)[1]) < ITERATIONS
+    folder, ranks = two
+    assert ended[0].updates == ranks[0].updates
+    assert read_scales(tmp_path) == read_scales(folder)
+    assert len(read_scales(tmp_path)["history"]) == ITERATIONS
+    found, expected = weights(tmp_path), weights(folder)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
