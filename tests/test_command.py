@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import runpy
 import subprocess
 import sys
+import tomllib
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from unittest import mock
 
 import pytest
 from conftest import ROOT
@@ -446,7 +445,6 @@ def test_the_package_is_the_program(kept) -> None:
 
 
 def test_the_entry_point_leads_to_the_program() -> None:
-    with mock.patch("setuptools.setup") as setup:
-        runpy.run_path(str(ROOT / "setup.py"))
-    (script,) = setup.call_args.kwargs["entry_points"]["console_scripts"]
-    assert script == f"{command.PROGRAM} = {command.main.__module__}:{command.main.__name__}"
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    expected = {command.PROGRAM: f"{command.main.__module__}:{command.main.__name__}"}
+    assert project["scripts"] == expected
