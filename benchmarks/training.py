@@ -141,7 +141,6 @@ VARIANTS = {
     "encoder branches learned": ("--gradinit-encoder-branches", "1"),
     "neither": ("--gradinit-centering", "off", "--gradinit-encoder-branches", "1"),
     "scales not learned": ("--gradinit-iterations", "1", "--gradinit-lr", "1e-9"),
-    "five trial steps": ("--gradinit-trial-steps", "5"),
     "norm gains learned": ("--gradinit-norm-gains", "learned"),
     "eta 3 lr": ("--gradinit-eta", f"{3 * MULTI30K.lr:g}"),
     "paper preset": ("--gradinit-preset", "paper"),

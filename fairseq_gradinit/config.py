@@ -27,20 +27,12 @@ class GradInitConfig:
     """Settings of the optimisation of the scales (Zhu et al. 2021, section 3 and algorithm 1).
 
     Attributes:
-        eta: length of a trial step, in units of the training learning rate.
-        target: optimizer whose first step the scales are learned for. `adam` steps along
-            g / (|g| + eps) and bounds the l1 norm of the gradient, `sgd` steps along g and bounds
-            the l2 norm, `sgd-normalized` steps along g / ||g||_2.
-        eps: epsilon of Adam as it acts in the first step; 0 makes the step sign(g).
-        clip_norm: bound on the l2 norm of the gradient that `sgd`, or a trial of several steps,
-            steps along; `math.inf` for none.
-        through_step: differentiate the direction of the trial step too, which costs a
-            second-order product in every iteration. Without it the direction counts as constant:
-            exact for sign(g), and the paper's choice for SGD.
-        trial_steps: how many steps the trial has. One step goes along A[g], see `target`; several
-            are steps of the optimizer that the learner is given, one batch each, with eta as
-            their learning rate. The objective then is the mean of the losses after each step, and
-            the way to the last weights counts as constant in its derivative.
+        eta: length of the trial step, in units of the training learning rate.
+        target: optimizer whose first step the scales are learned for. `adam` steps along sign(g)
+            and bounds the l1 norm of the gradient, `sgd` steps along g and bounds the l2 norm,
+            `sgd-normalized` steps along g / ||g||_2. The direction counts as constant in the
+            derivative: exact for sign(g), and the paper's choice for SGD.
+        clip_norm: bound on the l2 norm of the gradient that `sgd` steps along; `math.inf` for none.
         gamma: bound on the gradient norm; `math.inf` switches the constraint off.
         iterations: number of scale updates.
         lr: learning rate of Adam on the scales (tau in the paper), in units of a scale.
@@ -64,12 +56,9 @@ class GradInitConfig:
 
     eta: float
     target: TargetName = "adam"
-    eps: float = 0.0
     clip_norm: float = math.inf
-    through_step: bool = False
-    trial_steps: int = 1
     gamma: float = math.inf
-    iterations: int = 120
+    iterations: int = 60
     lr: float = 1e-2
     betas: tuple[float, float] = (0.9, 0.98)
     min_scale: float = 0.2
@@ -88,18 +77,10 @@ class GradInitConfig:
         _require_one_of("precision", self.precision, PRECISION_NAMES)
         if self.iterations < 1:
             raise GradInitError(f"iterations must be at least 1, not {self.iterations}")
-        if self.trial_steps < 1:
-            raise GradInitError(f"trial-steps must be at least 1, not {self.trial_steps}")
-        if self.trial_steps > 1 and self.through_step:
-            raise GradInitError(
-                "through-step is for a trial of one step: leave it out, or set trial-steps to 1"
-            )
         _require_positive("eta", self.eta)
         _require_positive("lr", self.lr)
         _require_positive("gamma", self.gamma, infinite="to switch the norm constraint off")
         _require_positive("clip-norm", self.clip_norm, infinite="for no clipping")
-        if not 0.0 <= self.eps < math.inf:
-            raise GradInitError(f"Adam's eps must be a number of at least 0, not {self.eps}")
         if self.max_skipped < 0:
             raise GradInitError(f"max-skipped must be at least 0, not {self.max_skipped}")
         if len(self.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in self.betas):
@@ -121,11 +102,6 @@ class GradInitConfig:
     def norm_order(self) -> int:
         """Order p of the gradient norm: 1 for Adam, 2 for SGD (section 3.2)."""
         return 1 if self.target == "adam" else 2
-
-    @property
-    def constant_step(self) -> bool:
-        """Whether the direction of the trial step has derivative 0, as sign(g) has."""
-        return self.target == "adam" and self.eps == 0.0
 
     @property
     def clips(self) -> bool:

@@ -46,8 +46,7 @@ class PairedBatches:
     """Endless pairs S, S~ that share half of their sentences (paper, section 3.3).
 
     Every batch of about `max_tokens` tokens is shuffled and cut in thirds A, B, C: S = A + B and
-    S~ = B + C, two thirds of the batch each. A trial of several steps takes a batch for each: the S
-    of all of them, and the S~ of the last.
+    S~ = B + C, two thirds of the batch each.
 
     Args:
         trainer: fairseq's trainer, with the training data loaded.
@@ -56,7 +55,6 @@ class PairedBatches:
         micro_batches: micro-batches in each of S and S~ (the run's --update-freq). Of these each
             data-parallel process gets so many, no two the same: R processes with u of them draw
             what one process with R u of them would.
-        trial_steps: see `GradInitConfig`.
 
     Raises:
         GradInitError: the data do not give enough batches of three sentences or more.
@@ -68,14 +66,12 @@ class PairedBatches:
         max_tokens: int | None,
         max_sentences: int | None,
         micro_batches: int,
-        trial_steps: int = 1,
     ) -> None:
         cfg = trainer.cfg
         self._dataset = trainer.task.dataset(cfg.dataset.train_subset)
         self._processes = trainer.data_parallel_world_size
         self._rank = trainer.data_parallel_rank
         self._drawn = micro_batches * self._processes
-        self._trial_steps = trial_steps
         self._seed = cfg.common.seed + SEED_OFFSET
         self._cuda, self._device = trainer.cuda, trainer.device
         self._digest = hashlib.blake2b(digest_size=4)
@@ -117,10 +113,10 @@ class PairedBatches:
             return drawn[self._rank :: self._processes]
 
         while True:
-            orders = [draw() for _ in range(self._trial_steps)]
-            steps = [[self._drawn_batch(_first(order)) for order in step] for step in orders]
-            second = [self._drawn_batch(_second(order)) for order in orders[-1]]
-            yield BatchPair(steps[0], second, between=steps[1:])
+            orders = draw()
+            first = [self._drawn_batch(_first(order)) for order in orders]
+            second = [self._drawn_batch(_second(order)) for order in orders]
+            yield BatchPair(first, second)
 
     def sentences(self, count: int) -> list[MicroBatch]:
         """`count` sentences; those of equal shapes share batches, so that none needs padding.

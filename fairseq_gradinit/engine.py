@@ -10,8 +10,6 @@ and Efficient Training" (NeurIPS 2021, arXiv:2102.08098):
 An iteration first takes the first-order gradient g_m. Only when its norm exceeds gamma does it pay
 for a second-order product, to descend the norm; otherwise it takes the trial step, and descends
 the loss after it.
-
-The trial may have several steps, which the paper's has not: see `GradInitConfig.trial_steps`.
 """
 
 from __future__ import annotations
@@ -29,14 +27,13 @@ from torch import Tensor
 from fairseq_gradinit.blocks import Block, base_weights, fingerprint, set_weights
 from fairseq_gradinit.config import GradInitConfig, SecondOrder
 from fairseq_gradinit.errors import GradInitError, GradInitStopped
-from fairseq_gradinit.first_step import first_step, global_norm, norm_direction, through_first_step
+from fairseq_gradinit.first_step import first_step, global_norm, norm_direction
 from fairseq_gradinit.gradients import Halve, LossFunction, LossGradients, MeanGradient
 from fairseq_gradinit.history import KINDS, Iteration, IterationKind
 from fairseq_gradinit.processes import OneProcess, Processes
 from fairseq_gradinit.quiet import seed_everything
 from fairseq_gradinit.second_order import HessianProducts, agree
 from fairseq_gradinit.state import LearnerState, Moments, StateFile
-from fairseq_gradinit.training_steps import MakeOptimizer, TrainingSteps
 
 logger = logging.getLogger(__name__)
 
@@ -49,15 +46,12 @@ class BatchPair:
     noise, identical ones overfit the step (section 3.3). A process may have no micro-batches.
 
     Attributes:
-        first: S, whose gradient makes the first step of the trial.
-        second: S~, on which the loss after the last step is taken.
-        between: the batches of the other steps of a trial of several. The loss on each of them
-            counts too, before it is stepped on.
+        first: S, whose gradient makes the trial step.
+        second: S~, on which the loss after it is taken.
     """
 
     first: Sequence[Any]
     second: Sequence[Any]
-    between: Sequence[Sequence[Any]] = ()
 
 
 @dataclass(frozen=True)
@@ -110,7 +104,6 @@ class ScaleLearner:
         config: the settings.
         processes: those that share each batch, every one of them with a learner of its own.
         halve: how to cut a batch that does not fit in the memory of a GPU.
-        optimizer: makes the steps of a trial of several; not needed for one.
 
     Attributes:
         scales: of the learned blocks, shape (learned blocks,), float64.
@@ -120,8 +113,7 @@ class ScaleLearner:
         first_loss: loss of the first batch of all, at the initial weights; None if not finite.
 
     Raises:
-        GradInitError: the processes hold different weights, or a trial of several steps has no
-            optimizer.
+        GradInitError: the processes hold different weights.
     """
 
     def __init__(
@@ -131,7 +123,6 @@ class ScaleLearner:
         config: GradInitConfig,
         processes: Processes | None = None,
         halve: Halve | None = None,
-        optimizer: MakeOptimizer | None = None,
     ) -> None:
         self.blocks = blocks
         self.config = config
@@ -168,14 +159,6 @@ class ScaleLearner:
             self._parameters, self._gradients, self._processes, config.precision
         )
         self._second_order = config.second_order
-        self._steps: TrainingSteps | None = None
-        if config.trial_steps > 1:
-            if optimizer is None:
-                raise GradInitError(
-                    f"a trial of {config.trial_steps} steps needs the optimizer that makes them"
-                )
-            parameters = [block.parameter for block in blocks]
-            self._steps = TrainingSteps(parameters, optimizer, config.eta, config.clip_norm)
         self._last_kind: IterationKind | None = None
         self._pending: _Pending | None = None
         sums = torch.stack([self._base[i].double().sum() for i in self._learned])
@@ -267,10 +250,7 @@ class ScaleLearner:
             by_scales = self._constraint(pair.first, first, norm)
             return ScaleGradient("constraint", by_scales, loss, None, norm_value)
         first.graph.clear()
-        if self._steps is None:
-            by_scales, trial_loss = self._objective(pair, first)
-        else:
-            by_scales, trial_loss = self._objective_of_several(pair, first, self._steps)
+        by_scales, trial_loss = self._objective(pair.second, first)
         return ScaleGradient("objective", by_scales, loss, trial_loss, norm_value)
 
     def agree_to_stop(self, stop: bool) -> bool:
@@ -379,59 +359,22 @@ class ScaleLearner:
         """
         return self._second_order == "exact" and self._last_kind == "constraint"
 
-    def _objective(self, pair: BatchPair, first: MeanGradient) -> tuple[Tensor, Tensor]:
-        """d L(S~; theta_m - eta A[g_m]) / dm_i over eta, and L(S~) there."""
-        eta = self.config.eta
-        through = self.config.through_step and not self.config.constant_step
-        self._move(first, keep=through)
-        second = self._gradients.of_mean(pair.second)
+    def _objective(self, batches: Sequence[Any], first: MeanGradient) -> tuple[Tensor, Tensor]:
+        """d L(S~; theta_m - eta A[g_m]) / dm_i over eta, and L(S~) there; A[g_m] is a constant."""
+        with torch.no_grad():
+            step = first_step(first.by_parameter, self.config)
+            torch._foreach_add_(self._parameters, step, alpha=-self.config.eta)
+        # They are as large as the model.
+        first.by_parameter.clear()
+        del step
+        second = self._gradients.of_mean(batches)
         by_scales = self._dot_base(second.by_parameter)
         set_weights(self.blocks, self._base, self.scales)
-        if through:
-            # <u, dA[g_m]/dm_i> = <H J^T u, W_i>, for u the gradient after the step.
-            self._processes.sum_(second.by_parameter)
-            vector = through_first_step(first.by_parameter, second.by_parameter, self.config)
-            second.by_parameter.clear()
-            by_scales -= eta * self._product_dot_base(pair.first, first, vector)
-        return by_scales / eta, second.loss
-
-    def _objective_of_several(
-        self, pair: BatchPair, first: MeanGradient, make_step: TrainingSteps
-    ) -> tuple[Tensor, Tensor]:
-        """The same for the mean of the losses after each of several steps, and that mean."""
-        by_scales = torch.zeros_like(self.scales)
-        loss = torch.zeros_like(first.loss)
-        make_step.restart()
-        gradient = first.by_parameter
-        following = [*pair.between, pair.second]
-        for index, batches in enumerate(following):
-            if index > 0:
-                self._processes.sum_(gradient)
-            make_step(gradient)
-            found = self._gradients.of_mean(batches)
-            by_scales += self._dot_base(found.by_parameter)
-            loss += found.loss
-            gradient = found.by_parameter
-        set_weights(self.blocks, self._base, self.scales)
-        return by_scales / (len(following) * self.config.eta), loss / len(following)
-
-    @torch.no_grad()
-    def _move(self, first: MeanGradient, keep: bool) -> None:
-        """theta <- theta - eta A[g] for every block; the gradient is given up unless `keep`."""
-        direction = first_step(first.by_parameter, self.config)
-        torch._foreach_add_(self._parameters, direction, alpha=-self.config.eta)
-        if not keep:
-            first.by_parameter.clear()
+        return by_scales / self.config.eta, second.loss
 
     def _constraint(self, batches: Sequence[Any], first: MeanGradient, norm: Tensor) -> Tensor:
         """d||g||_p / dm_i = <H v, W_i>, with v the derivative of the norm by g."""
         vector = norm_direction(first.by_parameter, norm, self.config.norm_order)
-        return self._product_dot_base(batches, first, vector)
-
-    def _product_dot_base(
-        self, batches: Sequence[Any], first: MeanGradient, vector: list[Tensor]
-    ) -> Tensor:
-        """<H v, W_i> for every learned block, shape (learned,); uses `vector` up."""
         if self._second_order == "auto":
             dots = self._difference_dots(batches, first, [v.clone() for v in vector])
             longer = self._difference_dots(batches, first, [v.clone() for v in vector], 2.0)
@@ -580,7 +523,6 @@ def learn_scales(
     on_iteration: Callable[[Iteration], None] = lambda iteration: None,
     processes: Processes | None = None,
     halve: Halve | None = None,
-    optimizer: MakeOptimizer | None = None,
     state_file: StateFile | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Learned:
@@ -597,7 +539,6 @@ def learn_scales(
         on_iteration: called with each iteration's record, in order.
         processes: those that share each batch; each of them must call this function.
         halve: cuts a batch that does not fit in the memory of a GPU, see `Halve`.
-        optimizer: makes the steps of a trial of several, see `MakeOptimizer`.
         state_file: where to go on from, and to keep the state; None keeps none.
         stop: asked before each iteration whether to stop after it, and once after the last.
 
@@ -606,7 +547,7 @@ def learn_scales(
             or another process fails. The model then has its initial weights again.
         GradInitStopped: `stop` said so, in one process or another. The state is saved.
     """
-    learner = ScaleLearner(blocks, loss, config, processes, halve, optimizer)
+    learner = ScaleLearner(blocks, loss, config, processes, halve)
     try:
         drawn = _draw(pairs, config.seed)
         if state_file is not None:

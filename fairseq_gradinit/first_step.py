@@ -9,12 +9,9 @@ from fairseq_gradinit.config import GradInitConfig
 
 
 def first_step(gradients: list[Tensor], config: GradInitConfig) -> list[Tensor]:
-    """A[g], so that the first step of the optimizer is -lr A[g]; differentiable in g."""
+    """A[g], so that the first step of the optimizer is -lr A[g]."""
     if config.target == "adam":
-        if config.eps == 0.0:
-            return list(torch._foreach_sign(gradients))
-        sizes = torch._foreach_add(torch._foreach_abs(gradients), config.eps)
-        return list(torch._foreach_div(gradients, sizes))
+        return list(torch._foreach_sign(gradients))
     if config.target == "sgd-normalized":
         return _times(gradients, 1.0 / global_norm(gradients, 2))
     if config.clips:
@@ -22,16 +19,6 @@ def first_step(gradients: list[Tensor], config: GradInitConfig) -> list[Tensor]:
         factor = (config.clip_norm / (global_norm(gradients, 2) + 1e-6)).clamp(max=1.0)
         return _times(gradients, factor)
     return list(gradients)
-
-
-def through_first_step(
-    gradients: list[Tensor], cotangents: list[Tensor], config: GradInitConfig
-) -> list[Tensor]:
-    """J^T u, with J the Jacobian of A at g and u the `cotangents`."""
-    with torch.enable_grad():
-        leaves = [gradient.detach().requires_grad_() for gradient in gradients]
-        steps = first_step(leaves, config)
-        return list(torch.autograd.grad(steps, leaves, cotangents))
 
 
 def norm_direction(gradients: list[Tensor], norm: Tensor, order: int) -> list[Tensor]:
@@ -49,5 +36,4 @@ def global_norm(tensors: list[Tensor], order: int) -> Tensor:
 
 
 def _times(tensors: list[Tensor], factor: Tensor) -> list[Tensor]:
-    # Not torch._foreach_mul, whose derivative by a tensor factor fails.
-    return [tensor * factor.to(tensor.dtype) for tensor in tensors]
+    return list(torch._foreach_mul(tensors, factor.to(tensors[0].dtype)))

@@ -10,7 +10,6 @@ import torch
 from fairseq_gradinit import __version__
 from fairseq_gradinit.circumstances import fairseq_distribution
 from fairseq_gradinit.history import Iteration
-from fairseq_gradinit.optimizers import settings
 from fairseq_gradinit.options import Plan
 from fairseq_gradinit.scales import BlockScale, Scales, kinds_of_blocks
 
@@ -63,12 +62,8 @@ def signature(
         "gradinit": __version__,
         "preset": plan.preset,
         "optimizer": config.target,
-        **({"eps": f"{config.eps:g}"} if config.eps else {}),
         **({"clip-norm": f"{config.clip_norm:g}"} if math.isfinite(config.clip_norm) else {}),
-        "trial-steps": config.trial_steps,
-        **({"steps-of": settings(cfg.optimizer)} if config.trial_steps > 1 else {}),
         "eta": f"{config.eta:g}",
-        "through-step": "on" if config.through_step else "off",
         "second-order": second_order or config.second_order,
         "gamma": f"{config.gamma:g}" if config.constrained else "off",
         "iterations": config.iterations,

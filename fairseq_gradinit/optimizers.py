@@ -2,31 +2,22 @@
 
 The two tables below are the one place that says which of GradInit's own steps stands for which
 optimizer and why, or why none does; `tests/test_optimizers.py` holds them against the optimizers
-themselves. Weight decay is left out of a trial of one step; a trial of several is made by the
-optimizer itself.
+themselves. Weight decay is left out of the trial.
 """
 
 from __future__ import annotations
 
 import ast
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-
-import torch
-from fairseq import optim
-from fairseq.optim.fused_adam import get_fused_adam_class
-from torch import nn
 
 from fairseq_gradinit.config import TARGET_NAMES, TargetName
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.files import shown
-from fairseq_gradinit.training_steps import MakeOptimizer
 
 AUTO = "auto"
-ADAM_EPS = "adam-eps"
-CHOICES = (AUTO, "adam", ADAM_EPS, "sgd", "sgd-normalized")
+CHOICES = (AUTO, *TARGET_NAMES)
 
 # fairseq's configuration of an optimizer: a DictConfig, or (legacy ones) a Namespace.
 OptimizerConfig = Any
@@ -39,12 +30,10 @@ class TrialStep:
     Attributes:
         target: what A is, see `GradInitConfig`.
         length: in learning rates.
-        eps: of Adam, as it acts in its first step: A[g] = g / (|g| + eps).
     """
 
     target: TargetName
     length: float = 1.0
-    eps: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -55,21 +44,15 @@ class FirstStep:
         target: the step of GradInit's that it is.
         reason: why it is that one.
         length: how many learning rates long it is, from the optimizer's configuration.
-        eps: the epsilon in g / (|g| + eps), from the configuration; None if there is no option.
     """
 
     target: TargetName
     reason: str
     length: Callable[[OptimizerConfig], float] = lambda optimizer: 1.0
-    eps: Callable[[OptimizerConfig], float] | None = None
 
 
-def trial_step(choice: str, optimizer: OptimizerConfig, steps: int = 1) -> TrialStep:
+def trial_step(choice: str, optimizer: OptimizerConfig) -> TrialStep:
     """The step to try for `--gradinit-optimizer choice` in a run with this optimizer.
-
-    Args:
-        steps: of the trial; several are made by the optimizer, and this is what stands for it in
-            the norm constraint and in clipping.
 
     Raises:
         GradInitError: the choice leaves it to the run's optimizer, which has no such step.
@@ -78,80 +61,25 @@ def trial_step(choice: str, optimizer: OptimizerConfig, steps: int = 1) -> Trial
     for target in TARGET_NAMES:
         if choice == target:
             return TrialStep(target)
-    if choice == ADAM_EPS:
-        return _with_eps(str(name), optimizer)
     if name not in FIRST_STEPS:
         reason = f": {REFUSED[name]}" if name in REFUSED else ""
         raise GradInitError(
             f"GradInit does not know the first step of --optimizer {name} by itself{reason}; name "
             f"the closest of its own with --gradinit-optimizer {{{','.join(TARGET_NAMES)}}}"
-            + (f", and leave out --gradinit-trial-steps {steps}" if steps > 1 else "")
         )
     first = FIRST_STEPS[name]
     return TrialStep(first.target, first.length(optimizer))
 
 
-def training_optimizer(optimizer: OptimizerConfig) -> MakeOptimizer:
-    """Makes the torch optimizer inside of fairseq's own, for trials of several steps."""
-
-    def make(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-        built: torch.optim.Optimizer = optim.build_optimizer(optimizer, list(parameters)).optimizer
-        return built
-
-    return make
-
-
-def settings(optimizer: OptimizerConfig) -> str:
-    """The settings that the torch optimizer inside of fairseq's own was made with, but for lr."""
-    made = training_optimizer(optimizer)([nn.Parameter(torch.zeros(1))])
-    shown = {
-        name: value
-        for name, value in made.defaults.items()
-        if name != "lr" and isinstance(value, (int, float, tuple, list))
-    }
-    text = ",".join(f"{name}={value}" for name, value in shown.items() if value is not False)
-    return f"{type(made).__name__}({text})".replace(" ", "")
-
-
-def _with_eps(name: str, optimizer: OptimizerConfig) -> TrialStep:
-    first = FIRST_STEPS.get(name)
-    if first is None or first.eps is None:
-        able = ", ".join(name for name, first in FIRST_STEPS.items() if first.eps is not None)
-        raise GradInitError(
-            f"--gradinit-optimizer {ADAM_EPS} takes its epsilon from the run's optimizer, and "
-            f"--optimizer {name} has no such option: use one of {able}, or --gradinit-optimizer "
-            "adam, which has none"
-        )
-    return TrialStep(first.target, first.length(optimizer), first.eps(optimizer))
-
-
-def _eps_of_adam(optimizer: OptimizerConfig) -> float:
-    """Epsilon beside |g|, which depends on which Adam fairseq finds on this machine.
-
-    fairseq's own and apex's older kernel divide by sqrt(v) + eps and correct for v = (1 - beta2)
-    g^2 afterwards, which makes epsilon larger; apex's newer kernel corrects v before.
-    """
-    fused = None
-    if torch.cuda.is_available() and not getattr(optimizer, "use_old_adam", False):
-        fused = get_fused_adam_class()
-    eps = float(optimizer.adam_eps)
-    if fused is not None and fused.__name__ == "FusedAdamV2":
-        return eps
-    return eps / math.sqrt(1.0 - _betas("--adam-betas", optimizer.adam_betas)[1])
-
-
 def _length_of_adamax(optimizer: OptimizerConfig) -> float:
     if not optimizer.no_bias_correction:
         return 1.0
-    return 1.0 - _betas("--adamax-betas", optimizer.adamax_betas)[0]
-
-
-def _betas(option: str, value: Any) -> tuple[float, float]:
-    """Decay rates as fairseq stores them: as text, or as a list when they are its default."""
-    betas = parse_betas(option, value)
+    betas = parse_betas("--adamax-betas", optimizer.adamax_betas)
     if not all(0.0 <= beta < 1.0 for beta in betas):
-        raise GradInitError(f"{option} must be two numbers in [0, 1), not {value}")
-    return betas
+        raise GradInitError(
+            f"--adamax-betas must be two numbers in [0, 1), not {optimizer.adamax_betas}"
+        )
+    return 1.0 - betas[0]
 
 
 # What a text can come to that is too large, too deep, or no Python at all.
@@ -177,21 +105,14 @@ FIRST_STEPS: dict[str, FirstStep] = {
     "adam": FirstStep(
         "adam",
         "its averages of g and g^2, corrected for their start at 0, are g and g^2 themselves",
-        eps=_eps_of_adam,
     ),
-    "cpu_adam": FirstStep(
-        "adam",
-        "as adam; DeepSpeed's kernel corrects the average of g^2 before it adds epsilon",
-        eps=lambda optimizer: float(optimizer.adam_eps),
-    ),
+    "cpu_adam": FirstStep("adam", "as adam, in DeepSpeed's kernel"),
     "adamax": FirstStep(
         "adam",
         "its average of g is corrected to g, unless --no-bias-correction leaves it at (1 - beta1) "
         "g, and its running maximum of |g| starts at |g|",
         length=_length_of_adamax,
-        eps=lambda optimizer: float(optimizer.adamax_eps),
     ),
-    # torch's epsilon of 1e-10 cannot be changed in fairseq.
     "adagrad": FirstStep("adam", "its sum of squares starts at g^2"),
     "sgd": FirstStep("sgd", "its momentum buffer starts at g itself, whatever the momentum"),
     "nag": FirstStep(

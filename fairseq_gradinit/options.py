@@ -29,7 +29,7 @@ from fairseq_gradinit.config import (
 )
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.files import shown
-from fairseq_gradinit.optimizers import AUTO, CHOICES, TrialStep, parse_betas, trial_step
+from fairseq_gradinit.optimizers import CHOICES, TrialStep, parse_betas, trial_step
 from fairseq_gradinit.option_values import read_value
 
 
@@ -38,15 +38,13 @@ class Preset:
     """Values for the options that the user leaves open.
 
     Attributes:
-        trial_steps: steps in the trial, where it can have several.
-        eta: length of a trial step, or None for the peak learning rate of the run.
+        eta: length of the trial step, or None for the peak learning rate of the run.
         centering: whether LayerNorms are centered first.
         encoder_branches: fixed scale of the encoder's residual branches, in models that have some.
         batch_per_training_batch: size of a GradInit batch before its cut in thirds, in training
             batches, unless `max_tokens` says it in tokens. 1.5 makes S and S~ one batch each.
     """
 
-    trial_steps: int
     eta: float | None
     centering: Literal["on", "off"]
     encoder_branches: float
@@ -65,7 +63,6 @@ class Preset:
 
 PRESETS = {
     "default": Preset(
-        trial_steps=1,
         eta=None,
         centering="on",
         encoder_branches=0.1,
@@ -82,7 +79,6 @@ PRESETS = {
     ),
     # The constants of the authors' script for IWSLT'14 De-En.
     "paper": Preset(
-        trial_steps=1,
         eta=1e-3,
         centering="off",
         encoder_branches=1.0,
@@ -140,8 +136,7 @@ class GradInitOptions(FairseqDataclass):
         default="auto",
         metadata={
             "help": "optimizer whose first step the scales are learned for; auto: the run's "
-            "--optimizer, with adam as sign(g); adam-eps: the run's Adam with its epsilon, "
-            "g / (|g| + eps); the others take the place of the run's (default: auto)"
+            "--optimizer, with adam as sign(g); the others take its place (default: auto)"
         },
     )
     gradinit_iterations: Optional[int] = field(
@@ -156,20 +151,12 @@ class GradInitOptions(FairseqDataclass):
         default=None,
         metadata={"help": "decay rates of Adam on the scales, as '0.9,0.98' " + _defaults("betas")},
     )
-    gradinit_trial_steps: Optional[int] = field(
-        default=None,
-        metadata={
-            "help": "how many steps the trial has; 1: along sign(g), g or g/||g||, as in the "
-            "paper; more: steps of the run's own optimizer, one batch each, and the mean loss "
-            f"after them is what the scales are learned for {_defaults('trial_steps')}"
-        },
-    )
     gradinit_eta: Optional[float] = field(
         default=None,
         metadata={
-            "help": "length of a trial step, in units of the training learning rate, and taken as "
-            "it is; the default for a trial of one step follows the optimizer's first step where "
-            "that is longer or shorter than a learning rate, as with nag, whose is 1 + momentum "
+            "help": "length of the trial step, in units of the training learning rate, and taken "
+            "as it is; the default follows the optimizer's first step where that is longer or "
+            "shorter than a learning rate, as with nag, whose is 1 + momentum "
             + _defaults("eta", "the run's peak --lr")
         },
     )
@@ -242,14 +229,6 @@ class GradInitOptions(FairseqDataclass):
             "torch's math attention; finite-difference: from two gradients, with any kernel and "
             "the memory of training; auto: finite-difference if two lengths of the difference "
             f"agree, and exact if not {_defaults('second_order')}"
-        },
-    )
-    gradinit_through_step: bool = field(
-        default=False,
-        metadata={
-            "help": "differentiate the direction of the trial step too, at the cost of a product "
-            "with the Hessian in every iteration; sign(g) has no derivative, so it is for "
-            "adam-eps, sgd and sgd-normalized"
         },
     )
     gradinit_precision: PrecisionChoice = field(  # type: ignore[valid-type]
@@ -404,33 +383,23 @@ def _unused(options: GradInitOptions) -> tuple[str, ...]:
 
 def _engine_config(options: GradInitOptions, preset: Preset, cfg: Any) -> GradInitConfig:
     step = TrialStep("adam")
-    trial_steps = _trial_steps(options, preset)
     # Scales from a file are applied whatever the optimizer is.
     if options.gradinit_scales is None:
-        step = trial_step(str(options.gradinit_optimizer), cfg.optimizer, trial_steps)
-        if options.gradinit_through_step and step.target == "adam" and step.eps == 0.0:
-            raise GradInitError(
-                "--gradinit-through-step has no effect on sign(g), whose derivative is 0: leave "
-                "it out, or choose --gradinit-optimizer adam-eps, sgd or sgd-normalized"
-            )
+        step = trial_step(str(options.gradinit_optimizer), cfg.optimizer)
     eta = _pick(options, preset, "eta")
     if eta is None:
-        eta = peak_lr(cfg) * (step.length if trial_steps == 1 else 1.0)
+        eta = peak_lr(cfg) * step.length
         if not 0.0 < eta < math.inf:
             raise GradInitError(
                 "--gradinit-eta must be a number greater than 0, and --lr and --optimizer "
                 f"make it {eta}: change them, or give it"
             )
     # Clipping leaves sign(g) and g/||g|| as they are.
-    clips = step.target == "sgd" or trial_steps > 1
-    clip_norm = cfg.optimization.clip_norm if clips else 0.0
+    clip_norm = cfg.optimization.clip_norm if step.target == "sgd" else 0.0
     return GradInitConfig(
         eta=eta,
-        trial_steps=trial_steps,
         target=step.target,
-        eps=step.eps,
         clip_norm=clip_norm if clip_norm > 0 else math.inf,
-        through_step=options.gradinit_through_step,
         gamma=_pick(options, preset, "gamma"),
         iterations=_pick(options, preset, "iterations"),
         lr=_pick(options, preset, "lr"),
@@ -451,20 +420,6 @@ def _centering(options: GradInitOptions, preset: Preset) -> bool | None:
         return None
     centering: str = _pick(options, preset, "centering")
     return centering == "on"
-
-
-def _trial_steps(options: GradInitOptions, preset: Preset) -> int:
-    steps = int(_pick(options, preset, "trial_steps"))
-    for name, given in {
-        "--gradinit-optimizer": str(options.gradinit_optimizer) != AUTO,
-        "--gradinit-through-step": options.gradinit_through_step,
-    }.items():
-        if given and steps > 1:
-            raise GradInitError(
-                f"--gradinit-trial-steps {steps} tries the run's own optimizer as it is, and "
-                f"{name} is for a trial of one step: leave one of the two out"
-            )
-    return steps
 
 
 def _max_tokens(options: GradInitOptions, preset: Preset, cfg: Any) -> int | None:

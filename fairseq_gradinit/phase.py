@@ -34,7 +34,6 @@ from fairseq_gradinit.errors import GradInitError, GradInitStopped
 from fairseq_gradinit.fixed_scales import fixed_scales
 from fairseq_gradinit.iteration_log import IterationLog
 from fairseq_gradinit.loaded_weights import loaded_names
-from fairseq_gradinit.optimizers import settings, training_optimizer
 from fairseq_gradinit.options import CENTERING_SENTENCES, Plan, settings_digest
 from fairseq_gradinit.processes import OneProcess, Processes, ProcessGroup
 from fairseq_gradinit.quiet import quiet
@@ -202,13 +201,7 @@ def _prepare(trainer: Any, plan: Plan) -> _Prepared:
         file = file and file.keeping(loaded)
     blocks = _blocks(trainer, plan, centering, loaded)
     try:
-        batches = PairedBatches(
-            trainer,
-            plan.max_tokens,
-            plan.max_sentences,
-            plan.micro_batches,
-            plan.config.trial_steps,
-        )
+        batches = PairedBatches(trainer, plan.max_tokens, plan.max_sentences, plan.micro_batches)
     except GradInitError:
         # A file of scales can be applied where sentences cannot be drawn by index.
         if file is None or centering:
@@ -315,7 +308,6 @@ def _learn(trainer: Any, plan: Plan, prepared: _Prepared) -> Scales:
                 on_iteration=log.write,
                 processes=processes,
                 halve=pairs.halve,
-                optimizer=training_optimizer(trainer.cfg.optimizer),
                 state_file=_state_file(trainer, plan, pairs, processes),
                 stop=signals,
             )
@@ -347,7 +339,6 @@ def _state_file(
         "batches": pairs.plan_digest(),
         "model": settings_digest(trainer.cfg, "model"),
         "criterion": settings_digest(trainer.cfg, "criterion"),
-        "optimizer": settings(trainer.cfg.optimizer) if plan.config.trial_steps > 1 else "-",
     }
     return StateFile(
         Path(trainer.cfg.checkpoint.save_dir) / STATE_FILE_NAME,

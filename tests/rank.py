@@ -19,14 +19,12 @@ from fairseq_gradinit.processes import Processes, ProcessGroup
 
 SETTINGS = {
     "objective": {"target": "adam"},
-    "objective of three steps": {"target": "adam", "trial_steps": 3},
     "constraint, exact": {"target": "sgd", "gamma": 0.5, "second_order": "exact"},
     "constraint, differences": {
         "target": "adam",
         "gamma": 4.0,
         "second_order": "finite-difference",
     },
-    "through the step": {"target": "sgd", "through_step": True, "second_order": "exact"},
     "bf16": {"target": "adam", "precision": "bf16"},
 }
 
@@ -42,7 +40,7 @@ def model_and_loss(seed: int = 3):
     return model, loss
 
 
-def draw_pairs(processes: Processes, iterations: int = 4, trial_steps: int = 1) -> list[BatchPair]:
+def draw_pairs(processes: Processes, iterations: int = 4) -> list[BatchPair]:
     """Five micro-batches of different sizes for each of S and S~, then iterations of two.
 
     The third of three processes gets none in these.
@@ -54,17 +52,14 @@ def draw_pairs(processes: Processes, iterations: int = 4, trial_steps: int = 1) 
         return drawn[processes.rank :: processes.count]
 
     sizes = [(5, 3, 4, 2, 6), *[(3, 4)] * (iterations - 1)]
-    return [
-        BatchPair(share(size), share(size), [share(size) for _ in range(trial_steps - 1)])
-        for size in sizes
-    ]
+    return [BatchPair(share(size), share(size)) for size in sizes]
 
 
 def make_learner(processes: Processes, settings: dict, seed: int = 3) -> ScaleLearner:
     model, loss = model_and_loss(seed)
     config = GradInitConfig(**{"eta": 0.05, "norm_gains": "learned", **settings})
     blocks = collect_blocks({"": model}, config.norm_gains)
-    return ScaleLearner(blocks, loss, config, processes, optimizer=torch.optim.Adam)
+    return ScaleLearner(blocks, loss, config, processes)
 
 
 def learn(processes: Processes) -> dict[str, list]:
@@ -72,7 +67,7 @@ def learn(processes: Processes) -> dict[str, list]:
     found = {}
     for name, settings in SETTINGS.items():
         learner = make_learner(processes, settings)
-        for pair in draw_pairs(processes, trial_steps=learner.config.trial_steps):
+        for pair in draw_pairs(processes):
             learner.step(pair)
         learner.flush()
         losses = [(i.loss, i.grad_norm) for i in learner.history]

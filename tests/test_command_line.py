@@ -121,7 +121,7 @@ def test_help_shows_the_options_in_a_group_of_their_own(monkeypatch):
     for text in (
         "--gradinit ",
         "--gradinit-preset {default,paper}",
-        "--gradinit-optimizer {auto,adam,adam-eps,sgd,sgd-normalized}",
+        "--gradinit-optimizer {auto,adam,sgd,sgd-normalized}",
         "--gradinit-norm-gains {fixed,learned}",
         "number of scale updates (default: 60; preset paper: 780)",
         "1 + momentum (default: the run's peak --lr; preset paper: 0.001)",

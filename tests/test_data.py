@@ -51,10 +51,10 @@ def make_trainer():
     return make
 
 
-def paired(trainer, max_tokens=60, max_sentences=None, micro_batches=1, trial_steps=1):
+def paired(trainer, max_tokens=60, max_sentences=None, micro_batches=1):
     from fairseq_gradinit.data import PairedBatches
 
-    return PairedBatches(trainer, max_tokens, max_sentences, micro_batches, trial_steps)
+    return PairedBatches(trainer, max_tokens, max_sentences, micro_batches)
 
 
 def ids(samples):
@@ -68,30 +68,13 @@ def test_the_batches_of_a_pair_share_half_of_their_sentences(make_trainer):
         assert len(first & second) == 3
 
 
-def test_a_trial_of_several_steps_has_a_batch_for_each(make_trainer):
-    for pair in itertools.islice(paired(make_trainer([6] * 90), trial_steps=3), 20):
-        (first,), (second,) = ids(pair.first), ids(pair.second)
-        (middle,), (last,) = map(ids, pair.between)
-        assert [len(step) for step in (first, middle, last, second)] == [6] * 4
-        assert len(last & second) == 3
-        assert first != middle
-
-
-def test_a_trial_of_one_step_has_no_batches_between(make_trainer):
-    assert next(iter(paired(make_trainer([6] * 90)))).between == []
-
-
 def test_processes_share_what_one_process_would_draw(make_trainer):
     lengths = [5, 6, 7] * 40
-    alone = paired(make_trainer(lengths), micro_batches=4, trial_steps=2)
-    shares = [
-        paired(make_trainer(lengths, rank=r, processes=2), micro_batches=2, trial_steps=2)
-        for r in (0, 1)
-    ]
+    alone = paired(make_trainer(lengths), micro_batches=4)
+    shares = [paired(make_trainer(lengths, rank=r, processes=2), micro_batches=2) for r in (0, 1)]
     for whole, even, odd in itertools.islice(zip(alone, *shares, strict=False), 8):
         for all_of, *parts in (
             (whole.first, even.first, odd.first),
-            (whole.between[0], even.between[0], odd.between[0]),
             (whole.second, even.second, odd.second),
         ):
             both = zip(*map(ids, parts), strict=True)

@@ -43,10 +43,11 @@ def pair() -> BatchPair:
     return make_pair()
 
 
-@pytest.mark.parametrize("target", ["adam", "sgd", "sgd-normalized"])
+@pytest.mark.parametrize("target", ["adam", "sgd", "sgd-normalized", "clipped"])
 def test_objective_gradient_equals_central_differences(model, pair, target):
+    settings = {"target": "sgd", "clip_norm": 0.1} if target == "clipped" else {"target": target}
     with quiet(model):
-        learner = make_learner(model, target=target)
+        learner = make_learner(model, **settings)
         move_away_from_one(learner, pair)
         eta = learner.config.eta
         g = gradients(model, pair.first)
@@ -55,6 +56,7 @@ def test_objective_gradient_equals_central_differences(model, pair, target):
             "adam": [t.sign() for t in g],
             "sgd": g,
             "sgd-normalized": [t / norm for t in g],
+            "clipped": [t * 0.1 / (norm + 1e-6) for t in g],
         }[target]
 
         def loss_after_fixed_step():
@@ -220,41 +222,6 @@ def test_ranks_learn_what_one_process_learns_with_all_micro_batches(ranks, setti
             assert getattr(found, name) == value
 
 
-def test_ranks_with_other_weights_are_refused():
-    def work(processes: Processes) -> ScaleLearner:
-        model = make_model()
-        with torch.no_grad():
-            model.out.bias += processes.rank
-        blocks = collect_blocks({"": model}, "fixed")
-        return ScaleLearner(blocks, loss_of(model), GradInitConfig(eta=0.05), processes)
-
-    with pytest.raises(GradInitError, match=r"different initial weights, first for out\.bias"):
-        in_ranks(2, work)
-
-
-def test_ranks_whose_scales_part_are_refused():
-    def work(processes: Processes) -> None:
-        model = make_model()
-        config = GradInitConfig(eta=0.05, lr=0.01 * (1 + processes.rank))
-        blocks = collect_blocks({"": model}, "fixed")
-        with quiet(model):
-            learner = ScaleLearner(blocks, loss_of(model), config, processes)
-            for seed in (5, 6):
-                learner.step(make_pair(seed))
-
-    with pytest.raises(GradInitError, match=r"different scales, first for embed\.weight"):
-        in_ranks(2, work)
-
-
-def test_a_rank_that_ends_early_is_an_error_in_the_others():
-    def work(processes: Processes) -> None:
-        if processes.rank == 0:
-            processes.gather("still here")
-
-    with pytest.raises(GradInitError, match="process 0 of 2 lost the others"):
-        in_ranks(2, work)
-
-
 def test_learning_lowers_the_loss_after_the_trial_step(model, pair):
     blocks = collect_blocks({"": model}, "fixed")
     config = GradInitConfig(eta=0.05, iterations=30)
@@ -301,8 +268,6 @@ def test_a_batch_that_counts_nothing_is_an_error(model, pair):
         ({"min_scale": 2.0}, "min-scale must lie in"),
         ({"min_bias_scale": -0.1}, "min-bias-scale must lie in"),
         ({"max_scale": 0.5}, "max-scale must be"),
-        ({"eps": -1e-8}, "eps must be a number of at least 0"),
-        ({"eps": math.inf}, "eps must be a number of at least 0"),
         ({"clip_norm": 0.0}, "clip-norm must be .* or inf for no clipping"),
         ({"second_order": "half"}, "second-order must be one of auto, exact, finite-difference"),
         ({"precision": "fp16"}, "precision must be one of fp32, bf16"),
@@ -315,12 +280,12 @@ def test_settings_outside_their_range_are_refused(settings, message):
         GradInitConfig(**{"eta": 0.1, **settings})
 
 
-def test_nothing_is_kept_of_an_iteration_but_its_record(tmp_path):
+def test_memory_grows_by_the_records_of_iterations_alone(tmp_path):
     model = make_model()
     found = []
 
     def count(iteration: Iteration) -> None:
-        if iteration.index in (10, 40, 70):
+        if iteration.index in (5, 25, 45):
             gc.collect()
             found.append(Counter(type(thing).__name__ for thing in gc.get_objects()))
 
@@ -328,13 +293,13 @@ def test_nothing_is_kept_of_an_iteration_but_its_record(tmp_path):
         learn_scales(
             collect_blocks({"": model}, "fixed"),
             loss_of(model),
-            [make_pair(seed) for seed in range(71)],
-            GradInitConfig(eta=0.05, iterations=71),
+            [make_pair(seed) for seed in range(46)],
+            GradInitConfig(eta=0.05, iterations=46),
             on_iteration=count,
             state_file=StateFile(tmp_path / "state.json", interval=1),
         )
     # Twice the same: what other threads and a first import make comes once.
     grown = (found[1] - found[0]) & (found[2] - found[1])
     # One more may be on its way.
-    assert 30 <= grown.pop("Iteration") <= 31
-    assert max(grown.values(), default=0) < 30
+    assert 20 <= grown.pop("Iteration") <= 21
+    assert max(grown.values(), default=0) < 20

@@ -28,10 +28,9 @@ PAIRS = [make_pair(seed) for seed in range(12)]
 CONFIGS = {
     "objective": {},
     "constraint": {"gamma": 1e-3},
-    "through the step": {"target": "sgd", "through_step": True},
 }
 # Losses that iterations take of a pair of two micro-batches each, with exact products.
-CALLS = {"objective": 4, "constraint": 4, "through the step": 6}
+CALLS = {"objective": 4, "constraint": 4}
 
 
 def learn(model, loss, pairs, **settings) -> Learned:

@@ -21,25 +21,22 @@ from fairseq_gradinit.optimizers import (
     REFUSED,
     TrialStep,
     parse_betas,
-    training_optimizer,
     trial_step,
 )
-from fairseq_gradinit.optimizers import settings as settings_of
-from fairseq_gradinit.training_steps import TrainingSteps
 
 LR = 0.25
 # Options of each optimizer that could bear upon its first step.
 SETTINGS = {
     "adam": [
         [],
-        ["--adam-betas", "(0.9, 0.98)", "--adam-eps", "1e-2"],
-        ["--adam-betas", "0.5,0", "--adam-eps", "0.3", "--use-old-adam"],
+        ["--adam-betas", "(0.9, 0.98)"],
+        ["--adam-betas", "0.5,0", "--use-old-adam"],
     ],
-    "cpu_adam": [[], ["--adam-betas", "(0.7, 0.98)", "--adam-eps", "1e-2"]],
+    "cpu_adam": [[], ["--adam-betas", "(0.7, 0.98)"]],
     "adamax": [
         [],
-        ["--adamax-betas", "(0.8, 0.9)", "--adamax-eps", "1e-2"],
-        ["--adamax-betas", "(0.8, 0.9)", "--adamax-eps", "1e-2", "--no-bias-correction"],
+        ["--adamax-betas", "(0.8, 0.9)"],
+        ["--adamax-betas", "(0.8, 0.9)", "--no-bias-correction"],
     ],
     "adagrad": [[]],
     "sgd": [[], ["--momentum", "0.9"]],
@@ -90,7 +87,7 @@ def steps(config, gradient: torch.Tensor, count: int = 1, clip: float = 0.0, sta
 
 def tried(step: TrialStep, gradient: torch.Tensor, clip_norm: float = math.inf) -> torch.Tensor:
     """The same step as GradInit's engine takes it."""
-    config = GradInitConfig(LR * step.length, step.target, step.eps, clip_norm)
+    config = GradInitConfig(LR * step.length, step.target, clip_norm)
     (direction,) = first_step([gradient], config)
     return -config.eta * direction
 
@@ -106,65 +103,18 @@ def test_every_optimizer_of_this_fairseq_is_either_known_or_refused():
 
 
 def test_every_step_of_the_engine_can_be_chosen():
-    assert set(CHOICES) == {"auto", "adam-eps", *TARGET_NAMES}
+    assert set(CHOICES) == {"auto", *TARGET_NAMES}
 
 
 @pytest.mark.parametrize(("name", "options"), CASES, ids=str)
 def test_auto_is_the_first_step_of_the_optimizer(name, options):
-    # Without its epsilon, so where gradients are large beside it.
     config = optimizer_config(name, *options)
     step = trial_step("auto", config)
-    assert step.eps == 0.0
-    for option in ("adam_eps", "adamax_eps"):
-        if hasattr(config, option):
-            setattr(config, option, 1e-8)
 
     @settings(deadline=None, max_examples=20)
     @given(st.lists(st.floats(1e-2, 1e2) | st.floats(-1e2, -1e-2), min_size=1, max_size=6))
     def check(gradient):
         gradient = torch.tensor(gradient)
-        assert_same(steps(config, gradient)[0], tried(step, gradient))
-
-    check()
-
-
-@pytest.mark.parametrize(("name", "options"), CASES, ids=str)
-def test_a_trial_of_several_steps_makes_those_of_the_optimizer(name, options):
-    gradient = torch.tensor([0.5, -2.0, 1e-3, 0.0])
-    config = optimizer_config(name, *options, "--weight-decay", "0.1")
-    parameter = torch.nn.Parameter(torch.linspace(-1, 1, 4))
-    trial = TrainingSteps([parameter], training_optimizer(config), LR, clip_norm=1.5)
-    for _ in range(2):
-        trial.restart()
-        with torch.no_grad():
-            parameter.copy_(torch.linspace(-1, 1, 4))
-        for move in steps(config, gradient, count=3, clip=1.5):
-            before = parameter.detach().clone()
-            trial([gradient.clone()])
-            torch.testing.assert_close(parameter.detach() - before, move)
-
-
-def test_the_settings_of_an_optimizer_are_told_but_for_the_learning_rate():
-    config = optimizer_config("adam", "--adam-betas", "(0.9, 0.99)", "--weight-decay", "0.1")
-    assert settings_of(config) == "Adam(betas=(0.9,0.99),eps=1e-08,weight_decay=0.1)"
-    config = optimizer_config("sgd", "--momentum", "0.5")
-    assert settings_of(config) == "SGD(momentum=0.5,dampening=0,weight_decay=0.0)"
-
-
-@pytest.mark.parametrize(
-    ("name", "options"), [(n, o) for n, o in CASES if FIRST_STEPS[n].eps is not None], ids=str
-)
-def test_adam_eps_is_the_first_step_with_its_epsilon(name, options):
-    config = optimizer_config(name, *options)
-    step = trial_step("adam-eps", config)
-    assert step.target == "adam"
-    assert step.eps > 0
-
-    @settings(deadline=None, max_examples=20)
-    @given(st.lists(st.floats(-2, 2, width=32), min_size=1, max_size=6), st.floats(1e-6, 1e1))
-    def check(gradient, size):
-        # torch takes squares, which must not vanish.
-        gradient = torch.tensor([g if abs(g) > 1e-6 else 0.0 for g in gradient]) * size
         assert_same(steps(config, gradient)[0], tried(step, gradient))
 
     check()
@@ -180,42 +130,11 @@ def test_the_gradient_is_clipped_before_the_step(name):
         assert_same(steps(config, gradient, clip=clip)[0], expected)
 
 
-@pytest.mark.parametrize(
-    ("available", "fused", "options", "corrected_before"),
-    [
-        (True, "FusedAdamV2", [], True),
-        (True, "FusedAdamV2", ["--use-old-adam"], False),
-        (True, "FusedAdamV1", [], False),
-        (True, None, [], False),
-        (False, "FusedAdamV2", [], False),
-    ],
-)
-def test_epsilon_follows_the_adam_that_fairseq_takes(
-    monkeypatch, available, fused, options, corrected_before
-):
-    found = None if fused is None else type(fused, (), {})
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
-    monkeypatch.setattr("fairseq_gradinit.optimizers.get_fused_adam_class", lambda: found)
-    config = optimizer_config("adam", "--adam-betas", "(0.9, 0.96)", "--adam-eps", "1e-3", *options)
-    assert trial_step("adam-eps", config).eps == pytest.approx(1e-3 if corrected_before else 5e-3)
-
-
-def test_betas_that_fairseq_stores_as_a_list():
-    config = optimizer_config("adam", "--adam-eps", "1e-3")
-    assert not isinstance(config.adam_betas, str)
-    assert trial_step("adam-eps", config).eps == pytest.approx(1e-3 / math.sqrt(1e-3))
-
-
-@pytest.mark.parametrize("name", ["adagrad", "sgd", "nag", "lamb", "adafactor", "composite"])
-def test_adam_eps_needs_an_optimizer_with_an_epsilon(name):
-    message = refusal("--optimizer", name, "--gradinit-optimizer", "adam-eps")
-    assert f"--optimizer {name} has no such option: use one of adam, cpu_adam, adamax" in message
-
-
 @pytest.mark.parametrize("betas", ["0.9", "None", "(0.9, 1)", "(0.9, 0.9, 0.9)"])
-def test_adam_betas_that_are_none(betas):
-    message = refusal("--adam-betas", betas, "--gradinit-optimizer", "adam-eps")
-    assert message.startswith("--adam-betas ")
+def test_betas_that_are_not_two_numbers_are_refused(betas):
+    adamax = ("--optimizer", "adamax", "--no-bias-correction")
+    message = refusal(*adamax, "--adamax-betas", betas)
+    assert message.startswith("--adamax-betas ")
     assert "two numbers" in message
 
 
@@ -231,7 +150,7 @@ def test_a_refusal_says_why_and_what_to_do(name, reason):
         assert (config.target, config.eta) == (target, pytest.approx(0.002))
 
 
-def test_an_optimizer_of_somebody_else():
+def test_an_unknown_optimizer_is_refused():
     with pytest.raises(GradInitError, match="first step of --optimizer lion by itself; name the"):
         trial_step("auto", SimpleNamespace(_name="lion"))
 
@@ -260,7 +179,7 @@ def test_adafactor_takes_averages_over_rows_and_columns():
 
 
 @given(st.text(max_size=12) | st.floats().map(str) | st.tuples(st.floats(), st.floats()).map(str))
-def test_betas_are_two_numbers_or_a_sentence(text):
+def test_betas_are_two_numbers_or_an_error(text):
     try:
         first, second = parse_betas("--gradinit-betas", text)
     except GradInitError:

@@ -10,7 +10,6 @@ import torch
 from tiny import (
     central_differences,
     gradients,
-    loss_after,
     loss_of,
     make_learner,
     make_model,
@@ -24,7 +23,6 @@ from fairseq_gradinit.blocks import collect_blocks
 from fairseq_gradinit.config import GradInitConfig
 from fairseq_gradinit.engine import BatchPair, ScaleLearner
 from fairseq_gradinit.errors import GradInitError
-from fairseq_gradinit.first_step import first_step
 from fairseq_gradinit.quiet import quiet
 
 # What the two ways may differ by in float64, relative to the largest component.
@@ -63,72 +61,16 @@ def test_finite_differences_agree_with_double_backward_and_the_truth(target):
     assert relative_error(found["finite-difference"], truth) < TOLERANCE
 
 
-STEPS = {
-    "sgd": {"target": "sgd"},
-    "sgd, clipped": {"target": "sgd", "clip_norm": 0.1},
-    "sgd, not clipped": {"target": "sgd", "clip_norm": 1e3},
-    "sgd-normalized": {"target": "sgd-normalized"},
-    # An epsilon of the size of the gradients, where the step is far from its sign.
-    "adam with epsilon": {"target": "adam", "eps": 0.05},
-}
-
-
-@pytest.mark.parametrize("way", ["exact", "finite-difference", "auto"])
-@pytest.mark.parametrize("settings", STEPS.values(), ids=STEPS)
-def test_the_derivative_through_the_step_is_that_of_the_whole_function(settings, way):
-    model, pair = make_model(), make_pair()
-    with quiet(model):
-        learner = make_learner(model, through_step=True, second_order=way, **settings)
-        move_away_from_one(learner, pair)
-        config = learner.config
-
-        def loss_after_step():
-            direction = first_step(gradients(model, pair.first), config)
-            return loss_after(model, direction, config.eta, pair.second)
-
-        found = learner.gradient(pair)
-        truth = central_differences(learner, model, loss_after_step) / config.eta
-    assert found.kind == "objective"
-    assert relative_error(found.by_scales, truth) < TOLERANCE
-
-
-def test_the_derivative_through_the_step_is_not_the_one_without():
-    model, pair = make_model(), make_pair()
-    with quiet(model):
-        found = [
-            make_learner(model, target="sgd", eta=0.5, through_step=through)
-            .gradient(pair)
-            .by_scales
-            for through in (False, True)
-        ]
-    assert relative_error(found[0], found[1]) > 0.01
-
-
-def test_the_derivative_through_a_sign_costs_nothing():
-    calls = []
-
-    def loss(tokens):
-        calls.append(tokens)
-        return loss_of(model)(tokens)
-
-    model, pair = make_model(), make_pair()
-    with quiet(model):
-        config = GradInitConfig(eta=0.05, through_step=True)
-        ScaleLearner(collect_blocks({"": model}, "fixed"), loss, config).gradient(pair)
-    assert len(calls) == len(pair.first) + len(pair.second)
-
-
 def test_many_micro_batches_give_the_product_of_one():
     tokens = torch.randint(11, (6, 5), generator=torch.Generator().manual_seed(1))
     whole = BatchPair([tokens[:4]], [tokens[2:]])
     parts = BatchPair([tokens[:3], tokens[3:4]], [tokens[2:3], tokens[3:]])
-    for settings in ({"gamma": 1e-3}, {"target": "sgd", "through_step": True}):
-        for way in ("exact", "finite-difference"):
-            model = make_model()
-            with quiet(model):
-                learner = make_learner(model, second_order=way, **settings)
-                found = [learner.gradient(pair).by_scales for pair in (whole, parts)]
-            assert relative_error(found[0], found[1]) < TOLERANCE
+    for way in ("exact", "finite-difference"):
+        model = make_model()
+        with quiet(model):
+            learner = make_learner(model, second_order=way, gamma=1e-3)
+            found = [learner.gradient(pair).by_scales for pair in (whole, parts)]
+        assert relative_error(found[0], found[1]) < TOLERANCE
 
 
 def auto(model, pair, loss=None) -> tuple[ScaleLearner, torch.Tensor]:
@@ -210,7 +152,7 @@ def test_finite_differences_work_with_activation_checkpointing():
     assert relative_error(constraint_gradient(True, "auto"), truth) < TOLERANCE
 
 
-def test_what_has_no_second_derivative_is_an_error_that_says_what_to_do():
+def test_a_model_without_second_derivative_is_refused():
     with pytest.raises(GradInitError, match=r"cannot be differentiated twice.*finite-difference"):
         constraint_gradient(reentrant=True, way="exact")
 
