@@ -42,14 +42,6 @@ class Branch:
     name: str
 
     @property
-    def readers(self) -> tuple[nn.Linear, ...]:
-        """The linear layers that read x. In attention to an encoder, only the queries do."""
-        if self.name == "ffn":
-            return (self._linear("fc1"),)
-        names = ("q", "k", "v") if self.name == "self_attn" else ("q",)
-        return tuple(self._projection(name) for name in names)
-
-    @property
     def queries_and_keys(self) -> tuple[nn.Linear, ...]:
         """Those of attention; none of a feed-forward network."""
         return () if self.name == "ffn" else (self._projection("q"), self._projection("k"))
@@ -63,12 +55,6 @@ class Branch:
         if self.name == "ffn":
             return self._linear("fc1"), self._linear("fc2")
         return self._projection("v"), self._projection("out")
-
-    @property
-    def norm(self) -> nn.Module:
-        """The LayerNorm of this sublayer: after the addition in a post-LN model."""
-        prefix = "final" if self.name == "ffn" else self.name
-        return self.layer.get_submodule(f"{prefix}_layer_norm")
 
     @property
     def last(self) -> nn.Linear:

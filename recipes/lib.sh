@@ -267,7 +267,6 @@ shrink() {
     transformer 1 32 64 2
     MODEL_NAME=$name
     [[ " ${ARM[*]} " == *" --gradinit "* ]] && ARM+=(--gradinit-iterations 2)
-    [[ " ${ARM[*]} " == *" metainit "* ]] && ARM+=(--init-scheme-iterations 2)
     return 0
 }
 

@@ -21,7 +21,6 @@ from lxml import html
 
 from fairseq_gradinit import rate_advice
 from fairseq_gradinit.options import PRESETS, GradInitOptions
-from fairseq_gradinit.schemes.metainit import ITERATIONS
 from fairseq_gradinit.schemes.options import SchemeOptions
 
 # All that has pages, or files that they link to.
@@ -165,8 +164,6 @@ def test_the_reference_has_the_defaults_of_the_presets(reference):
             continue
         assert "preset paper" not in row
         default = getattr(GradInitOptions if "gradinit" in name else SchemeOptions, name)
-        if name == "init_scheme_iterations":
-            default = ITERATIONS
         assert row["default"] == {"False": "off", "None": "none"}.get(str(default), str(default))
 
 

@@ -1,20 +1,21 @@
-"""Admin: omega from measured variances, and the same function without omega."""
+"""Admin: omega from measured variances."""
 
 from __future__ import annotations
 
-import copy
 from itertools import accumulate
 
 import pytest
 import torch
 from conftest import train_here
 from scheme_models import build, outputs
+from tiny import in_ranks
 from torch import nn
 
 from fairseq_gradinit.branches import Branch, stacks, variances
 from fairseq_gradinit.errors import GradInitError
-from fairseq_gradinit.processes import OneProcess
-from fairseq_gradinit.schemes.admin import fill, fold, set_omegas
+from fairseq_gradinit.processes import OneProcess, Processes
+from fairseq_gradinit.quiet import quiet
+from fairseq_gradinit.schemes.admin import set_omegas
 from fairseq_gradinit.schemes.shortcuts import weights_of
 
 
@@ -30,8 +31,8 @@ def loud(model: nn.Module, size: float = 2.0) -> nn.Module:
     return model
 
 
-def measure(model: nn.Module, set_omega=fill) -> dict[str, list[float]]:
-    return set_omegas(model, set_omega, lambda _: outputs(model), [None], OneProcess())
+def measure(model: nn.Module) -> dict[str, list[float]]:
+    return set_omegas(model, lambda _: outputs(model), [None], OneProcess())
 
 
 def spread(model: nn.Module, branch: Branch) -> tuple[float, float]:
@@ -88,113 +89,37 @@ def test_the_dependency_on_a_branch_falls_with_depth_as_in_pre_ln():
         assert sum(old[-6:]) / 6 > 3.0 / (count - 3)
 
 
-def test_folding_omega_into_a_plain_model_is_exact():
-    model, plain = loud(build("transformer_admin")), build("transformer_iwslt_de_en")
-    plain.load_state_dict({k: v for k, v in model.state_dict().items() if "shortcuts" not in k})
-    before = outputs(plain)
-    assert torch.equal(outputs(model), before)
-    found = measure(model)
-    assert all(max(omegas) > 2.0 for omegas in found.values())
-    for stack in stacks(plain):
-        for index, omega in enumerate(found[stack.side]):
-            fold(stack, index, omega)
-    torch.testing.assert_close(outputs(plain), outputs(model), rtol=1e-4, atol=1e-5)
-    assert (outputs(plain) - before).abs().max() > 0.1
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_measure_what_one_process_does(ranks):
+    """Also when the ranks have shares of different sizes."""
+
+    def work(processes: Processes) -> tuple[dict[str, list[float]], set[int]]:
+        model, seen = loud(build("transformer_admin")), set()
+
+        def evaluate(row: int) -> None:
+            seen.add(row)
+            tokens = 4 + (row * 7 + torch.arange(7)[None]) % 90
+            model(tokens, torch.full((1,), 7), tokens)
+
+        with quiet(model):
+            return set_omegas(model, evaluate, range(5), processes), seen
+
+    together, shares = zip(*in_ranks(ranks, work), strict=True)
+    assert sorted(row for share in shares for row in share) == list(range(5))
+    assert all(found == together[0] for found in together)
+    for side, omegas in work(OneProcess())[0].items():
+        assert together[0][side] == pytest.approx(omegas, rel=1e-6)
 
 
-def test_folding_takes_omegas_that_training_has_moved():
-    """Any vector would do that a LayerNorm precedes; here one number for each sublayer."""
-    model, plain = loud(build("transformer_admin")), build("transformer_iwslt_de_en")
-    plain.load_state_dict({k: v for k, v in model.state_dict().items() if "shortcuts" not in k})
-    for one, other in zip(stacks(model), stacks(plain), strict=True):
-        for index in range(1, len(one.branches)):
-            fill(one, index, 0.3 + index)
-            fold(other, index, 0.3 + index)
-    torch.testing.assert_close(outputs(plain), outputs(model), rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match=r"the first omega of the encoder is 2\.0, not 1"):
-        fold(stacks(plain)[0], 0, 2.0)
-
-
-def test_measuring_while_folding_finds_the_same_omegas():
-    model, plain = loud(build("transformer_admin")), loud(build("transformer_iwslt_de_en"))
-    for side, omegas in measure(model).items():
-        assert measure(copy.deepcopy(plain), fold)[side] == pytest.approx(omegas, rel=1e-5)
-
-
-def test_two_processes_measure_what_one_does():
-    model = loud(build("transformer_iwslt_de_en"))
-    branch = stacks(model)[1].branches[3]
-    rows = [torch.arange(4), torch.arange(4, 8)]
-
-    def evaluate(chosen: torch.Tensor) -> None:
-        tokens = 4 + (chosen[:, None] * 7 + torch.arange(7)) % 90
-        model(tokens, torch.full((4,), 7), tokens)
-
-    class OneOfTwo(OneProcess):
-        """What the other one adds is given."""
-
-        count = 2
-
-        def __init__(self, rank: int, other: torch.Tensor | float = 0.0) -> None:
-            self.rank, self.other = rank, other
-
-        def sum_(self, tensors):
-            (sums,) = tensors
-            self.own = sums.clone()
-            sums += self.other
-
-    first = OneOfTwo(0)
-    variances([branch], evaluate, rows, first)
-    (together,) = variances([branch], evaluate, rows, OneOfTwo(1, first.own))
-    (alone,) = variances([branch], evaluate, rows, OneProcess())
-    assert together == pytest.approx(alone, rel=1e-12)
-
-
-def test_training_starts_from_measured_omegas(corpus, tmp_path):
-    done = train_here(corpus.translation, tmp_path, "--init-scheme", "admin")
-    assert type(done.trainer.get_model()).__name__ == "transformer_admin"
-    (line,) = done.lines("omega of the decoder's 3 sublayers")
-    logged = [float(word) for word in line.rpartition(": ")[2].split()]
-    names = ["self_attn", "encoder_attn", "ffn"]
-    first = [done.first[f"decoder.layers.0.shortcuts.{name}"] for name in names]
-    for value, omega in zip(logged, first, strict=True):
-        assert (omega == omega[0]).all()
-        assert omega[0].item() == pytest.approx(value, rel=0.01)
-    assert logged == sorted(logged)
-    assert logged[0] == 1.0
-    assert not torch.equal(done.weights["decoder.layers.0.shortcuts.ffn"], first[2])
-
-
-def test_the_folded_scheme_starts_as_the_same_function(corpus, tmp_path):
-    options = ("--max-update", "1", "--dropout", "0")
-    one = train_here(corpus.translation, tmp_path / "a", "--init-scheme", "admin", *options)
-    other = train_here(
-        corpus.translation, tmp_path / "b", "--init-scheme", "admin-folded", *options
-    )
-    assert other.code == 0, other.output
-    assert type(other.trainer.get_model()).__name__ == "TransformerModel"
-    assert one.lines("omega of")[0] == other.lines("omega of")[0]
-    loss = [run.updates[0].split()[0] for run in (one, other)]
-    assert loss[0] == loss[1]
-    assert one.updates != other.updates, "the gradient norms differ"
-
-
-def test_layer_drop_cannot_be_folded(corpus, tmp_path):
-    done = train_here(
-        corpus.translation, tmp_path, "--init-scheme", "admin-folded", "--encoder-layerdrop", "0.1"
-    )
-    assert "which --encoder-layerdrop does not keep" in done.error()
-
-
-def test_too_few_data_are_answered_with_a_sentence(corpus, tmp_path):
+def test_too_few_data_are_refused(corpus, tmp_path):
     done = train_here(
         corpus.translation, tmp_path, "--init-scheme", "admin", "--max-tokens", "100000"
     )
     assert done.error().startswith("--init-scheme admin draws sentences by index")
 
 
-def test_outputs_that_are_not_finite_are_answered_with_a_sentence():
-    model = build("transformer_iwslt_de_en")
+def test_outputs_that_are_not_finite_are_refused():
+    model = build("transformer_admin")
     nn.init.constant_(model.encoder.layers[0].fc2.bias, torch.inf)
     with pytest.raises(GradInitError, match="branch 2 of the encoder does not put out finite"):
-        measure(model, fold)
+        measure(model)

@@ -95,37 +95,10 @@ def test_a_copy_is_independent():
     assert not torch.allclose(outputs(other), before)
 
 
-def test_the_scheme_builds_it_from_a_stock_architecture(corpus, tmp_path):
-    done = train_here(corpus.translation, tmp_path, "--init-scheme", "deepnorm")
-    model = done.trainer.get_model()
-    assert type(model).__name__ == "transformer_deepnorm"
-    assert model.encoder.layers[0].fc1.in_features == 16
-    stock = build("transformer_iwslt_de_en", encoder_layers=1, decoder_layers=1)
-    extra = model.state_dict().keys() - stock.state_dict().keys()
-    assert extra
-    assert all(".shortcuts." in name for name in extra)
-    assert [n for n, _ in model.named_parameters()] == [n for n, _ in stock.named_parameters()]
-
-
-def test_its_checkpoint_is_not_taken_for_that_of_a_stock_model(corpus, tmp_path):
-    assert train_here(corpus.translation, tmp_path, "--init-scheme", "deepnorm").code == 0
-    with pytest.raises(Exception, match="architectures match"):
-        train_here(corpus.translation, tmp_path)
-
-
+@pytest.mark.slow
 def test_activation_checkpointing_changes_nothing(corpus, tmp_path):
     options = ("--init-scheme", "deepnorm", "--dropout", "0")
     plain = train_here(corpus.translation, tmp_path / "plain", *options)
     saved = train_here(corpus.translation, tmp_path / "saved", *options, "--checkpoint-activations")
     assert saved.code == 0, saved.output
     assert plain.updates == saved.updates
-
-
-def test_pre_ln_and_other_models_are_refused(corpus, tmp_path):
-    done = train_here(
-        corpus.translation, tmp_path, "--init-scheme", "deepnorm", "--encoder-normalize-before"
-    )
-    assert done.error().startswith("--init-scheme deepnorm is for post-LN models, and this encoder")
-    base = ["--arch", "lstm", "--optimizer", "adam", "--cpu", "--max-tokens", "400"]
-    done = train_here(corpus.translation, tmp_path, "--init-scheme", "deepnorm", base=base)
-    assert "--arch lstm is another model" in done.error()

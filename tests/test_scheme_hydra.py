@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 from conftest import PLUGIN, run_command
 from test_hydra import configuration, hydra, overrides
 
 
+@pytest.mark.slow
 def test_a_model_trained_there_is_evaluated(corpus, tmp_path):
     wanted = configuration(corpus.language_model, tmp_path / "checkpoints")
     wanted["task"] = {k: v for k, v in wanted["task"].items() if not k.startswith("gradinit")}

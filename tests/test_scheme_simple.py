@@ -1,10 +1,9 @@
-"""Residual branches that start at zero, and pre-LN."""
+"""Residual branches that start at zero."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from conftest import train_here
 from scheme_models import build
 
 from fairseq_gradinit.errors import GradInitError
@@ -44,33 +43,3 @@ def test_a_block_of_a_pre_ln_model_is_the_identity():
 def test_a_model_without_such_layers_is_refused():
     with pytest.raises(GradInitError, match="Linear has none: choose another --arch"):
         zero_branches(torch.nn.Linear(2, 2))
-
-
-def test_the_weights_of_training_start_there(corpus, tmp_path):
-    done = train_here(corpus.translation, tmp_path, "--init-scheme", "zero-branches")
-    assert not done.first["decoder.layers.0.encoder_attn.out_proj.weight"].any()
-    assert done.initial["decoder.layers.0.encoder_attn.out_proj.weight"].any()
-    assert done.weights["decoder.layers.0.encoder_attn.out_proj.weight"].any()
-
-
-def test_pre_ln_sets_the_flags(corpus, tmp_path):
-    done = train_here(corpus.translation, tmp_path, "--init-scheme", "pre-ln")
-    model = done.trainer.get_model()
-    assert model.encoder.layers[0].normalize_before
-    assert model.decoder.layers[0].normalize_before
-    assert {"encoder.layer_norm.weight", "decoder.layer_norm.weight"} <= model.state_dict().keys()
-    assert type(model).__name__ == "TransformerModel"
-
-
-@pytest.mark.parametrize("options", [["--fp16", "--fp16-no-flatten-grads"], ["--store-ema"]])
-def test_copies_of_the_weights_are_made_of_those_it_leaves(corpus, tmp_path, options):
-    done = train_here(
-        corpus.translation,
-        *(tmp_path, "--init-scheme", "zero-branches", "--max-update", "1", *options),
-    )
-    assert done.code == 0, done.output
-    # One step of Adam is as long as the learning rate.
-    assert done.weights["encoder.layers.0.fc2.weight"].abs().max() <= 1.1e-3
-    if "--store-ema" in options:
-        average = done.trainer.ema.get_model().encoder.layers[0].fc2.weight
-        assert average.abs().max() <= 1.1e-3

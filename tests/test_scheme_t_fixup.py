@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import train_here, usual_options
 from scheme_models import build, outputs
 from torch import nn
 
@@ -69,24 +68,3 @@ def test_weights_are_xaviers_times_the_factors(shared):
         embeddings = model.get_submodule(side).embed_tokens.weight[4:]
         expected = embedding_factor(layers) * 128**-0.5
         assert embeddings.std().item() == pytest.approx(expected, rel=0.05)
-
-
-def test_the_scheme_builds_it_from_a_stock_architecture(corpus, tmp_path):
-    done = train_here(corpus.translation, tmp_path, "--init-scheme", "t-fixup")
-    assert type(done.trainer.get_model()).__name__ == "transformer_t_fixup"
-    assert done.weights.keys() == done.first.keys()
-    assert not [name for name in done.weights if "norm" in name]
-
-
-def test_language_models_are_refused(corpus, tmp_path):
-    base = usual_options(
-        "--arch",
-        *(
-            f"--{side}-{size}"
-            for side in ("encoder", "decoder")
-            for size in ("layers", "embed-dim", "ffn-embed-dim")
-        ),
-    )
-    base += ["--task", "language_modeling", "--arch", "transformer_lm"]
-    done = train_here(corpus.language_model, tmp_path, "--init-scheme", "t-fixup", base=base)
-    assert "(--arch transformer...), and --arch transformer_lm is another model" in done.error()

@@ -7,12 +7,6 @@ weights on training data. As in the authors' code (LiyuanLucasLiu/Transformer-Cl
 modules/transformer_layer.py), omega_1 is 1, and the sum begins with the variance of the embeddings.
 The i-th branch makes up about 1/i of the variance of its sublayer's output, while in a stock
 post-LN model each makes up about the same part.
-
-`admin` keeps omega, in an architecture of ours. `admin-folded` starts as the very same function in
-a plain post-LN model: the gain and bias of the LayerNorm that x comes from take up omega, and the
-weights of the branch that read x are divided by it. That is exact, since omega_1, which no
-LayerNorm precedes, is 1. It does not train as the same model: Adam moves weights by the learning
-rate whatever their size, so the steps of these weights weigh omega times as much as in `admin`.
 """
 
 from __future__ import annotations
@@ -32,16 +26,13 @@ from fairseq_gradinit.processes import Processes
 from fairseq_gradinit.quiet import quiet
 from fairseq_gradinit.schemes.batches import training_batches
 from fairseq_gradinit.schemes.shortcuts import attach, weights_of
-from fairseq_gradinit.schemes.variants import given, register_variants, require_post_ln, switch
+from fairseq_gradinit.schemes.variants import register_variants, require_post_ln, switch
 from fairseq_gradinit.task_loss import TaskLoss
 
 logger = logging.getLogger("fairseq_gradinit")
 
 SENTENCES = 32
 """Some hundred tokens, each with every dimension of an output."""
-
-SetOmega = Callable[[Stack, int, float], None]
-"""Sets the omega of the branch with this index in its stack."""
 
 
 def configure(model: Any) -> None:
@@ -54,38 +45,19 @@ def configure(model: Any) -> None:
     switch(model, "admin")
 
 
-def configure_folded(model: Any) -> None:
-    """Check that omega can be folded into a model.
-
-    Raises:
-        GradInitError: LayerNorms do not all stand right before the branches that read them.
-    """
-    require_post_ln(model, "admin-folded")
-    for key in ("encoder_layerdrop", "decoder_layerdrop", "cross_self_attention"):
-        if given(model, key):
-            raise GradInitError(
-                f"--init-scheme admin-folded needs each LayerNorm to be followed by the same "
-                f"sublayer always, which --{key.replace('_', '-')} does not keep: leave it out, "
-                "or choose --init-scheme admin"
-            )
-
-
 def initialise(trainer: Any) -> None:
     """Measure the branches of the trainer's model, and set its omegas.
 
     Raises:
         GradInitError: an output is not finite, or there are too few training data.
     """
-    _initialise(trainer, fill)
-
-
-def initialise_folded(trainer: Any) -> None:
-    """Measure the branches of the trainer's plain model, and fold the omegas into it.
-
-    Raises:
-        GradInitError: see `initialise`.
-    """
-    _initialise(trainer, fold)
+    sentences = training_batches(trainer).sentences(SENTENCES)
+    processes = data_parallel_processes(trainer)
+    with quiet(*trained_modules(trainer).values()):
+        found = set_omegas(trainer.get_model(), TaskLoss(trainer), sentences, processes)
+    for side, omegas in found.items():
+        shown = " ".join(f"{omega:.3g}" for omega in omegas)
+        logger.info("omega of the %s's %d sublayers: %s", side, len(omegas), shown)
 
 
 def add_omegas(model: nn.Module) -> None:
@@ -99,36 +71,18 @@ def add_omegas(model: nn.Module) -> None:
 
 @torch.no_grad()
 def fill(stack: Stack, index: int, omega: float) -> None:
-    """Set the omega of a branch in a model that has omegas: see `SetOmega`."""
+    """Set the omega of the branch with this index in its stack."""
     branch = stack.branches[index]
     weights_of(branch.layer)[branch.name].fill_(omega)
 
 
-@torch.no_grad()
-def fold(stack: Stack, index: int, omega: float) -> None:
-    """Have a plain post-LN model compute what it would with this omega: see `SetOmega`.
-
-    Raises:
-        ValueError: it is the first omega, and not 1: no LayerNorm can take it up.
-    """
-    if index == 0:
-        if omega != 1.0:
-            raise ValueError(f"the first omega of the {stack.side} is {omega}, not 1")
-        return
-    for parameter in stack.branches[index - 1].norm.parameters():
-        parameter.mul_(omega)
-    for linear in stack.branches[index].readers:
-        linear.weight.div_(omega)
-
-
 def set_omegas(
     model: nn.Module,
-    set_omega: SetOmega,
     evaluate: Callable[[Any], object],
     batches: Sequence[Any],
     processes: Processes,
 ) -> dict[str, list[float]]:
-    """Set every omega of a post-LN model whose LayerNorms have gain 1 and bias 0.
+    """Set every omega of a model that has omegas, and LayerNorms with gain 1 and bias 0.
 
     One after the other in the order of the forward pass, since each changes what later branches
     read. Call this inside `quiet`.
@@ -149,7 +103,7 @@ def set_omegas(
         total = 1.0
         for index, branch in enumerate(stack.branches):
             omegas.append(math.sqrt(total))
-            set_omega(stack, index, omegas[-1])
+            fill(stack, index, omegas[-1])
             ((shortcut, output),) = variances([branch], evaluate, batches, processes)
             # What LayerNorms put out has variance 1.
             total = (shortcut if index == 0 else total) + output
@@ -159,16 +113,6 @@ def set_omegas(
                     "before training: check how the model initialises its parameters, and the data"
                 )
     return found
-
-
-def _initialise(trainer: Any, set_omega: SetOmega) -> None:
-    sentences = training_batches(trainer).sentences(SENTENCES)
-    processes = data_parallel_processes(trainer)
-    with quiet(*trained_modules(trainer).values()):
-        found = set_omegas(trainer.get_model(), set_omega, TaskLoss(trainer), sentences, processes)
-    for side, omegas in found.items():
-        shown = " ".join(f"{omega:.3g}" for omega in omegas)
-        logger.info("omega of the %s's %d sublayers: %s", side, len(omegas), shown)
 
 
 register_variants("admin", add_omegas)

@@ -2,8 +2,7 @@
 # No postponed annotations here: fairseq reads the types of dataclass fields as objects.
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any, Optional
 
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
@@ -11,7 +10,7 @@ from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.option_values import read_value
 from fairseq_gradinit.options import read_options, refuse_unsupported
-from fairseq_gradinit.schemes import admin, deepnorm, metainit, pre_ln, t_fixup, zero_branches
+from fairseq_gradinit.schemes import admin, deepnorm, pre_ln, t_fixup, zero_branches
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,6 @@ SCHEMES = {
     "deepnorm": Scheme(configure=deepnorm.configure),
     "t-fixup": Scheme(configure=t_fixup.configure),
     "admin": Scheme(configure=admin.configure, initialise=admin.initialise),
-    "admin-folded": Scheme(configure=admin.configure_folded, initialise=admin.initialise_folded),
-    "metainit": Scheme(initialise=partial(metainit.initialise, iterations=metainit.ITERATIONS)),
 }
 
 SchemeChoice = ChoiceEnum(list(SCHEMES))
@@ -54,13 +51,6 @@ class SchemeOptions(FairseqDataclass):
             "is not stock fairseq's"
         },
     )
-    init_scheme_iterations: Optional[int] = field(
-        default=None,
-        metadata={
-            "help": "how often metainit moves the norms of the weight matrices "
-            f"(default: {metainit.ITERATIONS})"
-        },
-    )
 
 
 def read_scheme(cfg: Any) -> Scheme | None:
@@ -71,8 +61,8 @@ def read_scheme(cfg: Any) -> Scheme | None:
     """
     # Programs of other projects pass through here too, with configurations of their own.
     task = getattr(cfg, "task", None)
-    name: str | None = _read("init_scheme", task)
-    iterations = _iterations(task, name)
+    option = SchemeOptions.__dataclass_fields__["init_scheme"]
+    name: str | None = read_value(option, task)
     if name is None:
         return None
     scheme = SCHEMES[name]
@@ -84,23 +74,4 @@ def read_scheme(cfg: Any) -> Scheme | None:
             "the later would undo the earlier: leave one of the two out"
         )
     refuse_unsupported(cfg, f"--init-scheme {name}")
-    if iterations is not None:
-        return replace(scheme, initialise=partial(metainit.initialise, iterations=iterations))
     return scheme
-
-
-def _iterations(task: Any, name: str | None) -> int | None:
-    iterations: int | None = _read("init_scheme_iterations", task)
-    if iterations is None:
-        return None
-    if name != "metainit":
-        raise GradInitError(
-            "--init-scheme-iterations is for --init-scheme metainit alone: leave it out"
-        )
-    if iterations < 1:
-        raise GradInitError(f"--init-scheme-iterations must be at least 1, not {iterations}")
-    return iterations
-
-
-def _read(name: str, task_cfg: Any) -> Any:
-    return read_value(SchemeOptions.__dataclass_fields__[name], task_cfg)
