@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from conftest import GRADINIT, train_here
+from scheme_models import build, outputs
 from test_train import STANDSTILL, scales_in
 from tiny import central_differences
 from torch import nn
@@ -67,7 +68,7 @@ def test_every_tensor_of_every_module_is_a_block_once(zoo):
 
 @pytest.mark.parametrize("gamma", [math.inf, 1e-3], ids=["objective", "constraint"])
 @pytest.mark.parametrize("second_order", ["exact", "finite-difference"])
-def test_their_scales_have_the_right_derivative(zoo, gamma, second_order):
+def test_the_scales_of_all_modules_have_the_right_derivative(zoo, gamma, second_order):
     model, loss, pair = zoo
     config = GradInitConfig(
         eta=0.05, target="sgd", gamma=gamma, norm_gains="learned", second_order=second_order
@@ -98,9 +99,27 @@ def test_their_scales_have_the_right_derivative(zoo, gamma, second_order):
     torch.testing.assert_close(found.by_scales, truth, rtol=1e-4, atol=1e-5)
 
 
+NOISE = {
+    **dict.fromkeys(("dropout", "attention_dropout", "activation_dropout"), 0.4),
+    **dict.fromkeys(("encoder_layerdrop", "decoder_layerdrop"), 0.5),
+    **{"quant_noise_pq": 0.5, "quant_noise_pq_block_size": 8},
+}
+
+
+def test_fairseq_s_noise_is_off_inside_and_on_again_afterwards():
+    model = build("transformer_iwslt_de_en", **NOISE)
+    expected = outputs(model)
+    model.train()
+    with quiet(model):
+        assert torch.equal(outputs(model), expected)
+        assert torch.equal(outputs(model), expected)
+    assert not torch.equal(outputs(model), outputs(model))
+
+
 QUANT_NOISE = ["--quant-noise-pq-block-size", "8", "--quant-noise-pq"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("little", "much"),
     [
@@ -116,7 +135,7 @@ QUANT_NOISE = ["--quant-noise-pq-block-size", "8", "--quant-noise-pq"]
     ],
     ids=["dropout and layer drop", "quantisation noise"],
 )
-def test_fairseq_s_noise_is_silent(little, much, corpus, tmp_path):
+def test_fairseq_s_noise_changes_no_scale(little, much, corpus, tmp_path):
     for name, options in (("little", little), ("much", much)):
         run = train_here(corpus.translation, tmp_path / name, *GRADINIT, *STANDSTILL, *options)
         assert run.code == 0, run.output

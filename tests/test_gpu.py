@@ -20,7 +20,10 @@ from fairseq_gradinit.config import GradInitConfig
 from fairseq_gradinit.engine import BatchPair, learn_scales
 from fairseq_gradinit.quiet import quiet
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
+]
 
 TOSS_UP = 1e-2
 """Of a scale: three iterations of 1e-2 each, whose direction rounding decides where it is a
