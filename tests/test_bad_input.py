@@ -15,6 +15,7 @@ import torch
 from conftest import (
     OWN_USER_DIR,
     PLUGIN,
+    SCALES_ALONE,
     Corpus,
     binarise,
     train,
@@ -25,7 +26,7 @@ from conftest import (
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.phase import require_writable
 
-QUICK = ["--gradinit", "--gradinit-iterations", "2", "--max-update", "1"]
+QUICK = ["--gradinit", "--gradinit-iterations", "2", "--max-update", "1", *SCALES_ALONE]
 
 
 @pytest.mark.parametrize(
@@ -80,7 +81,7 @@ def test_a_criterion_that_gives_nothing_to_learn_from(corpus, tmp_path, criterio
 
 
 def test_a_nan_that_comes_later_gives_the_initial_weights_back(corpus, tmp_path):
-    options = [*QUICK, "--gradinit-eta", "1e38"]
+    options = [*QUICK, "--gradinit-centering", "on", "--gradinit-eta", "1e38"]
     run = train_here(corpus.translation, tmp_path, *options)
     assert "lower eta, the learning rate of the scales, or max-scale" in run.error()
     model = run.trainer.get_model()

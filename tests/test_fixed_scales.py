@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from conftest import GRADINIT, train_here
+from conftest import GRADINIT, SCALES_ALONE, train_here
 from test_options import refusal
 from test_train import STANDSTILL, same, scales_in
 from torch import nn
@@ -18,8 +18,7 @@ BRANCHES = {
     f"encoder.layers.0.{name}.weight"
     for name in ("self_attn.v_proj", "self_attn.out_proj", "fc1", "fc2")
 }
-SMALL = ["--gradinit-encoder-branches", "0.1"]
-LEARNED = ["--gradinit-encoder-branches", "1"]
+SMALL = ["--gradinit-encoder-branches", "0.1", "--gradinit-centering", "off"]
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +30,7 @@ def small(corpus, tmp_path_factory):
 @pytest.fixture(scope="module")
 def learned(corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("learned")
-    return folder, train_here(corpus.translation, folder, *GRADINIT, *STANDSTILL, *LEARNED)
+    return folder, train_here(corpus.translation, folder, *GRADINIT, *STANDSTILL, *SCALES_ALONE)
 
 
 def test_branches_get_the_factor_and_other_tensors_are_learned(small):

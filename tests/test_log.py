@@ -17,8 +17,7 @@ from fairseq_gradinit.history import Iteration
 from fairseq_gradinit.iteration_log import TAG, IterationLog
 from fairseq_gradinit.scales import FILE_NAME
 
-TWO_LAYERS = ["--encoder-layers", "2", "--decoder-layers", "2"]
-HERE = [*GRADINIT, *TWO_LAYERS, "--max-update", "1", "--no-save"]
+HERE = [*GRADINIT, "--decoder-layers", "2", "--max-update", "1", "--no-save"]
 SCALES = [0.5, 1.0, 2.0]
 
 
@@ -45,7 +44,7 @@ def test_lines_of_iterations(told):
 
 def test_the_beginning_says_what_is_done(told):
     (line,) = told.lines("GradInit: learning")
-    assert "47 of 87 parameter tensors in 3 iterations" in line
+    assert "41 of 71 parameter tensors in 3 iterations" in line
     assert "nats" in line
 
 
