@@ -66,7 +66,7 @@ def test_a_missing_fairseq_is_answered_with_what_to_install():
 def test_the_engine_needs_no_fairseq():
     code = NO_FAIRSEQ + (
         "import fairseq_gradinit.engine, fairseq_gradinit.quiet, fairseq_gradinit.scales\n"
-        "import fairseq_gradinit.centering\n"
+        "import fairseq_gradinit.centering, fairseq_gradinit.initialization\n"
         "print(sorted(name for name in sys.modules if name.startswith(('fairseq.', 'hydra'))))"
     )
     done = python(code)
