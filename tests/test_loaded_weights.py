@@ -76,12 +76,10 @@ def test_loaded_tensors_keep_scale_1_also_within_the_branches_of_the_encoder():
 
 @pytest.fixture(scope="module")
 def vectors(tmp_path_factory):
-    """Word vectors as fairseq reads them, of width 32."""
+    """Word vectors as fairseq reads them, of width 16."""
     path = tmp_path_factory.mktemp("vectors") / "vectors.txt"
-    rows = (
-        " ".join([f"w{i}", *(f"{i / 100 + j / 1000:.3f}" for j in range(32))]) for i in range(40)
-    )
-    path.write_text("40 32\n" + "\n".join(rows) + "\n")
+    numbers = " ".join(f"{j / 100:.2f}" for j in range(16))
+    path.write_text("40 16\n" + "".join(f"w{i} {numbers}\n" for i in range(40)))
     return path
 
 

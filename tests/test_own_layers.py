@@ -70,7 +70,5 @@ def test_a_model_of_own_layers_trains(corpus, tmp_path):
     assert run.code == 0, run.output
     found = {change.name: change.after for change in Effect.load(tmp_path / FILE_NAME).shares}
     left_out = [name for name, after in found.items() if after is None]
-    assert left_out == [
-        f"encoder.layers.{i}.{name}" for i in (0, 1) for name in ("self_attn", "ffn")
-    ]
+    assert left_out == ["encoder.layers.0.self_attn", "encoder.layers.0.ffn"]
     assert run.lines("not in the report")[0].endswith(", ".join(left_out))
