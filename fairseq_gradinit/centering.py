@@ -211,10 +211,12 @@ def _calls(modules: Iterable[nn.Module], run: Callable[[], object]) -> Counter[A
     """How often `run` calls each LayerNorm with a trainable bias, by the first call of each."""
     used: Counter[Any] = Counter()
 
-    def note(norm: nn.Module, _: object) -> None:
-        used[norm] += 1
+    def note(norm: Any, _: object, output: object) -> None:
+        # A user's module of such a name may be something else, with states or several outputs.
+        if isinstance(output, Tensor) and output.shape[-1:] == norm.bias.shape:
+            used[norm] += 1
 
-    handles = [m.register_forward_pre_hook(note) for m in modules if _is_layer_norm(m)]
+    handles = [m.register_forward_hook(note) for m in modules if _is_layer_norm(m)]
     try:
         run()
     finally:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fairseq_gradinit.config import Precision
-from fairseq_gradinit.errors import GradInitError
+from fairseq_gradinit.errors import GradInitError, said_by
 from fairseq_gradinit.processes import Processes
 
 logger = logging.getLogger(__name__)
@@ -161,7 +161,7 @@ class LossGradients:
                             differentiate(piece)
                 return
             except torch.OutOfMemoryError as error:
-                message = str(error).splitlines()[0]
+                message = said_by(error)
             # Outside of the handler, where the error no longer keeps what was computed alive.
             self._drop()
             reset()

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch.distributed
 from torch import Tensor
 
-from fairseq_gradinit.errors import GradInitError
+from fairseq_gradinit.errors import GradInitError, said_by
 
 # As in torch's DistributedDataParallel: large enough to use the network, small beside a model.
 BUCKET_BYTES = 25 * 2**20
@@ -97,7 +97,7 @@ class ProcessGroup:
                 f"process {self.rank} of {self.count} lost the others in {collective.__name__}: "
                 "one of them has ended, or did not answer in time. Look for the first error among "
                 "their logs; given again, the same command goes on from the last state saved "
-                f"({str(error).splitlines()[0]})"
+                f"({said_by(error)})"
             ) from error
 
 

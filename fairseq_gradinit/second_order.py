@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fairseq_gradinit.config import Precision
-from fairseq_gradinit.errors import GradInitError
+from fairseq_gradinit.errors import GradInitError, said_by
 from fairseq_gradinit.first_step import global_norm
 from fairseq_gradinit.gradients import LossGradients, MeanGradient
 from fairseq_gradinit.processes import Processes
@@ -78,7 +78,7 @@ class HessianProducts:
         try:
             product = self._gradients.of_each(batches, differentiate, gradient.count)
         except RuntimeError as error:
-            raise GradInitError(NOT_TWICE.format(str(error).splitlines()[0])) from error
+            raise GradInitError(NOT_TWICE.format(said_by(error))) from error
         if any(u and not r for u, r in zip(gradient.used, reached, strict=True)):
             raise GradInitError(
                 NOT_TWICE.format("a part of it hides its parameters, as checkpointing does")
