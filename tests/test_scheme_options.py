@@ -11,7 +11,7 @@ from conftest import (
     SCALES_ALONE,
     SMALL_MODEL,
     Training,
-    run_command,
+    run_here,
     train_here,
     usual_options,
 )
@@ -137,7 +137,7 @@ def test_language_models(corpus, tmp_path, name):
 def test_a_checkpoint_of_an_architecture_of_ours_translates(corpus, tmp_path, name):
     trained = train_here(corpus.translation, tmp_path, "--init-scheme", name, "--max-update", "1")
     assert trained.code == 0, trained.output
-    outcome = run_command(
+    outcome = run_here(
         "fairseq-generate",
         *(corpus.translation, *PLUGIN, "--path", tmp_path / "checkpoint_last.pt"),
         *("--gen-subset", "valid", "--cpu", "--max-len-b", "12"),
