@@ -222,7 +222,6 @@ def test_weights_of_an_architecture_of_ours_do_not_fit_a_stock_model():
             build("transformer_iwslt_de_en").load_state_dict(build(variant).state_dict())
 
 
-def test_the_readme_and_the_documentation_name_the_schemes():
-    assert "| `--init-scheme` |" in (ROOT / "README.md").read_text()
+def test_the_page_of_other_initialisations_names_the_schemes():
     text = (ROOT / "docs" / "rivals.md").read_text()
     assert all(f"`{name}`" in text for name in SCHEMES)
