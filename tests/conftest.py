@@ -204,8 +204,8 @@ def binarise(folder: Path, *arguments: str) -> Path:
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
-    # Torch imports it when it makes its first optimizer, for seconds that no test is to pay.
-    importlib.import_module("torch._dynamo")
+    # Torch imports much when it makes its first optimizer, for seconds that no test is to pay.
+    torch.optim.Adam([torch.zeros(1, requires_grad=True)], fused=True)
     folder = tmp_path_factory.mktemp("corpus")
     write_corpus(folder, {"train": 400, "valid": 40})
     train, valid = str(folder / "train"), str(folder / "valid")
