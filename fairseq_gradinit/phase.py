@@ -105,13 +105,12 @@ def weights_come_from_checkpoint(trainer: Any) -> bool:
 
 
 def drop_copies(trainer: Any) -> None:
-    """Have everything that holds the weights as they are made anew, once they have changed.
+    """Have everything that holds the weights made again, once they have changed.
 
-    These are the optimizer, its fp32 copies, the data-parallel wrapper and the moving average; the
-    trainer makes each of them when it is next asked for it.
+    These are the optimizer, its fp32 copies and the data-parallel wrapper; the trainer makes each
+    of them when it is next asked for it. The moving average is first made by the first update.
     """
     trainer.reinitialize()
-    trainer._ema = None
 
 
 def clear_unset_biases(model: nn.Module) -> None:
