@@ -376,6 +376,23 @@ def signature_fields(*options: str, **more: str) -> dict[str, str]:
     return dict(field.split(":", 1) for field in line.split("|"))
 
 
+@pytest.mark.parametrize(
+    ("option", "field", "value"),
+    [
+        (["--seed", "7"], "seed", "7"),
+        (["--gradinit-lr", "0.02"], "lr", "0.02"),
+        (["--gradinit-iterations", "7"], "iterations", "7"),
+        (["--gradinit-min-scale", "0.3"], "scales", "0.3..5"),
+        (["--gradinit-max-tokens", "99"], "tokens", "99"),
+        (["--update-freq", "3"], "micro-batches", "3"),
+        (["--gradinit-scale-loaded"], "scale-loaded", "on"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else value,
+)
+def test_the_signature_says_what_was_given(option, field, value):
+    assert signature_fields(*option)[field] == value
+
+
 def test_a_task_whose_configuration_is_older_than_the_options_is_set_up(corpus):
     cfg = OmegaConf.structured(FairseqConfig())
     cfg.task = TranslationConfig(_name="translation", data=str(corpus.translation))
