@@ -226,8 +226,12 @@ def test_an_untrusted_checkpoint_is_not_taken_for_a_broken_one(untrusted, capsys
 def test_fairseq_is_imported_where_a_checkpoint_needs_it(tmp_path):
     file = tmp_path / "checkpoint_last.pt"
     file.write_bytes(saved({"cfg": configuration()}))
+    trusted = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
-    assert read_checkpoint(file)["cfg"] == configuration()
+    try:
+        assert read_checkpoint(file)["cfg"] == configuration()
+    finally:
+        torch.serialization.add_safe_globals(trusted)
 
 
 # ---- Runs.

@@ -49,10 +49,14 @@ def test_a_full_disk_keeps_what_an_earlier_gradinit_left(corpus, disk, first):
     assert disk.contents() == before
 
 
-def test_gradinit_goes_on_when_there_is_room_again(corpus, disk, tmp_path):
+FITTING = ("gradinit_state.json", "gradinit_scales.json")
+
+
+def test_gradinit_resumes_when_there_is_room_again(corpus, disk, tmp_path):
     """There is room for state and scales, and not for the file of their effect."""
     whole = train_here(corpus.translation, tmp_path / "run", *TRAINING)
-    disk.fill(leave=28)
+    pages = [-(-(tmp_path / "run" / name).stat().st_size // 4096) for name in FITTING]
+    disk.fill(leave=4 * sum(pages))
     run = train_here(corpus.translation, disk.folder / "run", *TRAINING)
     assert "gradinit_effect.json: No space left on device" in run.error()
     assert not run.batches

@@ -5,7 +5,6 @@ Threads are the processes, except in the slow tests: these start programs, which
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import math
@@ -25,6 +24,7 @@ from rank import draw_pairs, learn, make_learner, model_and_loss
 from tiny import SPOILERS, in_ranks
 
 from fairseq_gradinit.blocks import collect_blocks
+from fairseq_gradinit.checkpoints import read_checkpoint
 from fairseq_gradinit.config import GradInitConfig
 from fairseq_gradinit.engine import BatchPair, learn_scales
 from fairseq_gradinit.errors import GradInitError, GradInitStopped
@@ -238,8 +238,7 @@ def read_scales(save_dir: Path) -> dict:
 
 
 def weights(save_dir: Path) -> dict[str, torch.Tensor]:
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        return torch.load(save_dir / "checkpoint_last.pt", weights_only=True)["model"]
+    return read_checkpoint(save_dir / "checkpoint_last.pt")["model"]
 
 
 @pytest.fixture(scope="module")
