@@ -81,6 +81,8 @@ SHORT_TRAINING = [
     *("--criterion", "label_smoothed_cross_entropy", "--label-smoothing", "0.1"),
     *("--max-tokens", "400", "--max-update", "4", "--cpu", "--disable-validation"),
     *("--log-format", "simple", "--log-interval", "1", "--num-workers", "0"),
+    # Without the thread that reads ahead, which at times aborts a process that is done.
+    *("--data-buffer-size", "0"),
 ]
 PLUGIN = ["--user-dir", user_dir()]
 GRADINIT = ["--gradinit", "--gradinit-iterations", "3"]

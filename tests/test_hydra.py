@@ -35,7 +35,13 @@ REST = {
     "optimizer": {"_name": "adam"},
     "lr_scheduler": {"_name": "polynomial_decay", "total_num_update": 100},
     "optimization": {"lr": [0.001], "max_update": 2},
-    "dataset": {"batch_size": 16, "disable_validation": True, "num_workers": 0},
+    # Without the thread that reads ahead, which at times aborts a process that is done.
+    "dataset": {
+        "batch_size": 16,
+        "data_buffer_size": 0,
+        "disable_validation": True,
+        "num_workers": 0,
+    },
     "distributed_training": {"distributed_world_size": 1},
 }
 COMMON = {
