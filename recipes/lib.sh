@@ -243,6 +243,8 @@ choose_settings() {
         --total-num-update "$UPDATES" --max-update "$UPDATES"
         # With fairseq's default of 8, ve-fairseq 0.12.3 leaves sentences out.
         --max-tokens "$MAX_TOKENS" --update-freq "$UPDATE_FREQ" --required-batch-size-multiple 1
+        # Without the thread that reads ahead: it can abort a training that has just ended.
+        --data-buffer-size 0
         --save-interval-updates "$SAVE_EVERY" --keep-interval-updates "$AVERAGE"
         --no-epoch-checkpoints --save-interval 1000000 --validate-interval 1000000
         --log-format json --log-interval "$log_every"

@@ -69,6 +69,8 @@ TRAINING = [
 HOUSEKEEPING = [
     *("--save-interval-updates", "200", "--keep-interval-updates", "1", "--no-epoch-checkpoints"),
     *("--validate-interval", "1000", "--num-workers", "1"),
+    # Without the thread that reads ahead: it can abort a training that has just ended.
+    *("--data-buffer-size", "0"),
     *("--log-format", "json", "--log-interval", "20"),
 ]
 
