@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +15,18 @@ from fairseq_gradinit.errors import GradInitError
 
 Split = Callable[[Any], tuple[Any, Any] | None]
 """Makes the batches S and S~ of the method from one batch; None for a batch that is too small."""
+
+
+Order = TypeVar("Order", Tensor, np.ndarray)
+
+
+def overlapping_thirds(order: Order) -> tuple[Order, Order]:
+    """A + B and B + C of shuffled examples cut in thirds A, B, C (section 3.3).
+
+    One or two examples are left out if their number is not a multiple of three.
+    """
+    third = len(order) // 3
+    return order[: 2 * third], order[third : 3 * third]
 
 
 def batch_pairs(loader: Iterable[Any], split: Split, device: torch.device) -> Iterator[BatchPair]:
@@ -42,9 +55,7 @@ def batch_pairs(loader: Iterable[Any], split: Split, device: torch.device) -> It
 
 
 def thirds(batch: Any) -> tuple[Any, Any] | None:
-    """A + B and B + C, for a batch that is shuffled and cut in thirds A, B, C (section 3.3).
-
-    One or two examples are left out if their number is not a multiple of three.
+    """A batch shuffled and cut by `overlapping_thirds`; None if it has fewer than three examples.
 
     Args:
         batch: a tensor, or tuples, lists and dictionaries of tensors, shape (examples, ...).
@@ -61,11 +72,9 @@ def thirds(batch: Any) -> tuple[Any, Any] | None:
             else "a tensor"
         )
     examples = sizes.pop()
-    third = examples // 3
-    if third == 0:
+    if examples < 3:
         return None
-    order = torch.randperm(examples)
-    first, second = order[: 2 * third], order[third : 3 * third]
+    first, second = overlapping_thirds(torch.randperm(examples))
     return _map(lambda tensor: tensor[first], batch), _map(lambda tensor: tensor[second], batch)
 
 

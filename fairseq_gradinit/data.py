@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from fairseq import utils
 
+from fairseq_gradinit.batch_pairs import overlapping_thirds
 from fairseq_gradinit.engine import BatchPair
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.quiet import random_state_kept, seed_everything
@@ -113,9 +114,9 @@ class PairedBatches:
             return drawn[self._rank :: self._processes]
 
         while True:
-            orders = draw()
-            first = [self._drawn_batch(_first(order)) for order in orders]
-            second = [self._drawn_batch(_second(order)) for order in orders]
+            firsts, seconds = zip(*map(overlapping_thirds, draw()), strict=True)
+            first = [self._drawn_batch(indices) for indices in firsts]
+            second = [self._drawn_batch(indices) for indices in seconds]
             yield BatchPair(first, second)
 
     def sentences(self, count: int) -> list[MicroBatch]:
@@ -179,15 +180,6 @@ class PairedBatches:
     def _fingerprint(self, tensor: torch.Tensor) -> torch.Tensor:
         self._digest.update(tensor.contiguous().numpy().tobytes())
         return tensor
-
-
-def _first(order: np.ndarray) -> np.ndarray:
-    return order[: len(order) // 3 * 2]
-
-
-def _second(order: np.ndarray) -> np.ndarray:
-    third = len(order) // 3
-    return order[third : 3 * third]
 
 
 @contextmanager
