@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,7 +27,7 @@ from fairseq_gradinit.blocks import (
     frozen_names,
 )
 from fairseq_gradinit.centering import center_layer_norms, layer_norm_biases, undone_on_error
-from fairseq_gradinit.data import PairedBatches
+from fairseq_gradinit.data import MicroBatch, PairedBatches
 from fairseq_gradinit.effect import FILE_NAME as EFFECT_FILE_NAME
 from fairseq_gradinit.effect import Snapshot, effect_between
 from fairseq_gradinit.engine import learn_scales
@@ -185,6 +186,11 @@ class _Prepared:
         assert self.batches is not None
         return self.batches
 
+    @cached_property
+    def sentences(self) -> list[MicroBatch]:
+        """What LayerNorms are centered on and branches measured with; none without batches."""
+        return self.batches.sentences(CENTERING_SENTENCES) if self.batches else []
+
 
 def _prepare(trainer: Any, plan: Plan) -> _Prepared:
     file = None if plan.scales_file is None else Scales.load(Path(plan.scales_file))
@@ -246,13 +252,12 @@ def data_parallel_processes(trainer: Any) -> Processes:
 
 
 def _snapshot(trainer: Any, prepared: _Prepared) -> Snapshot:
-    sentences = prepared.batches.sentences(CENTERING_SENTENCES) if prepared.batches else []
     with quiet(*trained_modules(trainer).values()):
         return take_snapshot(
             trainer.get_model(),
             prepared.blocks,
             TaskLoss(trainer),
-            sentences,
+            prepared.sentences,
             data_parallel_processes(trainer),
         )
 
@@ -260,19 +265,18 @@ def _snapshot(trainer: Any, prepared: _Prepared) -> Snapshot:
 def _center(trainer: Any, prepared: _Prepared) -> None:
     start = time.monotonic()
     modules = list(trained_modules(trainer).values())
-    sentences = prepared.pairs.sentences(CENTERING_SENTENCES)
     centered = {block.parameter for block in prepared.blocks if block.state == "centered"}
     with quiet(*modules):
         count = center_layer_norms(
             modules,
             TaskLoss(trainer),
-            sentences,
+            prepared.sentences,
             data_parallel_processes(trainer),
             centered.__contains__,
         )
     logger.info(
         "centered the outputs of %d LayerNorms on %d sentences (%.1f s)",
-        *(count, sum(len(batch.indices) for batch in sentences), time.monotonic() - start),
+        *(count, sum(len(batch.indices) for batch in prepared.sentences), time.monotonic() - start),
     )
 
 
