@@ -350,7 +350,7 @@ def make_plan(cfg: Any) -> Plan | None:
             "--gradinit-save-interval must be at least 0, which switches it off, not "
             f"{options.gradinit_save_interval}"
         )
-    preset = PRESETS[str(options.gradinit_preset)]
+    preset = PRESETS[options.gradinit_preset]
     branches = _pick(options, preset, "encoder_branches")
     if not 0.0 < branches < math.inf:
         raise GradInitError(
@@ -360,7 +360,7 @@ def make_plan(cfg: Any) -> Plan | None:
     sentences = _at_least_one("--batch-size", cfg.dataset.batch_size)
     frequency = cfg.optimization.update_freq[0] if cfg.optimization.update_freq else 0
     return Plan(
-        preset=str(options.gradinit_preset),
+        preset=options.gradinit_preset,
         config=_engine_config(options, preset, cfg),
         scales_file=options.gradinit_scales,
         max_tokens=_max_tokens(options, preset, cfg),
@@ -385,7 +385,7 @@ def _engine_config(options: GradInitOptions, preset: Preset, cfg: Any) -> GradIn
     step = TrialStep("adam")
     # Scales from a file are applied whatever the optimizer is.
     if options.gradinit_scales is None:
-        step = trial_step(str(options.gradinit_optimizer), cfg.optimizer)
+        step = trial_step(options.gradinit_optimizer, cfg.optimizer)
     eta = _pick(options, preset, "eta")
     if eta is None:
         eta = peak_lr(cfg) * step.length
@@ -409,7 +409,7 @@ def _engine_config(options: GradInitOptions, preset: Preset, cfg: Any) -> GradIn
         max_scale=_pick(options, preset, "max_scale"),
         norm_gains=_pick(options, preset, "norm_gains"),
         second_order=_pick(options, preset, "second_order"),
-        precision=cast(Precision, str(options.gradinit_precision)),
+        precision=cast(Precision, options.gradinit_precision),
         max_skipped=options.gradinit_max_skipped,
         seed=cfg.common.seed,
     )
