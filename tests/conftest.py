@@ -143,37 +143,47 @@ def run_command(
     return Outcome(done.returncode, done.stdout + done.stderr)
 
 
+@contextlib.contextmanager
+def in_place_of(outcome: Outcome, words: Sequence[object], form: str) -> Iterator[io.StringIO]:
+    """What is called inside is a program of these words, whose end and log `outcome` is to be."""
+    printed = io.StringIO()
+    handler = logging.StreamHandler(printed)
+    handler.setFormatter(logging.Formatter(form, "%Y-%m-%d %H:%M:%S"))
+    root = logging.getLogger()
+    level = root.level
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    try:
+        with (
+            mock.patch.object(sys, "argv", list(map(str, words))),
+            contextlib.redirect_stderr(printed),
+            warnings.catch_warnings(action="ignore"),
+        ):
+            yield printed
+    except SystemExit as leaving:
+        outcome.code = leaving.code or 0
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(level)
+        outcome.output = printed.getvalue()
+
+
 def run_here(program: str, *arguments: object, stdin: str = "") -> Outcome:
     """Run one of fairseq's programs in this process, where the plugin stays loaded."""
     import fairseq_gradinit.plugin  # noqa: F401
 
     name = program.removeprefix("fairseq-").replace("-", "_")
     module = importlib.import_module(f"fairseq_cli.{name}")
-    printed = io.StringIO()
-    handler = logging.StreamHandler(printed)
+    outcome = Outcome(0, "")
     # As fairseq_cli sets it.
     form = "%(asctime)s | %(levelname)s | %(name)s | %(message)s"
-    handler.setFormatter(logging.Formatter(form, "%Y-%m-%d %H:%M:%S"))
-    root = logging.getLogger()
-    level = root.level
-    root.addHandler(handler)
-    root.setLevel(logging.INFO)
-    code = 0
-    try:
-        with (
-            mock.patch.object(sys, "argv", [program, *map(str, arguments)]),
-            mock.patch.object(sys, "stdin", io.StringIO(stdin)),
-            contextlib.redirect_stdout(printed),
-            contextlib.redirect_stderr(printed),
-            warnings.catch_warnings(action="ignore"),
-        ):
-            module.cli_main()
-    except SystemExit as leaving:
-        code = leaving.code or 0
-    finally:
-        root.removeHandler(handler)
-        root.setLevel(level)
-    return Outcome(code, printed.getvalue())
+    with (
+        in_place_of(outcome, [program, *arguments], form) as printed,
+        mock.patch.object(sys, "stdin", io.StringIO(stdin)),
+        contextlib.redirect_stdout(printed),
+    ):
+        module.cli_main()
+    return outcome
 
 
 @dataclass(frozen=True)
@@ -305,28 +315,13 @@ def train_here(
             return super().train_step(samples, raise_oom)
 
     base = base or [*SMALL_MODEL, *SHORT_TRAINING]
-    argv = ["fairseq-train", data, *base, "--save-dir", save_dir, *arguments]
-    log = io.StringIO()
-    handler = logging.StreamHandler(log)
-    handler.setFormatter(logging.Formatter("%(levelname)s | %(name)s | %(message)s"))
-    root = logging.getLogger()
-    level = root.level
-    root.addHandler(handler)
-    root.setLevel(logging.INFO)
-    try:
-        with (
-            mock.patch.object(sys, "argv", list(map(str, argv))),
-            mock.patch.object(program, "Trainer", RecordingTrainer),
-            contextlib.redirect_stderr(log),
-            warnings.catch_warnings(action="ignore"),
-        ):
-            program.cli_main()
-    except SystemExit as leaving:
-        seen = Training(**{**vars(seen), "code": leaving.code})
-    finally:
-        root.removeHandler(handler)
-        root.setLevel(level)
-    return Training(**{**vars(seen), "output": log.getvalue()})
+    words = ["fairseq-train", data, *base, "--save-dir", save_dir, *arguments]
+    with (
+        in_place_of(seen, words, "%(levelname)s | %(name)s | %(message)s"),
+        mock.patch.object(program, "Trainer", RecordingTrainer),
+    ):
+        program.cli_main()
+    return seen
 
 
 @contextlib.contextmanager
