@@ -9,7 +9,7 @@ on the same batches, in four ways: default initialisation without warmup, defaul
 with warmup over a quarter of the updates (as `make quickstart-compare` has it), and without warmup
 with GradInit's learned scales alone and with its default preset, which centers the LayerNorms and
 starts with small encoder branches too. After some of the updates fixed sentences of the validation
-set are looked at, as `fairseq-gradinit check` does (`fairseq_gradinit/check_records.py`, `Look`):
+set are looked at, as `fairseq-gradinit check` does (`fairseq_gradinit/check/records.py`, `Look`):
 the token-dependent share of the power of each layer's output, the validation loss, and the bits
 that it loses when the sentences trade sources. Tables and picture show the last layers.
 
@@ -89,7 +89,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Probe:
-    """What was seen after `update` updates, see `fairseq_gradinit.check_records.Look`.
+    """What was seen after `update` updates, see `fairseq_gradinit.check.records.Look`.
 
     Attributes:
         encoder, decoder: token-dependent share of the output of each layer, the first layer first.
@@ -147,7 +147,7 @@ class Prober:
     def __call__(self, trainer: Any) -> None:
         """Look if it is time to."""
         # Here, so that main() sets up logging before fairseq does.
-        from fairseq_gradinit.check_probes import Watched
+        from fairseq_gradinit.check.probes import Watched
 
         if trainer.get_num_updates() not in self._updates:
             return
@@ -161,7 +161,7 @@ class Prober:
 
 def validation_batches(trainer: Any) -> list[Any]:
     """Sentences of one size in each, which can trade sources."""
-    from fairseq_gradinit.check_data import groups_of_one_size
+    from fairseq_gradinit.check.batches import groups_of_one_size
 
     trainer.task.load_dataset("valid", combine=False, epoch=1)
     data = trainer.task.dataset("valid")
@@ -179,7 +179,7 @@ def train(arguments: Sequence[str], look: Callable[[Any], None]) -> None:
     """
     import fairseq_cli.train as program
 
-    import fairseq_gradinit.plugin  # noqa: F401
+    import fairseq_gradinit.plugin.install  # noqa: F401
 
     class WatchedTrainer(program.Trainer):
         def begin_epoch(self, epoch: int) -> None:

@@ -33,11 +33,11 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fairseq_gradinit.blocks import collect_blocks
-from fairseq_gradinit.config import GradInitConfig
-from fairseq_gradinit.engine import BatchPair, Iteration, learn_scales
-from fairseq_gradinit.quiet import quiet
-from fairseq_gradinit.tables import by, spread
+from fairseq_gradinit.engine.blocks import collect_blocks
+from fairseq_gradinit.engine.config import GradInitConfig
+from fairseq_gradinit.engine.learner import BatchPair, Iteration, learn_scales
+from fairseq_gradinit.engine.quiet import quiet
+from fairseq_gradinit.results.tables import by, spread
 
 TEST_IMAGES = 450
 BATCH = 64

@@ -1,9 +1,9 @@
 """GradInit as a direct reading of the paper's algorithm 1: the baseline of the cost benchmark.
 
-It differs from `fairseq_gradinit.engine` in how it computes, not in what: the gradient of S is
-always taken with a graph of its own, as if the constraint were violated each time, and that graph
-lives to the end of the iteration. The authors' code does the same. Without fused attention, which
-has no second derivative; one process, one micro-batch, no checks.
+It differs from `fairseq_gradinit.engine.learner` in how it computes, not in what: the gradient of S
+is always taken with a graph of its own, as if the constraint were violated each time, and that
+graph lives to the end of the iteration. The authors' code does the same. Without fused attention,
+which has no second derivative; one process, one micro-batch, no checks.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fairseq_gradinit.blocks import Block, base_weights, set_weights
-from fairseq_gradinit.config import GradInitConfig
-from fairseq_gradinit.engine import BatchPair
-from fairseq_gradinit.gradients import LossFunction
-from fairseq_gradinit.history import IterationKind
+from fairseq_gradinit.engine.blocks import Block, base_weights, set_weights
+from fairseq_gradinit.engine.config import GradInitConfig
+from fairseq_gradinit.engine.gradients import LossFunction
+from fairseq_gradinit.engine.history import IterationKind
+from fairseq_gradinit.engine.learner import BatchPair
 
 
 class PlainGradInit:

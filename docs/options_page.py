@@ -10,8 +10,8 @@ from typing import Any, get_args
 
 from fairseq.dataclass import FairseqDataclass
 
-from fairseq_gradinit.options import PRESETS, GradInitOptions
-from fairseq_gradinit.schemes.options import SchemeOptions
+from fairseq_gradinit.plugin.options import PRESETS, GradInitOptions
+from fairseq_gradinit.plugin.schemes.options import SchemeOptions
 
 _HELP = re.compile(
     r"(?P<text>.+?)(?: \(default: (?P<default>.+?)(?:; preset paper: (?P<paper>.+))?\))?"

@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 # fairseq imports a --user-dir for its side effects. A program that uses only the engine has not
 # imported fairseq, and is spared it.
 if "fairseq" in sys.modules:
-    import fairseq_gradinit.plugin  # noqa: F401
+    import fairseq_gradinit.plugin.install  # noqa: F401
 
 
 def __getattr__(name: str) -> Any:

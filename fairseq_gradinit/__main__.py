@@ -2,6 +2,6 @@
 
 import sys
 
-from fairseq_gradinit.command import main
+from fairseq_gradinit.cli.command import main
 
 sys.exit(main())

@@ -42,8 +42,8 @@ class FairseqGradInitSearchPath(SearchPathPlugin):
                 cfg.common.user_dir = to_absolute_path(cfg.common.user_dir)
             # Covers a user dir that a configuration file names.
             import_user_module(cfg.common)
-            if "fairseq_gradinit.hook" in sys.modules:
-                hook = sys.modules["fairseq_gradinit.hook"]
+            if "fairseq_gradinit.plugin.hook" in sys.modules:
+                hook = sys.modules["fairseq_gradinit.plugin.hook"]
                 hook.extend_tasks()
                 # Before OmegaConf answers them, at length.
                 hook.check_options(cfg.task)

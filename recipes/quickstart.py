@@ -47,8 +47,8 @@ from fairseq_runs import (
 from resume import CannotResume, trained_updates
 from tqdm import tqdm
 
-from fairseq_gradinit.plot import save_picture
-from fairseq_gradinit.scales import FILE_NAME, Scales
+from fairseq_gradinit.report.plot import save_picture
+from fairseq_gradinit.scales.file import FILE_NAME, Scales
 
 log = logging.getLogger("quickstart")
 

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from average_checkpoints import interval_checkpoints
 
-from fairseq_gradinit.checkpoints import BrokenCheckpoint, read_checkpoint
 from fairseq_gradinit.errors import GradInitError
-from fairseq_gradinit.files import write_atomically
+from fairseq_gradinit.plugin.safe_loading import BrokenCheckpoint, read_checkpoint
+from fairseq_gradinit.storage.files import write_atomically
 
 
 class CannotResume(Exception):

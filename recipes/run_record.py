@@ -29,10 +29,9 @@ from fairseq_runs import (
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.significance import PairedTest
 
-from fairseq_gradinit.circumstances import Circumstances, circumstances
 from fairseq_gradinit.errors import GradInitError
-from fairseq_gradinit.files import write_atomically
-from fairseq_gradinit.results import (
+from fairseq_gradinit.results.circumstances import Circumstances, circumstances
+from fairseq_gradinit.results.records import (
     Comparison,
     RunRecord,
     Settings,
@@ -41,7 +40,8 @@ from fairseq_gradinit.results import (
     curve,
     read_runs,
 )
-from fairseq_gradinit.typed_json import parse
+from fairseq_gradinit.storage.files import write_atomically
+from fairseq_gradinit.storage.typed_json import parse
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -58,7 +58,7 @@ class About:
     """A run as its recipe began it, in RUN/run.json.
 
     Attributes:
-        recipe, title, model: see `fairseq_gradinit.results`.
+        recipe, title, model: see `fairseq_gradinit.results.records`.
         corpus: the folder that data-prep/prepare.py made.
         command: of fairseq-train.
         decoding: what decides the translations, such as "beam 5".

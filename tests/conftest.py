@@ -24,7 +24,7 @@ from unittest import mock
 import pytest
 import torch
 
-from fairseq_gradinit.doctor import user_dir
+from fairseq_gradinit.cli.doctor import user_dir
 
 # Models this small lose more to the hand-over between threads than they gain.
 torch.set_num_threads(1)
@@ -170,7 +170,7 @@ def in_place_of(outcome: Outcome, words: Sequence[object], form: str) -> Iterato
 
 def run_here(program: str, *arguments: object, stdin: str = "") -> Outcome:
     """Run one of fairseq's programs in this process, where the plugin stays loaded."""
-    import fairseq_gradinit.plugin  # noqa: F401
+    import fairseq_gradinit.plugin.install  # noqa: F401
 
     name = program.removeprefix("fairseq-").replace("-", "_")
     module = importlib.import_module(f"fairseq_cli.{name}")
@@ -300,7 +300,7 @@ def train_here(
     import fairseq_cli.train as program
 
     if plugin:
-        import fairseq_gradinit.plugin  # noqa: F401
+        import fairseq_gradinit.plugin.install  # noqa: F401
 
     seen = Training(0, "")
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fairseq_gradinit.blocks import collect_blocks
-from fairseq_gradinit.config import GradInitConfig
-from fairseq_gradinit.engine import BatchPair, ScaleLearner
-from fairseq_gradinit.processes import Processes, ProcessGroup
+from fairseq_gradinit.engine.blocks import collect_blocks
+from fairseq_gradinit.engine.config import GradInitConfig
+from fairseq_gradinit.engine.learner import BatchPair, ScaleLearner
+from fairseq_gradinit.engine.processes import Processes, ProcessGroup
 
 SETTINGS = {
     "objective": {"target": "adam"},

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-import fairseq_gradinit.plugin  # noqa: F401
+import fairseq_gradinit.plugin.install  # noqa: F401
 
 
 def build(arch: str, **given: Any) -> nn.Module:

@@ -13,11 +13,11 @@ from conftest import SCALES_ALONE, Corpus, Training, train_here
 from tiny import in_ranks
 
 import fairseq_gradinit
-from fairseq_gradinit import phase
-from fairseq_gradinit.agreement import prepared_alike
+from fairseq_gradinit.engine.agreement import prepared_alike
+from fairseq_gradinit.engine.processes import Processes
 from fairseq_gradinit.errors import GradInitError
-from fairseq_gradinit.processes import Processes
-from fairseq_gradinit.scales import FORMAT, VERSION
+from fairseq_gradinit.plugin import phase
+from fairseq_gradinit.scales.file import FORMAT, VERSION
 
 OTHERWISE = "process 1 of 2 was started otherwise than process 0: it has "
 

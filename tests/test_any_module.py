@@ -12,10 +12,10 @@ from test_train import STANDSTILL, scales_in
 from tiny import central_differences
 from torch import nn
 
-from fairseq_gradinit.blocks import collect_blocks
-from fairseq_gradinit.config import GradInitConfig
-from fairseq_gradinit.engine import BatchPair, ScaleLearner
-from fairseq_gradinit.quiet import quiet
+from fairseq_gradinit.engine.blocks import collect_blocks
+from fairseq_gradinit.engine.config import GradInitConfig
+from fairseq_gradinit.engine.learner import BatchPair, ScaleLearner
+from fairseq_gradinit.engine.quiet import quiet
 
 
 class Zoo(nn.Module):

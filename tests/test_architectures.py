@@ -19,7 +19,7 @@ def build():
     from fairseq.data import Dictionary
     from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
 
-    import fairseq_gradinit.plugin  # noqa: F401
+    import fairseq_gradinit.plugin.install  # noqa: F401
 
     dictionary = Dictionary()
     for i in range(92):
@@ -90,7 +90,7 @@ def test_the_command_line_has_the_last_word(build, ours):
 def test_the_tiny_model_has_three_layers_unless_told_otherwise():
     from fairseq.models import ARCH_CONFIG_REGISTRY
 
-    import fairseq_gradinit.plugin  # noqa: F401
+    import fairseq_gradinit.plugin.install  # noqa: F401
 
     args = Namespace()
     ARCH_CONFIG_REGISTRY["transformer_gradinit_tiny"](args)

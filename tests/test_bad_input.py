@@ -24,7 +24,7 @@ from conftest import (
 )
 
 from fairseq_gradinit.errors import GradInitError
-from fairseq_gradinit.phase import require_writable
+from fairseq_gradinit.plugin.phase import require_writable
 
 QUICK = ["--gradinit", "--gradinit-iterations", "2", "--max-update", "1", *SCALES_ALONE]
 

@@ -22,10 +22,10 @@ from record import Table, markdown, read, write
 from torch import nn
 from workload import Size, Workload, peak_memory
 
-from fairseq_gradinit.blocks import collect_blocks
-from fairseq_gradinit.config import GradInitConfig
-from fairseq_gradinit.engine import BatchPair, ScaleLearner
-from fairseq_gradinit.quiet import quiet
+from fairseq_gradinit.engine.blocks import collect_blocks
+from fairseq_gradinit.engine.config import GradInitConfig
+from fairseq_gradinit.engine.learner import BatchPair, ScaleLearner
+from fairseq_gradinit.engine.quiet import quiet
 
 ROOT = Path(__file__).resolve().parent.parent
 

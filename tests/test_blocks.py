@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fairseq_gradinit.blocks import base_weights, collect_blocks, frozen_names, set_weights
+from fairseq_gradinit.engine.blocks import base_weights, collect_blocks, frozen_names, set_weights
 from fairseq_gradinit.errors import GradInitError
 
 

@@ -13,7 +13,7 @@ from conftest import GRADINIT, train_here
 from test_train import STANDSTILL, same, scales_in
 from torch import nn
 
-from fairseq_gradinit.centering import center_layer_norms, layer_norm_biases
+from fairseq_gradinit.engine.centering import center_layer_norms, layer_norm_biases
 from fairseq_gradinit.errors import GradInitError
 
 OFF = ["--gradinit-centering", "off"]

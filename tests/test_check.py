@@ -14,13 +14,14 @@ import pytest
 import torch
 from conftest import GRADINIT, Corpus, train_here, usual_options
 
-from fairseq_gradinit import command, typed_json
-from fairseq_gradinit.check import DEFAULT, WARMUP, Report
-from fairseq_gradinit.check import GRADINIT as FROM_GRADINIT
-from fairseq_gradinit.check_data import groups_of_one_size
-from fairseq_gradinit.check_probes import Power
-from fairseq_gradinit.check_records import Arm, Probe
-from fairseq_gradinit.check_verdict import EXIT_STATUS
+from fairseq_gradinit.check.batches import groups_of_one_size
+from fairseq_gradinit.check.probes import Power
+from fairseq_gradinit.check.program import DEFAULT, WARMUP, Report
+from fairseq_gradinit.check.program import GRADINIT as FROM_GRADINIT
+from fairseq_gradinit.check.records import Arm, Probe
+from fairseq_gradinit.check.verdict import EXIT_STATUS
+from fairseq_gradinit.cli import command
+from fairseq_gradinit.storage import typed_json
 
 UPDATES = 4
 LEARNING = ["--gradinit-iterations", "3", "--gradinit"]

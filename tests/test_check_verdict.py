@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from fairseq_gradinit.check import ARMS, DEFAULT, GRADINIT, table
-from fairseq_gradinit.check_records import Arm, Look, Probe, Update
-from fairseq_gradinit.check_verdict import highest_holding, judge, sentence
+from fairseq_gradinit.check.program import ARMS, DEFAULT, GRADINIT, table
+from fairseq_gradinit.check.records import Arm, Look, Probe, Update
+from fairseq_gradinit.check.verdict import highest_holding, judge, sentence
 
 LAYERS = ("encoder.layers.0", "encoder.layers.1", "decoder.layers.0")
 

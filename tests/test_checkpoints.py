@@ -23,9 +23,9 @@ from fairseq.data.dictionary import Dictionary
 from fairseq.logging import meters
 from omegaconf import OmegaConf
 
-from fairseq_gradinit import command
-from fairseq_gradinit.checkpoints import allow_fairseq_checkpoints, read_checkpoint
-from fairseq_gradinit.scales import BlockScale, Scales
+from fairseq_gradinit.cli import command
+from fairseq_gradinit.plugin.safe_loading import allow_fairseq_checkpoints, read_checkpoint
+from fairseq_gradinit.scales.file import BlockScale, Scales
 
 # How NumPy 1 and 2 call the module of what makes arrays and scalars.
 MULTIARRAY = re.compile(rb"numpy\._?core\.multiarray")

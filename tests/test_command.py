@@ -15,11 +15,13 @@ from conftest import ROOT
 from test_packaging import NO_FAIRSEQ, python
 from test_results import MACHINE, RUN
 
-from fairseq_gradinit import command, heat_map, results, tables
+from fairseq_gradinit.cli import command
 from fairseq_gradinit.errors import GradInitError
-from fairseq_gradinit.heat_map import Panel, Point
-from fairseq_gradinit.results import RunRecord
-from fairseq_gradinit.tables import Published
+from fairseq_gradinit.results import heat_map, tables
+from fairseq_gradinit.results import records as results
+from fairseq_gradinit.results.heat_map import Panel, Point
+from fairseq_gradinit.results.records import RunRecord
+from fairseq_gradinit.results.tables import Published
 
 BASELINE = replace(
     RUN,
@@ -415,7 +417,7 @@ def test_a_defect_does_not_end_as_a_finding(monkeypatch, capsys, words, status) 
 
 def test_a_missing_matplotlib_is_answered_with_what_to_install(kept) -> None:
     code = NO_FAIRSEQ.replace('"fairseq"', '"matplotlib"') + (
-        "from fairseq_gradinit.command import main\n"
+        "from fairseq_gradinit.cli.command import main\n"
         f"sys.exit(main(['heat-map', {str(kept / 'results.jsonl')!r}, '--out', 'a.png']))"
     )
     done = python(code)
@@ -428,7 +430,7 @@ def test_a_missing_matplotlib_is_answered_with_what_to_install(kept) -> None:
 
 def test_tables_need_neither_fairseq_nor_torch(kept) -> None:
     code = NO_FAIRSEQ + (
-        "from fairseq_gradinit.command import main\n"
+        "from fairseq_gradinit.cli.command import main\n"
         f"assert main(['table', {str(kept / 'results.jsonl')!r}]) == 0\n"
         "print({'torch', 'numpy', 'matplotlib'} & set(sys.modules))"
     )

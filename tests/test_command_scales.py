@@ -9,9 +9,10 @@ import pytest
 import torch
 from conftest import GRADINIT, SCALES_ALONE, train_here
 
-from fairseq_gradinit import command, scales
-from fairseq_gradinit.checkpoints import allow_fairseq_checkpoints
-from fairseq_gradinit.scales import BlockScale, Scales
+from fairseq_gradinit.cli import command
+from fairseq_gradinit.plugin.safe_loading import allow_fairseq_checkpoints
+from fairseq_gradinit.scales import file as scales
+from fairseq_gradinit.scales.file import BlockScale, Scales
 
 A = Scales(
     (

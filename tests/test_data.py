@@ -52,7 +52,7 @@ def make_trainer():
 
 
 def paired(trainer, max_tokens=60, max_sentences=None, micro_batches=1):
-    from fairseq_gradinit.data import PairedBatches
+    from fairseq_gradinit.plugin.batches import PairedBatches
 
     return PairedBatches(trainer, max_tokens, max_sentences, micro_batches)
 
@@ -147,7 +147,7 @@ def test_sentences_that_differ_on_one_side_only_do_not_share_a_batch(make_traine
 
 
 def test_sentences_share_small_batches_only(make_trainer, monkeypatch):
-    monkeypatch.setattr("fairseq_gradinit.data.SMALL_BATCH", 20)
+    monkeypatch.setattr("fairseq_gradinit.plugin.batches.SMALL_BATCH", 20)
     batches = paired(make_trainer([6] * 30)).sentences(10)
     assert [len(batch.indices) for batch in batches] == [3, 3, 3, 1]
 

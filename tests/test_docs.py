@@ -19,9 +19,9 @@ import pytest
 from conftest import ROOT
 from lxml import html
 
-from fairseq_gradinit import rate_advice
-from fairseq_gradinit.options import PRESETS, GradInitOptions
-from fairseq_gradinit.schemes.options import SchemeOptions
+from fairseq_gradinit.plugin import rate_advice
+from fairseq_gradinit.plugin.options import PRESETS, GradInitOptions
+from fairseq_gradinit.plugin.schemes.options import SchemeOptions
 
 # All that has pages, or files that they link to.
 FOLDERS = ("benchmarks", "data-prep", "docs", "fairseq_gradinit", "recipes")

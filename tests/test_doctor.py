@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import PLUGIN, ROOT
 
-from fairseq_gradinit import command, doctor
+from fairseq_gradinit.cli import command, doctor
 
 
 def texts(level: str) -> list[str]:

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from scheme_models import build, outputs
 from torch import nn
 
-from fairseq_gradinit import effect
-from fairseq_gradinit.blocks import collect_blocks
-from fairseq_gradinit.effect import Change, Effect, Snapshot, effect_between
+from fairseq_gradinit.engine.blocks import collect_blocks
+from fairseq_gradinit.engine.processes import OneProcess
 from fairseq_gradinit.errors import GradInitError
-from fairseq_gradinit.processes import OneProcess
-from fairseq_gradinit.scales import Scales
-from fairseq_gradinit.snapshot import take_snapshot
+from fairseq_gradinit.plugin.snapshot import take_snapshot
+from fairseq_gradinit.scales import effect
+from fairseq_gradinit.scales.effect import Change, Effect, Snapshot, effect_between
+from fairseq_gradinit.scales.file import Scales
 
 EFFECT = Effect(
     "gradinit:1",

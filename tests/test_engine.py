@@ -23,14 +23,14 @@ from tiny import (
 )
 from torch import nn
 
-from fairseq_gradinit.blocks import collect_blocks
-from fairseq_gradinit.config import GradInitConfig
-from fairseq_gradinit.engine import BatchPair, Learned, ScaleLearner, learn_scales
+from fairseq_gradinit.engine.blocks import collect_blocks
+from fairseq_gradinit.engine.config import GradInitConfig
+from fairseq_gradinit.engine.history import Iteration
+from fairseq_gradinit.engine.learner import BatchPair, Learned, ScaleLearner, learn_scales
+from fairseq_gradinit.engine.processes import OneProcess, Processes
+from fairseq_gradinit.engine.quiet import quiet
+from fairseq_gradinit.engine.state import StateFile
 from fairseq_gradinit.errors import GradInitError
-from fairseq_gradinit.history import Iteration
-from fairseq_gradinit.processes import OneProcess, Processes
-from fairseq_gradinit.quiet import quiet
-from fairseq_gradinit.state import StateFile
 
 
 @pytest.fixture

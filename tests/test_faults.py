@@ -15,14 +15,14 @@ import torch
 from conftest import nearly_full_disk
 from tiny import SPOILERS, loss_of, make_model, make_pair
 
-from fairseq_gradinit.blocks import collect_blocks
-from fairseq_gradinit.config import GradInitConfig
-from fairseq_gradinit.engine import BatchPair, Learned, learn_scales
+from fairseq_gradinit.engine.blocks import collect_blocks
+from fairseq_gradinit.engine.config import GradInitConfig
+from fairseq_gradinit.engine.learner import BatchPair, Learned, learn_scales
+from fairseq_gradinit.engine.quiet import quiet
+from fairseq_gradinit.engine.state import StateFile
 from fairseq_gradinit.errors import GradInitError
-from fairseq_gradinit.files import write_atomically
-from fairseq_gradinit.quiet import quiet
-from fairseq_gradinit.scales import Scales
-from fairseq_gradinit.state import StateFile
+from fairseq_gradinit.scales.file import Scales
+from fairseq_gradinit.storage.files import write_atomically
 
 PAIRS = [make_pair(seed) for seed in range(12)]
 CONFIGS = {

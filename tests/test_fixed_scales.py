@@ -12,7 +12,7 @@ from test_train import STANDSTILL, same, scales_in
 from torch import nn
 
 from fairseq_gradinit.errors import GradInitError
-from fairseq_gradinit.fixed_scales import fixed_scales
+from fairseq_gradinit.plugin.fixed_scales import fixed_scales
 
 BRANCHES = {
     f"encoder.layers.0.{name}.weight"

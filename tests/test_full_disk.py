@@ -25,9 +25,9 @@ from test_report import RUN as SHOWN
 from test_report import save_run
 from test_results import RUN
 
-from fairseq_gradinit import command
+from fairseq_gradinit.cli import command
 from fairseq_gradinit.errors import GradInitError
-from fairseq_gradinit.results import append_run, read_runs
+from fairseq_gradinit.results.records import append_run, read_runs
 
 pytestmark = pytest.mark.slow
 

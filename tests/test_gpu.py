@@ -15,10 +15,10 @@ from test_precision_and_products import CONSTRAINED
 from test_train import STANDSTILL, scales_in
 from torch import nn
 
-from fairseq_gradinit.blocks import collect_blocks
-from fairseq_gradinit.config import GradInitConfig
-from fairseq_gradinit.engine import BatchPair, learn_scales
-from fairseq_gradinit.quiet import quiet
+from fairseq_gradinit.engine.blocks import collect_blocks
+from fairseq_gradinit.engine.config import GradInitConfig
+from fairseq_gradinit.engine.learner import BatchPair, learn_scales
+from fairseq_gradinit.engine.quiet import quiet
 
 pytestmark = [
     pytest.mark.slow,

@@ -22,15 +22,15 @@ from hypothesis import strategies as st
 from tiny import loss_of, make_model, make_pair
 from torch import nn
 
-from fairseq_gradinit import typed_json
-from fairseq_gradinit.blocks import Block, collect_blocks
-from fairseq_gradinit.config import GradInitConfig
-from fairseq_gradinit.engine import ScaleLearner, learn_scales
+from fairseq_gradinit.engine.blocks import Block, collect_blocks
+from fairseq_gradinit.engine.config import GradInitConfig
+from fairseq_gradinit.engine.history import Iteration
+from fairseq_gradinit.engine.learner import ScaleLearner, learn_scales
+from fairseq_gradinit.engine.quiet import quiet
+from fairseq_gradinit.engine.state import LearnerState, StateFile, _digest
 from fairseq_gradinit.errors import GradInitError
-from fairseq_gradinit.history import Iteration
-from fairseq_gradinit.quiet import quiet
-from fairseq_gradinit.scales import Scales
-from fairseq_gradinit.state import LearnerState, StateFile, _digest
+from fairseq_gradinit.scales.file import Scales
+from fairseq_gradinit.storage import typed_json
 
 # Numbers of mutants of each kind of file, in the fast tier and the slow one.
 MUTANTS = pytest.mark.parametrize("mutants", [300, pytest.param(2_000, marks=pytest.mark.slow)])

@@ -19,10 +19,11 @@ from fairseq.tasks import TASK_DATACLASS_REGISTRY
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from fairseq_gradinit import __version__, hook
+from fairseq_gradinit import __version__
 from fairseq_gradinit.errors import GradInitError
-from fairseq_gradinit.options import GradInitOptions, Plan, make_plan, read_options
-from fairseq_gradinit.schemes.options import read_scheme
+from fairseq_gradinit.plugin import hook
+from fairseq_gradinit.plugin.options import GradInitOptions, Plan, make_plan, read_options
+from fairseq_gradinit.plugin.schemes.options import read_scheme
 
 MODEL = {
     "decoder_embed_dim": 32,

@@ -21,14 +21,14 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from fairseq_gradinit import initialize
-from fairseq_gradinit.batch_pairs import thirds
-from fairseq_gradinit.blocks import collect_blocks
-from fairseq_gradinit.command import main
-from fairseq_gradinit.config import GradInitConfig
-from fairseq_gradinit.engine import BatchPair, learn_scales
+from fairseq_gradinit.cli.command import main
+from fairseq_gradinit.engine.batch_pairs import thirds
+from fairseq_gradinit.engine.blocks import collect_blocks
+from fairseq_gradinit.engine.config import GradInitConfig
+from fairseq_gradinit.engine.learner import BatchPair, learn_scales
+from fairseq_gradinit.engine.quiet import quiet
 from fairseq_gradinit.errors import GradInitError
-from fairseq_gradinit.quiet import quiet
-from fairseq_gradinit.scales import Scales
+from fairseq_gradinit.scales.file import Scales
 
 CLASSES = 3
 
@@ -454,6 +454,6 @@ def test_does_without_tqdm(monkeypatch):
 
 
 def test_the_package_and_its_program_do_not_import_torch():
-    code = "import fairseq_gradinit.command, sys; print('torch' in sys.modules)"
+    code = "import fairseq_gradinit.cli.command, sys; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

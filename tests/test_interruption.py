@@ -25,7 +25,7 @@ from conftest import (
     train_here,
 )
 
-from fairseq_gradinit.iteration_log import IterationLog
+from fairseq_gradinit.plugin.iteration_log import IterationLog
 
 ITERATIONS = 40
 

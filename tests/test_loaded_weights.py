@@ -12,12 +12,12 @@ from fairseq import utils
 from scheme_models import build, outputs
 from torch import nn
 
-from fairseq_gradinit.blocks import collect_blocks
-from fairseq_gradinit.centering import center_layer_norms
-from fairseq_gradinit.fixed_scales import fixed_scales
-from fairseq_gradinit.loaded_weights import loaded_names, note_loaded_weights
-from fairseq_gradinit.quiet import quiet
-from fairseq_gradinit.scales import Scales
+from fairseq_gradinit.engine.blocks import collect_blocks
+from fairseq_gradinit.engine.centering import center_layer_norms
+from fairseq_gradinit.engine.quiet import quiet
+from fairseq_gradinit.plugin.fixed_scales import fixed_scales
+from fairseq_gradinit.plugin.loaded_weights import loaded_names, note_loaded_weights
+from fairseq_gradinit.scales.file import Scales
 
 
 def names_after(load) -> list[str]:

@@ -12,10 +12,10 @@ from types import SimpleNamespace
 import pytest
 from conftest import GRADINIT, train_here
 
-from fairseq_gradinit.config import GradInitConfig
-from fairseq_gradinit.history import Iteration
-from fairseq_gradinit.iteration_log import TAG, IterationLog
-from fairseq_gradinit.scales import FILE_NAME
+from fairseq_gradinit.engine.config import GradInitConfig
+from fairseq_gradinit.engine.history import Iteration
+from fairseq_gradinit.plugin.iteration_log import TAG, IterationLog
+from fairseq_gradinit.scales.file import FILE_NAME
 
 HERE = [*GRADINIT, "--decoder-layers", "2", "--max-update", "1", "--no-save"]
 SCALES = [0.5, 1.0, 2.0]

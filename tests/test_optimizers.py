@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_options import configuration, plan_of, refusal
 
-from fairseq_gradinit.config import TARGET_NAMES, GradInitConfig
+from fairseq_gradinit.engine.config import TARGET_NAMES, GradInitConfig
+from fairseq_gradinit.engine.trial_step import first_step
 from fairseq_gradinit.errors import GradInitError
-from fairseq_gradinit.first_step import first_step
-from fairseq_gradinit.optimizers import (
+from fairseq_gradinit.plugin.optimizers import (
     CHOICES,
     FIRST_STEPS,
     REFUSED,

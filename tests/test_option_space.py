@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf, open_dict
 from test_options import configuration
 
-from fairseq_gradinit.config import GradInitConfig
+from fairseq_gradinit.engine.config import GradInitConfig
 from fairseq_gradinit.errors import GradInitError
-from fairseq_gradinit.options import Plan, make_plan
-from fairseq_gradinit.schemes.options import SCHEMES, read_scheme
+from fairseq_gradinit.plugin.options import Plan, make_plan
+from fairseq_gradinit.plugin.schemes.options import SCHEMES, read_scheme
 
 OPTIMIZERS = (
     *("adam", "cpu_adam", "adamax", "adagrad", "sgd", "nag"),

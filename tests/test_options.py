@@ -20,11 +20,11 @@ from fairseq.tasks import TASK_DATACLASS_REGISTRY
 from fairseq.tasks.translation import TranslationConfig
 from omegaconf import DictConfig, OmegaConf, flag_override
 
-import fairseq_gradinit.plugin  # noqa: F401
-from fairseq_gradinit.config import GradInitConfig
+import fairseq_gradinit.plugin.install  # noqa: F401
+from fairseq_gradinit.engine.config import GradInitConfig
 from fairseq_gradinit.errors import GradInitError
-from fairseq_gradinit.log_text import signature
-from fairseq_gradinit.options import (
+from fairseq_gradinit.plugin.log_text import signature
+from fairseq_gradinit.plugin.options import (
     OPTION_NAMES,
     GradInitOptions,
     Plan,

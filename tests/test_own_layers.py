@@ -9,12 +9,12 @@ from conftest import GRADINIT, OWN_USER_DIR, train_here
 from scheme_models import build, outputs
 from torch import nn
 
-from fairseq_gradinit.blocks import collect_blocks
-from fairseq_gradinit.effect import FILE_NAME, Effect
+from fairseq_gradinit.engine.blocks import collect_blocks
+from fairseq_gradinit.engine.processes import OneProcess
 from fairseq_gradinit.errors import GradInitError
-from fairseq_gradinit.processes import OneProcess
-from fairseq_gradinit.schemes.zero_branches import zero_branches
-from fairseq_gradinit.snapshot import take_snapshot
+from fairseq_gradinit.plugin.schemes.zero_branches import zero_branches
+from fairseq_gradinit.plugin.snapshot import take_snapshot
+from fairseq_gradinit.scales.effect import FILE_NAME, Effect
 
 
 class OwnAttention(nn.Module):

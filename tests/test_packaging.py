@@ -54,7 +54,7 @@ def python(code: str, **env: str) -> subprocess.CompletedProcess:
 
 
 def test_a_missing_fairseq_is_answered_with_what_to_install():
-    done = python(NO_FAIRSEQ + "import fairseq_gradinit.plugin")
+    done = python(NO_FAIRSEQ + "import fairseq_gradinit.plugin.install")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
         "ModuleNotFoundError: fairseq is not installed: run `pip install "
@@ -65,8 +65,8 @@ def test_a_missing_fairseq_is_answered_with_what_to_install():
 @pytest.mark.slow
 def test_the_engine_needs_no_fairseq():
     code = NO_FAIRSEQ + (
-        "import fairseq_gradinit.engine, fairseq_gradinit.quiet, fairseq_gradinit.scales\n"
-        "import fairseq_gradinit.centering, fairseq_gradinit.initialization\n"
+        "import fairseq_gradinit.engine.learner, fairseq_gradinit.engine.centering\n"
+        "import fairseq_gradinit.scales.file, fairseq_gradinit.initialization\n"
         "print(sorted(name for name in sys.modules if name.startswith(('fairseq.', 'hydra'))))"
     )
     done = python(code)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from matplotlib.figure import Figure
 
-from fairseq_gradinit.plot import draw_curves, draw_scales, save_picture
-from fairseq_gradinit.scales import BlockScale, Scales, kinds_of_blocks
+from fairseq_gradinit.report.plot import draw_curves, draw_scales, save_picture
+from fairseq_gradinit.scales.file import BlockScale, Scales, kinds_of_blocks
 
 SCALES = Scales(
     (

@@ -63,7 +63,7 @@ def test_bf16_reaches_a_model_whose_task_switches_autocast_off(corpus, tmp_path,
     """As fairseq's train_step does on GPUs."""
     from fairseq.tasks.fairseq_task import FairseqTask
 
-    from fairseq_gradinit import task_loss
+    from fairseq_gradinit.plugin import loss as task_loss
 
     dtypes = set()
     plain = FairseqTask.train_step
@@ -82,7 +82,7 @@ def test_bf16_reaches_a_model_whose_task_switches_autocast_off(corpus, tmp_path,
     seen: list[int] = []
     forward_autocast = task_loss.forward_autocast
     monkeypatch.setattr(FairseqTask, "train_step", train_step)
-    monkeypatch.setattr("fairseq_gradinit.phase.forward_autocast", watched)
+    monkeypatch.setattr("fairseq_gradinit.plugin.phase.forward_autocast", watched)
     options = ["--gradinit-precision", "bf16", "--max-update", "1", "--no-save"]
     run = train_here(corpus.translation, tmp_path, *GRADINIT, *options)
     assert run.code == 0, run.output
@@ -129,7 +129,7 @@ def test_the_step_of_the_run_is_the_one_tried(options, signature, corpus, tmp_pa
 
 @pytest.mark.slow
 def test_a_batch_that_does_not_fit_in_memory_is_cut(corpus, tmp_path, monkeypatch):
-    from fairseq_gradinit.task_loss import TaskLoss
+    from fairseq_gradinit.plugin.loss import TaskLoss
 
     plain = TaskLoss.__call__
     sizes = []

@@ -23,14 +23,14 @@ from conftest import BIN, ENVIRONMENT, GRADINIT, PLUGIN, ROOT, Outcome, run_comm
 from rank import draw_pairs, learn, make_learner, model_and_loss
 from tiny import SPOILERS, in_ranks
 
-from fairseq_gradinit.blocks import collect_blocks
-from fairseq_gradinit.checkpoints import read_checkpoint
-from fairseq_gradinit.config import GradInitConfig
-from fairseq_gradinit.engine import BatchPair, learn_scales
+from fairseq_gradinit.engine.blocks import collect_blocks
+from fairseq_gradinit.engine.config import GradInitConfig
+from fairseq_gradinit.engine.learner import BatchPair, learn_scales
+from fairseq_gradinit.engine.processes import OneProcess, Processes
+from fairseq_gradinit.engine.quiet import quiet
+from fairseq_gradinit.engine.state import StateFile, _digest
 from fairseq_gradinit.errors import GradInitError, GradInitStopped
-from fairseq_gradinit.processes import OneProcess, Processes
-from fairseq_gradinit.quiet import quiet
-from fairseq_gradinit.state import StateFile, _digest
+from fairseq_gradinit.plugin.safe_loading import read_checkpoint
 
 RANK = Path(__file__).with_name("rank.py")
 

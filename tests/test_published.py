@@ -5,8 +5,8 @@ from __future__ import annotations
 from conftest import ROOT
 from dataprep.corpora import CORPORA
 
-from fairseq_gradinit.schemes.options import SCHEMES
-from fairseq_gradinit.tables import read_published
+from fairseq_gradinit.plugin.schemes.options import SCHEMES
+from fairseq_gradinit.results.tables import read_published
 
 FOLDER = ROOT / "recipes"
 

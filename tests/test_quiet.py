@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from fairseq_gradinit.quiet import quiet
+from fairseq_gradinit.engine.quiet import quiet
 
 
 @pytest.fixture

@@ -15,11 +15,11 @@ from fairseq.trainer import Trainer
 from omegaconf import OmegaConf, open_dict
 from test_options import configuration
 
-from fairseq_gradinit.blocks import Block
-from fairseq_gradinit.options import PRESETS
-from fairseq_gradinit.phase import drop_copies
-from fairseq_gradinit.rate_advice import ask_scheduler, rate_warning
-from fairseq_gradinit.scales import Scales
+from fairseq_gradinit.engine.blocks import Block
+from fairseq_gradinit.plugin.options import PRESETS
+from fairseq_gradinit.plugin.phase import drop_copies
+from fairseq_gradinit.plugin.rate_advice import ask_scheduler, rate_warning
+from fairseq_gradinit.scales.file import Scales
 
 # 128 x 512, 65,536 elements.
 FC1 = Block("encoder.layers.0.fc1.weight", torch.nn.Parameter(torch.ones(512, 128)), "learned")

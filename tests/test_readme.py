@@ -7,7 +7,7 @@ import re
 import torch
 from conftest import ROOT
 
-from fairseq_gradinit.options import OPTION_NAMES, PRESETS, GradInitOptions
+from fairseq_gradinit.plugin.options import OPTION_NAMES, PRESETS, GradInitOptions
 
 
 def rows() -> dict[str, tuple[str, str]]:

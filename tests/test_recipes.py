@@ -26,8 +26,8 @@ import torch
 from conftest import BIN, ENVIRONMENT, ROOT, write_corpus, write_manifest
 from fairseq_runs import TrainingLog
 
-from fairseq_gradinit.results import read_runs
-from fairseq_gradinit.schemes.options import SCHEMES
+from fairseq_gradinit.plugin.schemes.options import SCHEMES
+from fairseq_gradinit.results.records import read_runs
 
 FOLDER = ROOT / "recipes"
 ARMS = (

@@ -12,13 +12,17 @@ import numpy as np
 import pytest
 from matplotlib import image
 
-from fairseq_gradinit import command, effect, report, report_figures, scales
-from fairseq_gradinit.effect import Change, Effect
+from fairseq_gradinit.cli import command
+from fairseq_gradinit.engine.history import Iteration
 from fairseq_gradinit.errors import GradInitError
-from fairseq_gradinit.history import Iteration
-from fairseq_gradinit.report_figures import Line, lines_of
-from fairseq_gradinit.report_runs import Run, read_runs
-from fairseq_gradinit.scales import BlockScale, Scales
+from fairseq_gradinit.report import figures as report_figures
+from fairseq_gradinit.report import page as report
+from fairseq_gradinit.report.figures import Line, lines_of
+from fairseq_gradinit.report.runs import Run, read_runs
+from fairseq_gradinit.scales import effect
+from fairseq_gradinit.scales import file as scales
+from fairseq_gradinit.scales.effect import Change, Effect
+from fairseq_gradinit.scales.file import BlockScale, Scales
 
 BLOCKS = tuple(
     BlockScale(f"{side}.layers.{layer}.{kind}", (4, 4), 1.5 - 0.25 * layer, "learned")

@@ -19,9 +19,11 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from test_packaging import python
 
-from fairseq_gradinit import circumstances, json_lines, results
 from fairseq_gradinit.errors import GradInitError
-from fairseq_gradinit.results import RunRecord, Settings, append_run, read_runs
+from fairseq_gradinit.results import circumstances
+from fairseq_gradinit.results import records as results
+from fairseq_gradinit.results.records import RunRecord, Settings, append_run, read_runs
+from fairseq_gradinit.storage import json_lines
 
 MACHINE = circumstances.Circumstances(
     date="2026-11-23T10:00:00+00:00",
@@ -148,7 +150,7 @@ def test_a_run_trains_if_it_is_a_bit_and_a_half_below_the_plateau() -> None:
 def test_lines_of_several_processes_stay_whole(file) -> None:
     code = (
         "import sys; from pathlib import Path\n"
-        "from fairseq_gradinit.json_lines import append_line\n"
+        "from fairseq_gradinit.storage.json_lines import append_line\n"
         "for i in range(100): append_line(Path(sys.argv[1]), [sys.argv[2], i, 'x' * 20000])"
     )
 
@@ -288,7 +290,7 @@ def test_circumstances_are_told_without_waiting_for_torch(tmp_path) -> None:
     done = python(
         "import sys\n"
         "from pathlib import Path\n"
-        "from fairseq_gradinit.circumstances import circumstances\n"
+        "from fairseq_gradinit.results.circumstances import circumstances\n"
         f"found = circumstances(Path({str(tmp_path)!r}))\n"
         "print(found.torch, found.gpus, found.gpu, 'torch' in sys.modules)\n"
     )

@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fairseq_gradinit.blocks import base_weights, collect_blocks, set_weights
+from fairseq_gradinit.engine.blocks import base_weights, collect_blocks, set_weights
+from fairseq_gradinit.engine.history import Iteration
 from fairseq_gradinit.errors import GradInitError
-from fairseq_gradinit.history import Iteration
-from fairseq_gradinit.scales import BlockScale, Scales, kinds_of_blocks, size_changes
+from fairseq_gradinit.scales.file import BlockScale, Scales, kinds_of_blocks, size_changes
 
 HISTORY = (
     Iteration(1, "objective", 5.25, 4.125, 1e3, 0.9, 1.1),

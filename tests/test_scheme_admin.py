@@ -11,12 +11,12 @@ from scheme_models import build, outputs
 from tiny import in_ranks
 from torch import nn
 
-from fairseq_gradinit.branches import Branch, stacks, variances
+from fairseq_gradinit.engine.processes import OneProcess, Processes
+from fairseq_gradinit.engine.quiet import quiet
 from fairseq_gradinit.errors import GradInitError
-from fairseq_gradinit.processes import OneProcess, Processes
-from fairseq_gradinit.quiet import quiet
-from fairseq_gradinit.schemes.admin import set_omegas
-from fairseq_gradinit.schemes.shortcuts import weights_of
+from fairseq_gradinit.plugin.branches import Branch, stacks, variances
+from fairseq_gradinit.plugin.schemes.admin import set_omegas
+from fairseq_gradinit.plugin.schemes.shortcuts import weights_of
 
 
 def loud(model: nn.Module, size: float = 2.0) -> nn.Module:

@@ -9,7 +9,7 @@ import torch
 from conftest import train_here
 from scheme_models import build, outputs
 
-from fairseq_gradinit.schemes.deepnorm import constants
+from fairseq_gradinit.plugin.schemes.deepnorm import constants
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from scheme_models import build
 from test_options import configuration, parsed
 
 from fairseq_gradinit.errors import GradInitError
-from fairseq_gradinit.schemes.options import SCHEMES, read_scheme
+from fairseq_gradinit.plugin.schemes.options import SCHEMES, read_scheme
 
 WITH_ARCHITECTURE = ("deepnorm", "t-fixup", "admin")
 

@@ -7,7 +7,7 @@ import torch
 from scheme_models import build
 
 from fairseq_gradinit.errors import GradInitError
-from fairseq_gradinit.schemes.zero_branches import zero_branches
+from fairseq_gradinit.plugin.schemes.zero_branches import zero_branches
 
 
 def test_each_block_is_the_identity_up_to_its_layer_norms():

@@ -7,7 +7,7 @@ import torch
 from scheme_models import build, outputs
 from torch import nn
 
-from fairseq_gradinit.schemes.t_fixup import branch_factor, embedding_factor
+from fairseq_gradinit.plugin.schemes.t_fixup import branch_factor, embedding_factor
 
 
 @pytest.mark.parametrize(

@@ -19,11 +19,11 @@ from tiny import (
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fairseq_gradinit.blocks import collect_blocks
-from fairseq_gradinit.config import GradInitConfig
-from fairseq_gradinit.engine import BatchPair, ScaleLearner
+from fairseq_gradinit.engine.blocks import collect_blocks
+from fairseq_gradinit.engine.config import GradInitConfig
+from fairseq_gradinit.engine.learner import BatchPair, ScaleLearner
+from fairseq_gradinit.engine.quiet import quiet
 from fairseq_gradinit.errors import GradInitError
-from fairseq_gradinit.quiet import quiet
 
 # What the two ways may differ by in float64, relative to the largest component.
 TOLERANCE = 1e-5

@@ -18,13 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import loss_of, make_model, make_pair
 
-from fairseq_gradinit.blocks import collect_blocks
-from fairseq_gradinit.config import GradInitConfig
-from fairseq_gradinit.engine import Learned, learn_scales
+from fairseq_gradinit.engine.blocks import collect_blocks
+from fairseq_gradinit.engine.config import GradInitConfig
+from fairseq_gradinit.engine.learner import Learned, learn_scales
+from fairseq_gradinit.engine.quiet import quiet
+from fairseq_gradinit.engine.state import StateFile
 from fairseq_gradinit.errors import GradInitError, GradInitStopped
-from fairseq_gradinit.quiet import quiet
-from fairseq_gradinit.signals import StopSignals
-from fairseq_gradinit.state import StateFile
+from fairseq_gradinit.plugin.signals import StopSignals
 
 ITERATIONS = 8
 PAIRS = [make_pair(seed) for seed in range(ITERATIONS + 2)]

@@ -15,9 +15,9 @@ from fairseq.tasks.fairseq_task import FairseqTask
 from test_train import same
 from torch import nn
 
-from fairseq_gradinit.data import MicroBatch
-from fairseq_gradinit.quiet import quiet
-from fairseq_gradinit.task_loss import TaskLoss
+from fairseq_gradinit.engine.quiet import quiet
+from fairseq_gradinit.plugin.batches import MicroBatch
+from fairseq_gradinit.plugin.loss import TaskLoss
 
 
 @register_criterion("spoiling")

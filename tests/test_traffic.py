@@ -8,12 +8,12 @@ import pytest
 import torch
 from tiny import loss_of, make_model, make_pair
 
-from fairseq_gradinit.blocks import collect_blocks
-from fairseq_gradinit.centering import center_layer_norms
-from fairseq_gradinit.config import GradInitConfig
-from fairseq_gradinit.engine import ScaleLearner
-from fairseq_gradinit.processes import ProcessGroup
-from fairseq_gradinit.quiet import quiet
+from fairseq_gradinit.engine.blocks import collect_blocks
+from fairseq_gradinit.engine.centering import center_layer_norms
+from fairseq_gradinit.engine.config import GradInitConfig
+from fairseq_gradinit.engine.learner import ScaleLearner
+from fairseq_gradinit.engine.processes import ProcessGroup
+from fairseq_gradinit.engine.quiet import quiet
 
 
 @pytest.fixture

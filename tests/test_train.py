@@ -19,7 +19,7 @@ from conftest import (
     usual_options,
 )
 
-from fairseq_gradinit.phase import run_phase
+from fairseq_gradinit.plugin.phase import run_phase
 
 # For tests that centering does not concern.
 UNCENTERED = [*GRADINIT, *SCALES_ALONE]
@@ -82,7 +82,7 @@ def learned(corpus: Corpus, folders: Path, random_states: list[torch.Tensor]) ->
         random_states.append(torch.get_rng_state())
 
     options = [*GRADINIT, *OVER_AN_EPOCH, "--save-interval-updates", "4"]
-    with mock.patch("fairseq_gradinit.hook.run_phase", watched):
+    with mock.patch("fairseq_gradinit.plugin.hook.run_phase", watched):
         return train_here(corpus.translation, folders / "learned", *options)
 
 
@@ -325,7 +325,7 @@ def test_the_loss_of_several_language_pairs_is_their_sum(corpus, tmp_path):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(run.initial[name])
-    from fairseq_gradinit.data import PairedBatches
+    from fairseq_gradinit.plugin.batches import PairedBatches
 
     pair = next(iter(PairedBatches(trainer, 600, None, 1)))
     (batch,) = pair.first

@@ -90,9 +90,9 @@ def print_both(parallel: str, monolingual: str) -> None:
     """Train without the plugin, then with it; for a process that has not loaded it."""
     folders = Path(parallel), Path(monolingual)
     without = outcomes(*folders, plugin=False)
-    assert "fairseq_gradinit.plugin" not in sys.modules
+    assert "fairseq_gradinit.plugin.install" not in sys.modules
     print(json.dumps([without, outcomes(*folders, plugin=True)]))
-    assert "fairseq_gradinit.plugin" in sys.modules
+    assert "fairseq_gradinit.plugin.install" in sys.modules
 
 
 @pytest.mark.slow

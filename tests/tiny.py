@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from fairseq_gradinit.blocks import collect_blocks
-from fairseq_gradinit.config import GradInitConfig
-from fairseq_gradinit.engine import BatchPair, ScaleLearner
+from fairseq_gradinit.engine.blocks import collect_blocks
+from fairseq_gradinit.engine.config import GradInitConfig
+from fairseq_gradinit.engine.history import Iteration
+from fairseq_gradinit.engine.learner import BatchPair, ScaleLearner
+from fairseq_gradinit.engine.processes import Processes
 from fairseq_gradinit.errors import GradInitError
-from fairseq_gradinit.history import Iteration
-from fairseq_gradinit.processes import Processes
 
 
 class Attention(nn.Module):

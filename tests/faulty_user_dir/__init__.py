@@ -14,7 +14,7 @@ from datetime import timedelta
 import torch.distributed
 from torch.distributed import distributed_c10d
 
-import fairseq_gradinit.plugin  # noqa: F401
+import fairseq_gradinit.plugin.install  # noqa: F401
 
 SIGNALS = {
     os.environ.get("KILLED_AT"): signal.SIGKILL,

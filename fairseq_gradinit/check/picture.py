@@ -1,0 +1,84 @@
+"""The picture of a check: what became of the starts in their first updates, at every rate.
+
+Needs matplotlib (`pip install 'fairseq-gradinit[plot]'`).
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from fairseq_gradinit.check.records import Arm, Probe
+from fairseq_gradinit.check.verdict import ALIVE, COLLAPSED, judge
+from fairseq_gradinit.storage.files import write_atomically
+
+COLOURS = {
+    Arm("default", warmup=False): "#c0392b",
+    Arm("default", warmup=True): "#1b3a6b",
+    Arm("gradinit", warmup=False): "#2e8b57",
+}
+MARKERS = "os^D"
+DASHES = ("-", "--", ":", "-.")
+"""For the sides of the model."""
+
+
+def draw(probes: Sequence[Probe]) -> Figure:
+    """A column for each rate: the loss, the shares of the last layers, the sizes of the updates."""
+    rates = sorted({probe.lr for probe in probes})
+    figure = Figure(figsize=(2 + 3.5 * len(rates), 9), layout="constrained")
+    grid = figure.subplots(3, len(rates), squeeze=False, sharex=True, sharey="row")
+    for column, rate in zip(grid.T, rates, strict=True):
+        column[0].set_title(f"lr {rate:g}")
+        for probe in (p for p in probes if p.lr == rate):
+            _draw_losses(column[0], probe)
+            _draw_shares(column[1], probe)
+            _draw_steps(column[2], probe)
+        column[0].legend(fontsize=8)
+        column[1].set_yscale("log")
+        column[1].axhspan(COLLAPSED, ALIVE, color="0.9", zorder=0)
+        column[2].set_yscale("log")
+        column[2].set_xlabel("updates")
+    grid[0][0].set_ylabel("training loss")
+    sides = dict.fromkeys(side for probe in probes for side in probe.last_layer_shares())
+    lines = ", ".join(f"{side} {dash}" for side, dash in zip(sides, DASHES, strict=False))
+    grid[1][0].set_ylabel(f"token-dependent share, last layers\n{lines}")
+    grid[2][0].set_ylabel("size of an update over that of its weights\n(median over the tensors)")
+    for axes in grid.flat:
+        axes.grid(alpha=0.3)
+    return figure
+
+
+def _draw_losses(axes: Axes, probe: Probe) -> None:
+    losses = [update.loss for update in probe.updates]
+    label = f"{probe.arm.title}: {judge(probe).outcome}"
+    axes.plot(range(1, len(losses) + 1), losses, color=COLOURS[probe.arm], label=label)
+
+
+def _draw_shares(axes: Axes, probe: Probe) -> None:
+    updates = [look.update for look in probe.looks]
+    marker = MARKERS[list(COLOURS).index(probe.arm)]
+    curves = probe.last_layer_shares().values()
+    # What is zero has no place on a logarithmic axis.
+    for curve, dash in zip(curves, DASHES, strict=False):
+        drawn = [max(share, 1e-16) for share in curve]
+        axes.plot(updates, drawn, dash, color=COLOURS[probe.arm], marker=marker, ms=3)
+
+
+def _draw_steps(axes: Axes, probe: Probe) -> None:
+    sizes = probe.median_steps()
+    axes.plot(range(1, len(sizes) + 1), sizes, color=COLOURS[probe.arm])
+
+
+def save(probes: Sequence[Probe], path: Path) -> None:
+    """Write the picture as a PNG.
+
+    Raises:
+        GradInitError: the file cannot be written.
+    """
+    picture = io.BytesIO()
+    draw(probes).savefig(picture, format="png", dpi=110)
+    write_atomically(path, picture.getvalue())

@@ -1,0 +1,282 @@
+"""`fairseq-gradinit check`: will training without warmup hold, by a few dozen updates of it?
+
+The check trains the user's own model on the user's own data from three starts (default without
+warmup, default with warmup, GradInit without warmup) at the learning rate of the command and at
+multiples of it, and says what that comes to. docs/check.md has how far it can be trusted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import re
+import shlex
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import takewhile
+from pathlib import Path
+
+from fairseq_gradinit.check.records import Arm, Probe
+from fairseq_gradinit.check.verdict import EXIT_STATUS, Verdict, judge, sentence
+from fairseq_gradinit.errors import GradInitError
+from fairseq_gradinit.results.circumstances import Circumstances, circumstances
+from fairseq_gradinit.storage.files import write_atomically
+
+logger = logging.getLogger("fairseq_gradinit.check")
+
+GRADINIT = Arm("gradinit", warmup=False)
+DEFAULT = Arm("default", warmup=False)
+WARMUP = Arm("default", warmup=True)
+ARMS = (GRADINIT, DEFAULT, WARMUP)
+
+ASKED = {"gradinit": GRADINIT, "default": DEFAULT}
+"""What the verdict can be about."""
+
+RATES = (0.5, 1.0, 2.0)
+LOOKS = (1, 2, 3, 5, 8, 12, 20, 30)
+"""Updates after which the model is looked at, beside the last and every 20th of longer probes."""
+
+REPORT, PICTURE, SCALES = "check.json", "check.png", "gradinit_scales.json"
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that the check saw and said.
+
+    Attributes:
+        lr: the peak learning rate of the command.
+        verdicts: of each of `probes`.
+        verdict: the sentence that was printed.
+    """
+
+    command: str
+    circumstances: Circumstances
+    lr: float
+    verdict: str
+    probes: tuple[Probe, ...]
+    verdicts: tuple[Verdict, ...]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of the subcommand."""
+    parser.usage = f"{parser.prog} [OPTIONS] -- fairseq-train DATA ..."
+    parser.add_argument(
+        "--updates", type=_count, default=40, metavar="N", help="of each probe (default: 40)"
+    )
+    parser.add_argument(
+        "--rates",
+        type=_multiples,
+        default=RATES,
+        metavar="X,Y,...",
+        help=(
+            "multiples of the command's learning rate that are tried; 1 always is "
+            f"(default: {','.join(f'{rate:g}' for rate in RATES)})"
+        ),
+    )
+    parser.add_argument(
+        "--start",
+        choices=ASKED,
+        default="gradinit",
+        help="what the verdict and the exit status are about (default: gradinit)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help=f"where to write {PICTURE}, {REPORT} and the scales, {SCALES} (default: nowhere)",
+    )
+    parser.add_argument(
+        "training",
+        nargs="+",
+        metavar="COMMAND",
+        help="the command line of the training in question; --gradinit options in it count",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do the check and print what came of it.
+
+    Returns:
+        The exit status: 0 training holds, 1 it does not, 3 cannot tell.
+
+    Raises:
+        GradInitError: the training cannot begin, or the results cannot be written.
+    """
+    _refuse_variables(options.training)
+    if options.out is not None:
+        _make_folder(options.out)
+    asked = ASKED[options.start]
+    with _calm(), tempfile.TemporaryDirectory(prefix="fairseq-gradinit-check-") as folder:
+        lr, probes = probe_all(options, Path(folder))
+        verdict = sentence(probes, lr, asked)
+        print(table(probes))
+        print(f"\n{verdict}")
+        if options.out is not None:
+            found = circumstances(Path(__file__).parent)
+            verdicts = tuple(map(judge, probes))
+            report = Report(options.command, found, lr, verdict, tuple(probes), verdicts)
+            save(report, options.out)
+            shutil.copyfile(Path(folder) / SCALES, options.out / SCALES)
+            print(f"{options.out / PICTURE} shows it, {options.out / REPORT} has the numbers.")
+    (outcome,) = (judge(p).outcome for p in probes if p.arm == asked and p.lr == lr)
+    return EXIT_STATUS[outcome]
+
+
+def probe_all(options: argparse.Namespace, folder: Path) -> tuple[float, list[Probe]]:
+    """The learning rate of the command, and its probes: that rate first, then from low to high.
+
+    Raises:
+        GradInitError: see `Session`.
+    """
+    try:
+        from fairseq_gradinit.check.probes import Session
+    except ModuleNotFoundError as error:
+        raise GradInitError(f"the check needs fairseq, and {error}") from error
+    session = Session(options.training, folder)
+    others = sorted({*options.rates} - {1.0})
+    looked = {*LOOKS, *range(20, options.updates, 20), options.updates}
+    probes = []
+    for multiple in (1.0, *others):
+        for arm in ARMS:
+            lr = multiple * session.lr
+            probes.append(session.run(arm, lr, options.updates, looked))
+            logger.info("%s, lr %g: %.0f s", arm.title, lr, probes[-1].seconds)
+    return session.lr, probes
+
+
+# ---- What is printed and written.
+
+COLUMNS = (
+    *("lr", "start", "loss", "gradient norm", "largest step", "token share", "source bits"),
+    "training",
+)
+
+
+def table(probes: Sequence[Probe]) -> str:
+    """A line for each probe, from the lowest rate to the highest.
+
+    Its columns: the loss at first and at last; the highest norm of the gradient; the highest, over
+    the updates, of the median over the tensors of the size of an update over that of the weights;
+    the token-dependent share of the last layer of each side, at last; what trading sources costs.
+    """
+    rows = [COLUMNS, *map(_row, sorted(probes, key=lambda probe: probe.lr))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+
+
+def _row(probe: Probe) -> tuple[str, ...]:
+    shares = [f"{side} {curve[-1]:.2g}" for side, curve in probe.last_layer_shares().items()]
+    losses = [f"{look.loss:.2f}" for look in (*probe.looks[:1], *probe.looks[-1:])]
+    bits = probe.looks[-1].source_bits if probe.looks else None
+    return (
+        f"{probe.lr:g}",
+        probe.arm.title,
+        " to ".join(losses),
+        _highest([update.gradient_norm for update in probe.updates]),
+        _highest(probe.median_steps()),
+        ", ".join(shares),
+        "" if bits is None else f"{bits:.3f}",
+        judge(probe).outcome,
+    )
+
+
+def _highest(values: Sequence[float]) -> str:
+    return f"{max(values):.2g}" if values else ""
+
+
+def save(report: Report, folder: Path) -> None:
+    """Write numbers and picture.
+
+    Raises:
+        GradInitError: a file cannot be written.
+    """
+    text = json.dumps(asdict(report), allow_nan=False)
+    write_atomically(folder / REPORT, f"{text}\n")
+    from fairseq_gradinit.check import picture as check_picture
+
+    check_picture.save(report.probes, folder / PICTURE)
+
+
+# ---- Around it.
+
+
+def _refuse_variables(words: Sequence[str]) -> None:
+    """A shell takes them before a program only.
+
+    Raises:
+        GradInitError: the command begins with variables that are set.
+    """
+    variables = list(takewhile(re.compile(r"[A-Za-z_]\w*=").match, words))
+    if variables and Path([*words, ""][len(variables)]).name == "fairseq-train":
+        first = shlex.join(variables)
+        raise GradInitError(
+            f"{first} sets nothing after --: put it first, "
+            f"`{first} fairseq-gradinit check -- fairseq-train ...`"
+        )
+
+
+def _make_folder(folder: Path) -> None:
+    """Before the work is done that it is for.
+
+    Raises:
+        GradInitError: it cannot be made, or there is no matplotlib to draw the picture in it.
+    """
+    try:
+        from fairseq_gradinit.check import picture as check_picture  # noqa: F401
+
+        folder.mkdir(parents=True, exist_ok=True)
+    except ModuleNotFoundError as error:
+        raise GradInitError(
+            "matplotlib, which draws the picture, is not installed: leave out --out, or run "
+            "`pip install 'fairseq-gradinit[plot]'`"
+        ) from error
+    except OSError as error:
+        raise GradInitError(f"cannot make the folder {folder}: {error.strerror}") from error
+
+
+@contextmanager
+def _calm() -> Iterator[None]:
+    """Without what fairseq and the plugin say of a run, and torch and hydra of old interfaces."""
+    wanted = {
+        logging.getLogger("fairseq"): logging.WARNING,
+        # What it advises on a rate is of the rates that are tried, not of the command's.
+        logging.getLogger("fairseq_gradinit"): logging.ERROR,
+        logger: logging.INFO,
+    }
+    before = {each: each.level for each in wanted}
+    with warnings.catch_warnings(action="ignore"):
+        try:
+            for each, level in wanted.items():
+                each.setLevel(level)
+            yield
+        finally:
+            for each, level in before.items():
+                each.setLevel(level)
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def _multiples(text: str) -> tuple[float, ...]:
+    numbers = tuple(map(float, text.split(",")))
+    if not all(0 < number < math.inf for number in numbers):
+        raise ValueError
+    return numbers
+
+
+# What argparse calls them in "invalid ... value".
+_count.__name__ = "count"
+_multiples.__name__ = "list of multiples"

@@ -1,0 +1,114 @@
+"""Whether training will hold, judged by its first updates.
+
+Where training without warmup fails, the outputs of the layers stop depending on the token within a
+few updates, and stay so (docs/experiments.md, "Why high rates fail"). The bounds below are those
+that told the runs apart whose outcome is known; docs/check.md has what they predicted, and what
+happened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from fairseq_gradinit.check.records import Arm, Probe
+
+Outcome = Literal["holds", "fails", "cannot tell"]
+
+EXIT_STATUS: dict[Outcome, int] = {"holds": 0, "fails": 1, "cannot tell": 3}
+
+ALIVE = 0.01
+"""Token-dependent share of a side's last layer from which on it is not in danger."""
+
+COLLAPSED = 1e-6
+"""And the one below which it did not come back, unless it was growing."""
+
+RECOVERING = 10.0
+"""How often the lowest share of the probe a growing one is."""
+
+SOURCE_BITS = 0.05
+"""What trading sources must cost at least where the source is used."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a probe says about the training that it is the beginning of.
+
+    Attributes:
+        reason: as it stands in a sentence after the outcome.
+    """
+
+    outcome: Outcome
+    reason: str
+
+
+def judge(probe: Probe) -> Verdict:
+    """Say whether training goes on from where the probe ended.
+
+    Args:
+        probe: with looks at its first and last update, unless it diverged.
+    """
+    if probe.diverged is not None:
+        return Verdict("fails", f"{probe.diverged} after {len(probe.updates)} updates")
+    first, last = probe.looks[0], probe.looks[-1]
+    if last.loss > first.loss:
+        return Verdict("fails", f"the loss rose from {first.loss:.2f} to {last.loss:.2f}")
+    shares = probe.last_layer_shares()
+    for side, curve in shares.items():
+        if curve[-1] < COLLAPSED and curve[-1] < RECOVERING * min(curve):
+            return Verdict(
+                "fails",
+                f"the output of the {side} is the same for all tokens "
+                f"(their share of it is {curve[-1]:.0e})",
+            )
+    if not shares:
+        return Verdict("cannot tell", "the model has no `layers` whose outputs could be looked at")
+    for side, curve in shares.items():
+        if curve[-1] < ALIVE:
+            return Verdict(
+                "cannot tell",
+                f"little of the output of the {side} depends on the token ({curve[-1]:.1e})",
+            )
+    if last.source_bits is not None and last.source_bits < SOURCE_BITS:
+        return Verdict(
+            "cannot tell", f"the source is hardly used yet ({last.source_bits:.3f} bits)"
+        )
+    alive = " and ".join(f"{curve[-1]:.0%} of the {side}'s" for side, curve in shares.items())
+    used = "" if last.source_bits is None else f", the source is worth {last.source_bits:.2f} bits"
+    return Verdict("holds", f"{alive} output depends on the token{used}")
+
+
+def highest_holding(probes: Iterable[Probe], arm: Arm) -> float | None:
+    """The highest learning rate at which `arm` holds, of those below the first that fails.
+
+    That it holds at a rate above one at which it fails is chance.
+    """
+    found = None
+    for probe in sorted((p for p in probes if p.arm == arm), key=lambda p: p.lr):
+        outcome = judge(probe).outcome
+        if outcome == "fails":
+            break
+        if outcome == "holds":
+            found = probe.lr
+    return found
+
+
+def sentence(probes: Sequence[Probe], lr: float, arm: Arm) -> str:
+    """What the check comes to, for a user.
+
+    Args:
+        lr: the learning rate that was asked about.
+        arm: the start that was asked about.
+    """
+    (verdict,) = (judge(probe) for probe in probes if probe.lr == lr and probe.arm == arm)
+    start = "GradInit" if arm.start == "gradinit" else "the default initialisation"
+    says = {"holds": "will hold", "fails": "will not hold", "cannot tell": "may or may not hold"}
+    text = f"Training from {start} without warmup at lr {lr:g} {says[verdict.outcome]}: "
+    text += verdict.reason
+    best = highest_holding(probes, arm)
+    if best is not None and best != lr:
+        text += f"; of the rates tried, the highest at which it holds is {best:g}"
+    elif verdict.outcome != "holds":
+        text += "; it holds for sure at none of the rates tried"
+    return f"{text}."

@@ -1,0 +1,139 @@
+"""Products of the Hessian of the mean loss with a vector, exactly or by finite differences."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fairseq_gradinit.engine.config import Precision
+from fairseq_gradinit.engine.gradients import LossGradients, MeanGradient
+from fairseq_gradinit.engine.processes import Processes
+from fairseq_gradinit.engine.trial_step import global_norm
+from fairseq_gradinit.errors import GradInitError, said_by
+
+logger = logging.getLogger(__name__)
+
+RELATIVE_LENGTH: dict[Precision, float] = {"fp32": 0.25, "bf16": 1.0}
+"""Length of the finite difference, in units of sqrt(machine epsilon) ||theta|| / ||v||. Longer
+ones are less exact where the loss is smooth, and shorter ones drown in rounding."""
+
+AGREEMENT = 0.3
+"""Relative difference of two finite differences, one twice as long, up to which `auto` trusts
+them. The kinks of ReLU alone make them differ by about 0.1 at a few hundred tokens."""
+
+NOT_TWICE = (
+    "the model cannot be differentiated twice, which exact second-order products need ({}): set "
+    "second-order to finite-difference"
+)
+
+
+class HessianProducts:
+    """H v, H being the Hessian of the mean loss of some batches at the present weights.
+
+    What the methods return is this process's part: the parts add up to H v.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        gradients: LossGradients,
+        processes: Processes,
+        precision: Precision,
+    ) -> None:
+        self._precision = precision
+        self._parameters = list(parameters)
+        self._gradients = gradients
+        self._processes = processes
+
+    def exact(
+        self, batches: Sequence[Any], gradient: MeanGradient, vector: list[Tensor]
+    ) -> list[Tensor]:
+        """By double backward: the derivative of <grad L, v>.
+
+        Args:
+            gradient: its graph, if there is one, is used up instead of being made again.
+
+        Raises:
+            GradInitError: the model contains an operation without second derivative.
+        """
+
+        reached = [False] * len(self._parameters)
+
+        def differentiate(batch: Any) -> None:
+            first = gradient.graph.pop() if gradient.graph else None
+            if first is None:
+                first = self._gradients.differentiable(batch)[2]
+            reached[:] = [r or g is not None for r, g in zip(reached, first, strict=True)]
+            pairs = [(g, v) for g, v in zip(first, vector, strict=True) if g is not None]
+            product = torch.stack([(g * v).sum() for g, v in pairs]).sum()
+            # The graph does not need them any more, and they are as large as the model.
+            del first, pairs
+            if product.requires_grad:
+                torch.autograd.backward(product)
+
+        try:
+            product = self._gradients.of_each(batches, differentiate, gradient.count)
+        except RuntimeError as error:
+            raise GradInitError(NOT_TWICE.format(said_by(error))) from error
+        if any(u and not r for u, r in zip(gradient.used, reached, strict=True)):
+            raise GradInitError(
+                NOT_TWICE.format("a part of it hides its parameters, as checkpointing does")
+            )
+        return product
+
+    @torch.no_grad()
+    def by_difference(
+        self,
+        batches: Sequence[Any],
+        gradient: MeanGradient,
+        vector: list[Tensor],
+        lengthening: float = 1.0,
+    ) -> list[Tensor]:
+        """By (grad L(theta + e v) - grad L(theta)) / e: one gradient more, and no second graph.
+
+        The length e is in proportion to ||theta|| / ||v||, see `RELATIVE_LENGTH`, and rounded to
+        a power of two: parameters that are equal, as fresh gains of normalisation layers are,
+        would all round the same way after another step. The weights are left at theta + e v.
+
+        Args:
+            vector: used up, to save its memory.
+            lengthening: factor on e, a power of two.
+        """
+        length = self._length(vector) * lengthening
+        torch._foreach_mul_(vector, length)
+        torch._foreach_add_(self._parameters, vector)
+        vector.clear()
+        with torch.enable_grad():
+            moved = self._gradients.of_mean(batches).by_parameter
+        # `gradient` is the sum over the processes, of which each subtracts an equal part.
+        torch._foreach_sub_(moved, gradient.by_parameter, alpha=1.0 / self._processes.count)
+        torch._foreach_div_(moved, length)
+        return moved
+
+    def _length(self, vector: list[Tensor]) -> Tensor:
+        size = global_norm(vector, 2)
+        dtype = self._parameters[0].dtype
+        relative = RELATIVE_LENGTH[self._precision] * torch.finfo(dtype).eps ** 0.5
+        wanted = relative * global_norm(self._parameters, 2) / size
+        length = torch.exp2(torch.log2(wanted).round())
+        return torch.where(size > 0.0, length, 1.0).to(dtype)
+
+
+def agree(dots: Tensor, longer: Tensor) -> bool:
+    """Whether finite differences, and those over twice the length, tell the same.
+
+    Args:
+        dots, longer: <H v, W_i> for every learned block, shape (learned,).
+    """
+    difference = float((dots - longer).norm() / dots.norm())
+    trusted = difference <= AGREEMENT
+    logger.info(
+        "second-order products: %s (finite differences over two lengths differ by %.1f %%)",
+        "finite differences" if trusted else "exact",
+        100.0 * difference,
+    )
+    return trusted

@@ -1,0 +1,299 @@
+"""Batches for GradInit, drawn from the run's own training data.
+
+The batches come from the task, but not through the epoch iterator that training uses: the task
+caches that one, and drawing from it would shift training's order of data. Each batch of sentence
+indices is cut in thirds before it is collated, so any sample format that the task's own collater
+produces is right, and its token counts too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from numbers import Number
+from typing import Any
+
+import numpy as np
+import torch
+from fairseq import utils
+
+from fairseq_gradinit.engine.batch_pairs import overlapping_thirds
+from fairseq_gradinit.engine.learner import BatchPair
+from fairseq_gradinit.engine.quiet import random_state_kept, seed_everything
+from fairseq_gradinit.errors import GradInitError
+
+logger = logging.getLogger(__name__)
+
+# Training shuffles with seed + epoch; this keeps GradInit's batches apart from any epoch's.
+SEED_OFFSET = 1_000_003
+
+# Tokens of sentences that are put into one batch without need: too few to want memory for.
+SMALL_BATCH = 1024
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Sentences of the training data, and what the task's collater makes of them."""
+
+    indices: np.ndarray
+    sample: Any
+
+
+class PairedBatches:
+    """Endless pairs S, S~ that share half of their sentences (paper, section 3.3).
+
+    Every batch of about `max_tokens` tokens is shuffled and cut in thirds A, B, C: S = A + B and
+    S~ = B + C, two thirds of the batch each.
+
+    Args:
+        trainer: fairseq's trainer, with the training data loaded.
+        max_tokens: tokens in a batch before the cut, or None to use `max_sentences` alone.
+        max_sentences: sentences in a batch before the cut, or None.
+        micro_batches: micro-batches in each of S and S~ (the run's --update-freq). Of these each
+            data-parallel process gets so many, no two the same: R processes with u of them draw
+            what one process with R u of them would.
+
+    Raises:
+        GradInitError: the data do not give enough batches of three sentences or more.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        max_tokens: int | None,
+        max_sentences: int | None,
+        micro_batches: int,
+    ) -> None:
+        cfg = trainer.cfg
+        self._dataset = trainer.task.dataset(cfg.dataset.train_subset)
+        self._processes = trainer.data_parallel_world_size
+        self._rank = trainer.data_parallel_rank
+        self._drawn = micro_batches * self._processes
+        self._seed = cfg.common.seed + SEED_OFFSET
+        self._cuda, self._device = trainer.cuda, trainer.device
+        self._digest = hashlib.blake2b(digest_size=4)
+        with random_state_kept(), _without_iterator_cache(trainer.task):
+            epoch_itr = trainer.task.get_batch_iterator(
+                dataset=self._dataset,
+                max_tokens=max_tokens,
+                max_sentences=max_sentences,
+                max_positions=utils.resolve_max_positions(
+                    trainer.task.max_positions(),
+                    trainer.get_model().max_positions(),
+                    cfg.dataset.max_tokens,
+                    max_tokens,
+                ),
+                ignore_invalid_inputs=True,
+                seed=self._seed,
+                epoch=1,
+                disable_iterator_cache=True,
+            )
+            batches = _index_batches(epoch_itr, self._dataset)
+        batches = _within(batches, self._dataset, max_tokens, max_sentences)
+        self._batches = [batch for batch in batches if len(batch) >= 3]
+        needed = max(2, self._drawn)
+        if len(self._batches) < needed:
+            raise GradInitError(_too_few(batches, self._batches, max_tokens, needed))
+        # In an order that the size of the batches does not change.
+        self._indices = np.sort(np.concatenate(batches))
+
+    def __iter__(self) -> Iterator[BatchPair]:
+        self._digest = hashlib.blake2b(digest_size=4)
+        rng = np.random.default_rng(self._seed)
+        queue: list[np.ndarray] = []
+
+        def draw() -> list[np.ndarray]:
+            while len(queue) < self._drawn:
+                queue.extend(self._batches[i] for i in rng.permutation(len(self._batches)))
+            # Sentences of a batch are sorted by length: unshuffled, S would be the short ones.
+            drawn = [rng.permutation(queue.pop(0)) for _ in range(self._drawn)]
+            return drawn[self._rank :: self._processes]
+
+        while True:
+            firsts, seconds = zip(*map(overlapping_thirds, draw()), strict=True)
+            first = [self._drawn_batch(indices) for indices in firsts]
+            second = [self._drawn_batch(indices) for indices in seconds]
+            yield BatchPair(first, second)
+
+    def sentences(self, count: int) -> list[MicroBatch]:
+        """`count` sentences; those of equal shapes share batches, so that none needs padding.
+
+        The same ones in every process and every time, with the same noise where the data have some;
+        apart from the pairs, and not part of their `digest`. No random state is changed.
+        """
+        rng = np.random.default_rng(self._seed)
+        chosen = rng.choice(self._indices, min(count, len(self._indices)), replace=False)
+        alike: dict[Hashable, list[tuple[int, Any]]] = {}
+        found = []
+        with random_state_kept([self._device] if self._cuda else []):
+            seed_everything(self._seed)
+            for index, item in zip(chosen, self._items(chosen), strict=True):
+                alike.setdefault(tuple(_shapes(item)), []).append((index, item))
+            for members in alike.values():
+                size = max(math.prod(shape) for shape in _shapes(members[0][1]))
+                together = max(1, SMALL_BATCH // max(1, size))
+                for start in range(0, len(members), together):
+                    indices, items = zip(*members[start : start + together], strict=True)
+                    sample = self._ready(self._dataset.collater(list(items)))
+                    found.append(MicroBatch(np.array(indices), sample))
+        return found
+
+    def digest(self) -> str:
+        """Fingerprint of all the tensors handed out to this process so far."""
+        return self._digest.hexdigest()
+
+    def plan_digest(self) -> str:
+        """Fingerprint of which sentences the batches before the cut hold."""
+        digest = hashlib.blake2b(digest_size=4)
+        for batch in self._batches:
+            digest.update(f"{batch.tolist()}".encode())
+        return digest.hexdigest()
+
+    def halve(self, batch: MicroBatch) -> list[MicroBatch]:
+        """The same sentences in two micro-batches; none when there is only one sentence."""
+        middle = len(batch.indices) // 2
+        if middle == 0:
+            return []
+        halves = batch.indices[:middle], batch.indices[middle:]
+        return [MicroBatch(half, self._ready(self._collate(half))) for half in halves]
+
+    def _drawn_batch(self, indices: np.ndarray) -> MicroBatch:
+        sample = self._collate(indices)
+        utils.apply_to_sample(self._fingerprint, sample)
+        return MicroBatch(indices, self._ready(sample))
+
+    def _collate(self, indices: np.ndarray) -> Any:
+        return self._dataset.collater(self._items(indices))
+
+    def _items(self, indices: np.ndarray) -> list[Any]:
+        if getattr(self._dataset, "supports_prefetch", False):
+            self._dataset.prefetch(indices)
+        return [self._dataset[i] for i in indices]
+
+    def _ready(self, sample: Any) -> Any:
+        return utils.move_to_cuda(sample) if self._cuda else sample
+
+    def _fingerprint(self, tensor: torch.Tensor) -> torch.Tensor:
+        self._digest.update(tensor.contiguous().numpy().tobytes())
+        return tensor
+
+
+@contextmanager
+def _without_iterator_cache(task: Any) -> Iterator[None]:
+    """Hides the iterators that training uses from tasks that ignore `disable_iterator_cache`.
+
+    fairseq's translation_multi_simple_epoch would return training's, or have training use ours.
+    """
+    cache = getattr(task, "dataset_to_epoch_iter", None)
+    task.dataset_to_epoch_iter = {}
+    try:
+        yield
+    finally:
+        task.dataset_to_epoch_iter = cache
+
+
+def _index_batches(epoch_itr: Any, dataset: Any) -> list[np.ndarray]:
+    batches = getattr(epoch_itr, "frozen_batches", None)
+    by_index = getattr(dataset, "supports_fetch_outside_dataloader", True)
+    if batches is None or not by_index or not hasattr(dataset, "collater"):
+        raise GradInitError(_not_by_index(f"the streaming data of {type(dataset).__name__}"))
+    # Of several data sets at once, a list of batches for each.
+    if len(batches) > 0 and np.ndim(batches[0][0]) > 0:
+        raise GradInitError(_not_by_index(f"the grouped data of {type(dataset).__name__}"))
+    return [np.asarray(batch) for batch in batches]
+
+
+def _not_by_index(data: str) -> str:
+    return (
+        f"GradInit draws sentences by index, which {data} does not allow: learn the scales on a "
+        "task with indexed data of the same model, and give them with --gradinit-scales and "
+        "--gradinit-centering off"
+    )
+
+
+def _within(
+    batches: list[np.ndarray], dataset: Any, max_tokens: int | None, max_sentences: int | None
+) -> list[np.ndarray]:
+    """`batches`, with those cut that are larger than the options say: a task may ignore these."""
+    if not batches:
+        return batches
+    sizes = _padded_sizes(batches, dataset)
+    most_tokens, most_sentences = max_tokens or math.inf, max_sentences or math.inf
+    within: list[np.ndarray] = []
+    for batch, size in zip(batches, sizes, strict=True):
+        if size <= most_tokens and len(batch) <= most_sentences:
+            within.append(batch)
+            continue
+        pieces = dataset.batch_by_size(batch, max_tokens=max_tokens, max_sentences=max_sentences)
+        within.extend(map(np.asarray, pieces))
+    if len(within) > len(batches):
+        logger.info("the batches that the task makes are larger than GradInit's, and are cut")
+    elif (
+        max_tokens
+        and len(batches) > 1
+        and 0 < 2 * max(sizes) <= max_tokens
+        and max(map(len, batches)) < most_sentences
+    ):
+        logger.warning(
+            "the task makes smaller batches than --gradinit-max-tokens %d asks for, of at "
+            "most %d tokens, and GradInit uses these",
+            *(max_tokens, max(sizes)),
+        )
+    return within
+
+
+def _padded_sizes(batches: list[np.ndarray], dataset: Any) -> list[int]:
+    """Tokens of each batch, padding included, as fairseq counts them; 0 if the data do not tell."""
+    indices = np.concatenate(batches)
+    try:
+        tokens = dataset.num_tokens_vec(indices)
+    except NotImplementedError:
+        try:
+            tokens = np.array([dataset.num_tokens(index) for index in indices])
+        except NotImplementedError:
+            return [0] * len(batches)
+    lengths = np.array([len(batch) for batch in batches])
+    starts = np.cumsum(lengths) - lengths
+    return list(map(int, np.maximum.reduceat(tokens, starts) * lengths))
+
+
+def _shapes(item: Any) -> Iterator[tuple[int, ...]]:
+    """Of all the tensors in an item of the data; equal items need no padding beside each other."""
+    if isinstance(item, torch.Tensor | np.ndarray):
+        yield tuple(item.shape)
+    elif isinstance(item, dict | list | tuple):
+        yield (len(item),)
+        for value in item.values() if isinstance(item, dict) else item:
+            yield from _shapes(value)
+    elif not (item is None or isinstance(item, Number | str)):
+        # Nobody knows: like no other.
+        yield (id(item),)
+
+
+def _too_few(
+    batches: list[np.ndarray],
+    usable: list[np.ndarray],
+    max_tokens: int | None,
+    needed: int,
+) -> str:
+    if not batches:
+        return (
+            f"no sentence of the training data fits in a GradInit batch of {max_tokens} tokens: "
+            "raise --gradinit-max-tokens"
+        )
+    if len(batches) >= needed:
+        return (
+            f"GradInit cuts each batch in thirds, but only {len(usable)} of the {len(batches)} "
+            "batches have three sentences or more: raise --gradinit-max-tokens"
+            + (f" (now {max_tokens})" if max_tokens else " or --batch-size")
+        )
+    sentences = sum(len(batch) for batch in batches)
+    return (
+        f"the training data ({sentences} sentences) fill only {len(batches)} GradInit "
+        f"batch(es), and {needed} or more are needed: lower --gradinit-max-tokens"
+        + (f" (now {max_tokens})" if max_tokens else " or --batch-size")
+    )

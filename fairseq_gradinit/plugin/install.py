@@ -1,0 +1,23 @@
+"""What `--user-dir fairseq_gradinit` loads."""
+
+from __future__ import annotations
+
+try:
+    import fairseq  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name != "fairseq":
+        raise
+    raise ModuleNotFoundError(
+        "fairseq is not installed: run `pip install 'fairseq-gradinit[fairseq]'`, which brings "
+        "one that fits this Python",
+        name="fairseq",
+    ) from None
+
+from fairseq_gradinit.plugin import (
+    architectures,  # noqa: F401
+    hook,
+)
+from fairseq_gradinit.plugin import safe_loading as checkpoints
+
+checkpoints.allow_fairseq_checkpoints()
+hook.install()

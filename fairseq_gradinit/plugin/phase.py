@@ -1,0 +1,384 @@
+"""The GradInit phase of a fairseq run: between building the model and its first update."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+from fairseq_gradinit import __version__
+from fairseq_gradinit.engine.agreement import prepared_alike
+from fairseq_gradinit.engine.blocks import (
+    Block,
+    at_fixed_scales,
+    collect_blocks,
+    fingerprint,
+    frozen_names,
+)
+from fairseq_gradinit.engine.centering import center_layer_norms, layer_norm_biases, undone_on_error
+from fairseq_gradinit.engine.learner import learn_scales
+from fairseq_gradinit.engine.processes import OneProcess, Processes, ProcessGroup
+from fairseq_gradinit.engine.quiet import quiet
+from fairseq_gradinit.engine.state import StateFile
+from fairseq_gradinit.errors import GradInitError, GradInitStopped
+from fairseq_gradinit.plugin import log_text
+from fairseq_gradinit.plugin.batches import MicroBatch, PairedBatches
+from fairseq_gradinit.plugin.fixed_scales import fixed_scales
+from fairseq_gradinit.plugin.iteration_log import IterationLog
+from fairseq_gradinit.plugin.loaded_weights import loaded_names
+from fairseq_gradinit.plugin.loss import TaskLoss, forward_autocast
+from fairseq_gradinit.plugin.options import CENTERING_SENTENCES, Plan, settings_digest
+from fairseq_gradinit.plugin.rate_advice import ask_scheduler, rate_warning
+from fairseq_gradinit.plugin.signals import StopSignals
+from fairseq_gradinit.plugin.snapshot import take_snapshot
+from fairseq_gradinit.scales.effect import FILE_NAME as EFFECT_FILE_NAME
+from fairseq_gradinit.scales.effect import Snapshot, effect_between
+from fairseq_gradinit.scales.file import FILE_NAME, Scales, size_changes, some
+
+logger = logging.getLogger("fairseq_gradinit")
+
+STATE_FILE_NAME = "gradinit_state.json"
+
+
+def run_phase(trainer: Any, plan: Plan) -> None:
+    """Initialise the model of `trainer` as `plan` says, unless the run resumes from a checkpoint.
+
+    Args:
+        trainer: fairseq's trainer; its training data are loaded, no update is done.
+
+    Raises:
+        GradInitError: see `learn_scales`, `Scales.load` and `Scales.apply`.
+    """
+    if weights_come_from_checkpoint(trainer):
+        logger.info(
+            "skipping GradInit: the weights come from a checkpoint, which a new scale would spoil"
+        )
+        return
+    path = Path(trainer.cfg.checkpoint.save_dir) / FILE_NAME
+    start = time.monotonic()
+    beginning = ask_scheduler(trainer)
+    drop_copies(trainer)
+    modules = trained_modules(trainer)
+    clear_unset_biases(trainer.get_model())
+    frozen = frozen_names(modules)
+    if frozen:
+        logger.info("frozen, so kept at scale 1: %s", ", ".join(frozen))
+    with full_precision(trainer), undone_on_error(list(modules.values())):
+        prepared = prepared_alike(
+            data_parallel_processes(trainer),
+            lambda: _prepare(trainer, plan),
+            lambda found: _description(plan, found),
+        )
+        eta = plan.config.eta if prepared.file is None else prepared.file.eta
+        if warning := rate_warning(trainer.cfg, prepared.blocks, eta, beginning):
+            logger.warning(warning)
+        before = _snapshot(trainer, prepared)
+        initialise = _learn if prepared.file is None else _apply
+        scales = initialise(trainer, plan, prepared)
+        effect = effect_between(before, _snapshot(trainer, prepared), scales.signature)
+    if unknown := [share.name for share in effect.shares if share.after is None]:
+        logger.info(
+            "not in the report, since their layers do not add up as fairseq's do: %s",
+            ", ".join(unknown),
+        )
+    if trainer.is_data_parallel_master:
+        scales.save(path)
+        effect.save(path.with_name(EFFECT_FILE_NAME))
+    for line in log_text.scale_table(scales):
+        logger.info(line)
+    logger.info("signature: %s", scales.signature)
+    logger.info("scales saved in %s (%.1f s in all)", path, time.monotonic() - start)
+
+
+def weights_come_from_checkpoint(trainer: Any) -> bool:
+    """Whether the run resumes, or starts from another run's weights."""
+    return bool(trainer.get_num_updates() > 0 or trainer._optim_history)
+
+
+def drop_copies(trainer: Any) -> None:
+    """Have everything that holds the weights made again, once they have changed.
+
+    These are the optimizer, its fp32 copies and the data-parallel wrapper; the trainer makes each
+    of them when it is next asked for it. The moving average is first made by the first update.
+    """
+    trainer.reinitialize()
+
+
+def clear_unset_biases(model: nn.Module) -> None:
+    """Zero the biases that fairseq's dynamic convolutions have, and neither set nor use.
+
+    They are what the memory held: not finite at times, and another in each run and process.
+    """
+    for module in model.modules():
+        bias = getattr(module, "conv_bias", None)
+        if isinstance(bias, nn.Parameter) and not getattr(module, "has_conv_bias", True):
+            nn.init.zeros_(bias)
+
+
+def require_writable(save_dir: str) -> None:
+    """Refuse a checkpoint folder that cannot be written, before any work is done.
+
+    Raises:
+        GradInitError: the folder cannot be made, or no file can be made in it.
+    """
+    try:
+        Path(save_dir).mkdir(parents=True, exist_ok=True)
+        # Process numbers of containers that share the folder are not unique.
+        with tempfile.NamedTemporaryFile(prefix=f".{FILE_NAME}.", dir=save_dir):
+            pass
+    except OSError as error:
+        raise GradInitError(
+            f"cannot write to --save-dir {save_dir}: {error.strerror}; the scales and the "
+            "checkpoints need a folder that can be written"
+        ) from error
+
+
+def trained_modules(trainer: Any) -> dict[str, nn.Module]:
+    """All that training trains, by what the names of its tensors begin with."""
+    return {"": trainer.get_model(), "criterion": trainer.get_criterion()}
+
+
+def _blocks(trainer: Any, plan: Plan, centering: bool, loaded: Sequence[str]) -> list[Block]:
+    modules = trained_modules(trainer)
+    if plan.scales_file is None:
+        fixed = fixed_scales(modules, plan.encoder_branches, plan.require_encoder, loaded)
+        blocks = collect_blocks(modules, plan.config.norm_gains, fixed)
+    else:
+        blocks = collect_blocks(modules, plan.config.norm_gains)
+    if not centering:
+        return blocks
+    centered = {id(bias) for bias in layer_norm_biases(list(modules.values()))}
+    return [
+        replace(b, state="centered") if id(b.parameter) in centered and b.name not in loaded else b
+        for b in blocks
+    ]
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What a process gets ready by itself.
+
+    Attributes:
+        blocks: the parameter tensors.
+        batches: where batches are drawn from; None if the data do not allow that, and none are
+            needed.
+        file: the scales to apply; None if they are to be learned.
+        centering: whether LayerNorms are to be centered.
+    """
+
+    blocks: list[Block]
+    batches: PairedBatches | None
+    file: Scales | None
+    centering: bool
+
+    @property
+    def pairs(self) -> PairedBatches:
+        assert self.batches is not None
+        return self.batches
+
+    @cached_property
+    def sentences(self) -> list[MicroBatch]:
+        """What LayerNorms are centered on and branches measured with; none without batches."""
+        return self.batches.sentences(CENTERING_SENTENCES) if self.batches else []
+
+
+def _prepare(trainer: Any, plan: Plan) -> _Prepared:
+    file = None if plan.scales_file is None else Scales.load(Path(plan.scales_file))
+    centering = plan.centering
+    if centering is None:
+        centering = file is not None and file.centered
+    loaded = [] if plan.scale_loaded else loaded_names(trained_modules(trainer))
+    if loaded:
+        logger.info(
+            "loaded from files, so kept as they are (--gradinit-scale-loaded scales them): %s",
+            some(loaded),
+        )
+        file = file and file.keeping(loaded)
+    blocks = _blocks(trainer, plan, centering, loaded)
+    try:
+        batches = PairedBatches(trainer, plan.max_tokens, plan.max_sentences, plan.micro_batches)
+    except GradInitError:
+        # A file of scales can be applied where sentences cannot be drawn by index.
+        if file is None or centering:
+            raise
+        batches = None
+    return _Prepared(blocks, batches, file, centering)
+
+
+def _description(plan: Plan, prepared: _Prepared) -> dict[str, object]:
+    """What must be the same in all processes; causes before their effects."""
+    given = {**asdict(plan), **asdict(plan.config)}
+    # The file may lie elsewhere on another machine.
+    del given["config"], given["scales_file"]
+    return {
+        "version": __version__,
+        "torch": torch.__version__,
+        **{name.replace("_", "-"): value for name, value in given.items()},
+        "weights": fingerprint(prepared.blocks),
+        "batches": prepared.batches and prepared.batches.plan_digest(),
+        "scales": prepared.file and prepared.file.digest(),
+    }
+
+
+def _apply(trainer: Any, plan: Plan, prepared: _Prepared) -> Scales:
+    """Do with the scales in a file what learning them would have ended with."""
+    assert prepared.file is not None
+    scales = prepared.file.apply(prepared.blocks).with_centering(prepared.blocks)
+    logger.info("applied the scales in %s", plan.scales_file)
+    if plan.unused:
+        logger.warning("nothing was learned, so without effect: %s", ", ".join(plan.unused))
+    if changes := size_changes(prepared.file, scales):
+        logger.warning("these scales were learned at other sizes: %s", changes)
+    if prepared.centering:
+        _center(trainer, prepared)
+    return scales
+
+
+def data_parallel_processes(trainer: Any) -> Processes:
+    """The processes that train together."""
+    if trainer.data_parallel_world_size > 1:
+        return ProcessGroup(trainer.data_parallel_process_group)
+    return OneProcess()
+
+
+def _snapshot(trainer: Any, prepared: _Prepared) -> Snapshot:
+    with quiet(*trained_modules(trainer).values()):
+        return take_snapshot(
+            trainer.get_model(),
+            prepared.blocks,
+            TaskLoss(trainer),
+            prepared.sentences,
+            data_parallel_processes(trainer),
+        )
+
+
+def _center(trainer: Any, prepared: _Prepared) -> None:
+    start = time.monotonic()
+    modules = list(trained_modules(trainer).values())
+    centered = {block.parameter for block in prepared.blocks if block.state == "centered"}
+    with quiet(*modules):
+        count = center_layer_norms(
+            modules,
+            TaskLoss(trainer),
+            prepared.sentences,
+            data_parallel_processes(trainer),
+            centered.__contains__,
+        )
+    logger.info(
+        "centered the outputs of %d LayerNorms on %d sentences (%.1f s)",
+        *(count, sum(len(batch.indices) for batch in prepared.sentences), time.monotonic() - start),
+    )
+
+
+def _learn(trainer: Any, plan: Plan, prepared: _Prepared) -> Scales:
+    model, criterion = trainer.get_model(), trainer.get_criterion()
+    if trainer.cfg.ema.store_ema and getattr(trainer.task, "uses_ema", False):
+        raise GradInitError(
+            f"task {type(trainer.task).__name__} trains against a moving average of its own "
+            "model, which GradInit does not follow: leave out --gradinit"
+        )
+    blocks, pairs = prepared.blocks, prepared.pairs
+    before = fingerprint(blocks)
+    if prepared.centering:
+        with at_fixed_scales(blocks):
+            _center(trainer, prepared)
+    logger.info(
+        "GradInit: learning the scales of %d of %d parameter tensors in %d iterations "
+        "(losses in nats per unit of sample size; fairseq's own are base 2)",
+        sum(block.learned for block in blocks),
+        len(blocks),
+        plan.config.iterations,
+    )
+    processes = data_parallel_processes(trainer)
+    log = IterationLog(trainer.cfg, plan.config, tracked=trainer.is_data_parallel_master)
+    with quiet(model, criterion), StopSignals() as signals, forward_autocast(model, plan.config):
+        try:
+            learned = learn_scales(
+                blocks,
+                TaskLoss(trainer),
+                pairs,
+                plan.config,
+                on_iteration=log.write,
+                processes=processes,
+                halve=pairs.halve,
+                state_file=_state_file(trainer, plan, pairs, processes),
+                stop=signals,
+            )
+        except GradInitStopped as stopped:
+            _leave(stopped, signals, plan)
+    log.write_scales([learned.scale_of[block.name] for block in blocks if block.learned])
+    if prepared.centering:
+        # The scales have changed what goes into the LayerNorms.
+        _center(trainer, prepared)
+    signature = log_text.signature(
+        plan,
+        trainer.cfg,
+        model=before,
+        data=pairs.digest(),
+        device=str(trainer.device),
+        second_order=learned.second_order,
+    )
+    return Scales.of(blocks, learned.scale_of, signature, learned.history)
+
+
+def _state_file(
+    trainer: Any, plan: Plan, pairs: PairedBatches, processes: Processes
+) -> StateFile | None:
+    if plan.save_interval == 0:
+        return None
+    identity = {
+        "processes": trainer.data_parallel_world_size,
+        "micro-batches": plan.micro_batches,
+        "batches": pairs.plan_digest(),
+        "model": settings_digest(trainer.cfg, "model"),
+        "criterion": settings_digest(trainer.cfg, "criterion"),
+    }
+    return StateFile(
+        Path(trainer.cfg.checkpoint.save_dir) / STATE_FILE_NAME,
+        "|".join(f"{name}:{value}" for name, value in identity.items()),
+        plan.save_interval,
+        processes,
+    )
+
+
+def _leave(stopped: GradInitStopped, signals: StopSignals, plan: Plan) -> NoReturn:
+    """End the program the way the signal would have, after saying what is saved."""
+    number = signals.received or signal.SIGTERM
+    by = signal.Signals(number).name
+    if signals.received is None:
+        by += " to another process"
+    after = "the same command goes on from there"
+    if plan.save_interval == 0:
+        after = "nothing is saved, as --gradinit-save-interval 0 asks"
+    logger.info("%s, by %s: %s", stopped, by, after)
+    sys.exit(128 + number)
+
+
+@contextmanager
+def full_precision(trainer: Any) -> Iterator[None]:
+    """Hold model and criterion in fp32, whatever precision the run trains in.
+
+    The parameters keep their identity, so that everything that refers to them stays valid.
+    """
+    modules = trained_modules(trainer).values()
+    half = trainer.cfg.common.fp16
+    if half:
+        for module in modules:
+            module.float()
+    try:
+        yield
+    finally:
+        if half:
+            for module in modules:
+                module.half()

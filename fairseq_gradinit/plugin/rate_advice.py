@@ -1,0 +1,111 @@
+"""Warnings about the learning rate of the first updates, which GradInit prepares for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from fairseq_gradinit.engine.blocks import Block
+from fairseq_gradinit.plugin.optimizers import FIRST_STEPS
+from fairseq_gradinit.plugin.options import peak_lr
+
+HELD = 0.6
+"""lr sqrt(d ffn) up to which no warmup is needed: between 0.51, where all runs of
+docs/experiments.md trained, and 0.72 and 1.02, where one of one and three of four did not."""
+SHORT = 0.07
+"""Of training, as a warmup: with 5 and 7 % all runs at 0.72 and 1.02 trained, with 2.5 and 3.3 %
+three of four. Up to twice as much passes for the short warmup that the log recommends."""
+FAR = 4.0
+"""The factor from which two learning rates differ. The preset `paper` has 2, as its authors do (eta
+1e-3 for lr 5e-4); of the runs in docs/experiments.md some with 3 trained, and the one with 10 did
+not."""
+
+_BEGIN_AT_THE_PEAK = ("polynomial_decay", "fixed", "cosine", "step", "reduce_lr_on_plateau")
+"""fairseq's schedules that do so with --warmup-updates 0."""
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """How a schedule begins.
+
+    Attributes:
+        rate: learning rate of the first update.
+        rising: whether it still rises after twice `SHORT` of training; False if the length of
+            training is open.
+    """
+
+    rate: float
+    rising: bool
+
+
+def ask_scheduler(trainer: Any) -> Beginning:
+    """Move the scheduler of a fresh run as its first updates would, and read the rates.
+
+    It does not come back: the caller has fairseq build optimizer and scheduler again.
+    """
+
+    def rate_after(updates: int) -> float:
+        trainer.lr_scheduler.step_update(updates)
+        return float(trainer.get_lr())
+
+    trainer.lr_scheduler.step_begin_epoch(1)
+    first = rate_after(0)
+    short = math.ceil(2 * SHORT * trainer.cfg.optimization.max_update)
+    return Beginning(first, rising=short > 0 and rate_after(short) < rate_after(short + 1))
+
+
+def rate_warning(cfg: Any, blocks: Iterable[Block], eta: float, beginning: Beginning) -> str | None:
+    """What to do about a run whose first updates are not those to prepare for; None if they are.
+
+    Adam's first updates move every element by the learning rate in a direction on which the tokens
+    agree. Both matrices of a feed-forward branch together then add about (updates lr)^2 d ffn times
+    their input to the residual stream, however they were initialised. So from some rate on a short
+    warmup is right, although it never takes the step that GradInit tries; below, none is.
+
+    Args:
+        cfg: of the run, as fairseq's trainer has it.
+        blocks: the parameter tensors of the model.
+        eta: length of the trial step that the scales are learned for; NaN if unknown.
+    """
+    step = FIRST_STEPS.get(getattr(cfg.optimizer, "_name", ""))
+    adam = step is not None and step.target == "adam"
+    too_high = _too_high(cfg, blocks) if adam else None
+    slow = beginning.rate * FAR < peak_lr(cfg)
+    if too_high and not slow:
+        return too_high
+    if too_high and not beginning.rising:
+        return None
+    length = step.length(cfg.optimizer) if step else 1.0
+    wanted, found = eta / length, beginning.rate
+    if math.isnan(wanted) or wanted / FAR <= found <= wanted * FAR:
+        return None
+    both = f"the first update has learning rate {found:g}, and the scales are for {wanted:g}"
+    if not slow or found > wanted:
+        return f"{both}: learn them for the first update, with --gradinit-eta {found * length:g}"
+    if too_high:
+        instead = f"a short warmup is enough: {_short_warmup(cfg)}"
+    elif getattr(cfg.lr_scheduler, "_name", "") in _BEGIN_AT_THE_PEAK:
+        instead = "use --warmup-updates 0"
+    else:
+        instead = "use --lr-scheduler polynomial_decay --warmup-updates 0"
+    return f"{both}: the step that GradInit prepares is never taken; {instead}"
+
+
+def _too_high(cfg: Any, blocks: Iterable[Block]) -> str | None:
+    """What to do without warmup about a rate that Adam does not hold; None if it does."""
+    sizes = [b.parameter.numel() for b in blocks if b.name.endswith("fc1.weight")]
+    lr, size = float(cfg.optimization.lr[0]), max(sizes, default=0)
+    if lr * math.sqrt(size) <= HELD:
+        return None
+    return (
+        f"--lr {lr:g} times the square root of {size:,}, the size of fc1, is "
+        f"{lr * math.sqrt(size):.2f}: at 0.7 and more, training without warmup failed in most of "
+        f"our runs from GradInit too, and a short warmup was enough: {_short_warmup(cfg)}"
+    )
+
+
+def _short_warmup(cfg: Any) -> str:
+    length = math.ceil(SHORT * cfg.optimization.max_update)
+    return f"--warmup-updates {length}" if length else "some 7 % of training"

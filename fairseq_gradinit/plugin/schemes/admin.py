@@ -1,0 +1,118 @@
+"""Admin: shortcuts weighted so that each sublayer depends on its own branch as in pre-LN.
+
+Liu et al., "Understanding the Difficulty of Training Transformers", EMNLP 2020, section 4:
+LayerNorm(omega x + f(x)), with one vector omega for each sublayer, trained like any parameter. It
+starts as omega_i^2 = sum over j < i of Var[f_j], the variances being measured with the initial
+weights on training data. As in the authors' code (LiyuanLucasLiu/Transformer-Clinic,
+modules/transformer_layer.py), omega_1 is 1, and the sum begins with the variance of the embeddings.
+The i-th branch makes up about 1/i of the variance of its sublayer's output, while in a stock
+post-LN model each makes up about the same part.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from fairseq_gradinit.engine.processes import Processes
+from fairseq_gradinit.engine.quiet import quiet
+from fairseq_gradinit.errors import GradInitError
+from fairseq_gradinit.plugin.branches import Stack, branch_names, stacks, variances
+from fairseq_gradinit.plugin.loss import TaskLoss
+from fairseq_gradinit.plugin.phase import data_parallel_processes, trained_modules
+from fairseq_gradinit.plugin.schemes.batches import training_batches
+from fairseq_gradinit.plugin.schemes.shortcuts import attach, weights_of
+from fairseq_gradinit.plugin.schemes.variants import register_variants, require_post_ln, switch
+
+logger = logging.getLogger("fairseq_gradinit")
+
+SENTENCES = 32
+"""Some hundred tokens, each with every dimension of an output."""
+
+
+def configure(model: Any) -> None:
+    """Have a model's configuration build the variant with omega.
+
+    Raises:
+        GradInitError: the model is not a post-LN Transformer of fairseq.
+    """
+    require_post_ln(model, "admin")
+    switch(model, "admin")
+
+
+def initialise(trainer: Any) -> None:
+    """Measure the branches of the trainer's model, and set its omegas.
+
+    Raises:
+        GradInitError: an output is not finite, or there are too few training data.
+    """
+    sentences = training_batches(trainer).sentences(SENTENCES)
+    processes = data_parallel_processes(trainer)
+    with quiet(*trained_modules(trainer).values()):
+        found = set_omegas(trainer.get_model(), TaskLoss(trainer), sentences, processes)
+    for side, omegas in found.items():
+        shown = " ".join(f"{omega:.3g}" for omega in omegas)
+        logger.info("omega of the %s's %d sublayers: %s", side, len(omegas), shown)
+
+
+def add_omegas(model: nn.Module) -> None:
+    """Give every sublayer of a post-LN model its omega, a trainable vector of ones."""
+    for stack in stacks(model):
+        for layer in stack.layers:
+            width = cast(Any, layer).embed_dim
+            names = branch_names(layer)
+            attach(layer, {name: nn.Parameter(torch.ones(width)) for name in names})
+
+
+@torch.no_grad()
+def fill(stack: Stack, index: int, omega: float) -> None:
+    """Set the omega of the branch with this index in its stack."""
+    branch = stack.branches[index]
+    weights_of(branch.layer)[branch.name].fill_(omega)
+
+
+def set_omegas(
+    model: nn.Module,
+    evaluate: Callable[[Any], object],
+    batches: Sequence[Any],
+    processes: Processes,
+) -> dict[str, list[float]]:
+    """Set every omega of a model that has omegas, and LayerNorms with gain 1 and bias 0.
+
+    One after the other in the order of the forward pass, since each changes what later branches
+    read. Call this inside `quiet`.
+
+    Args:
+        evaluate: runs the model on a batch.
+        batches: the same ones in every process, which share them; without padding.
+
+    Returns:
+        The omegas by side, "encoder" or "decoder".
+
+    Raises:
+        GradInitError: the output of a branch is not finite.
+    """
+    found: dict[str, list[float]] = {}
+    for stack in stacks(model):
+        omegas = found.setdefault(stack.side, [])
+        total = 1.0
+        for index, branch in enumerate(stack.branches):
+            omegas.append(math.sqrt(total))
+            fill(stack, index, omegas[-1])
+            ((shortcut, output),) = variances([branch], evaluate, batches, processes)
+            # What LayerNorms put out has variance 1.
+            total = (shortcut if index == 0 else total) + output
+            if not math.isfinite(total):
+                raise GradInitError(
+                    f"branch {index + 1} of the {stack.side} does not put out finite numbers "
+                    "before training: check how the model initialises its parameters, and the data"
+                )
+    return found
+
+
+register_variants("admin", add_omegas)

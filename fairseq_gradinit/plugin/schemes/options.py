@@ -1,0 +1,77 @@
+"""`--init-scheme`: which schemes there are, and what each does to a run."""
+# No postponed annotations here: fairseq reads the types of dataclass fields as objects.
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+
+from fairseq_gradinit.errors import GradInitError
+from fairseq_gradinit.plugin.option_values import read_value
+from fairseq_gradinit.plugin.options import read_options, refuse_unsupported
+from fairseq_gradinit.plugin.schemes import admin, deepnorm, pre_ln, t_fixup, zero_branches
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """An initialisation, as a change to the configuration of the model, to its weights, or to both.
+
+    Attributes:
+        configure: changes the model's configuration before the model is built.
+        initialise: changes the weights of a trainer's model before the first update.
+        sets_weights: whether it determines the scale of weights, as GradInit does.
+    """
+
+    configure: Callable[[Any], None] | None = None
+    initialise: Callable[[Any], None] | None = None
+    sets_weights: bool = True
+
+
+SCHEMES = {
+    "pre-ln": Scheme(configure=pre_ln.configure, sets_weights=False),
+    "zero-branches": Scheme(initialise=zero_branches.initialise),
+    "deepnorm": Scheme(configure=deepnorm.configure),
+    "t-fixup": Scheme(configure=t_fixup.configure),
+    "admin": Scheme(configure=admin.configure, initialise=admin.initialise),
+}
+
+SchemeChoice = ChoiceEnum(list(SCHEMES))
+
+
+@dataclass
+class SchemeOptions(FairseqDataclass):
+    """The options; None stands for the stock initialisation."""
+
+    init_scheme: Optional[SchemeChoice] = field(  # type: ignore[valid-type]
+        default=None,
+        metadata={
+            "help": "start a fresh run from another initialisation than fairseq's, in place of "
+            "GradInit; see docs/rivals.md for what each does, and for those whose architecture "
+            "is not stock fairseq's"
+        },
+    )
+
+
+def read_scheme(cfg: Any) -> Scheme | None:
+    """The scheme that a fairseq configuration asks for; None when it asks for none.
+
+    Raises:
+        GradInitError: it asks for something else that does not go with the scheme.
+    """
+    # Programs of other projects pass through here too, with configurations of their own.
+    task = getattr(cfg, "task", None)
+    option = SchemeOptions.__dataclass_fields__["init_scheme"]
+    name: str | None = read_value(option, task)
+    if name is None:
+        return None
+    scheme = SCHEMES[name]
+    if not scheme.sets_weights:
+        return scheme
+    if read_options(task).gradinit:
+        raise GradInitError(
+            f"--init-scheme {name} and --gradinit both set the scale of the initial weights, and "
+            "the later would undo the earlier: leave one of the two out"
+        )
+    refuse_unsupported(cfg, f"--init-scheme {name}")
+    return scheme

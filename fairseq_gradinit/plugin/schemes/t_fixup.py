@@ -1,0 +1,68 @@
+"""T-Fixup: no LayerNorm; branches and embeddings start small, by depth.
+
+Huang et al., "Improving Transformer Optimization Through Better Initialization", ICML 2020, section
+3.2, with the conventions of the authors' code (layer6ai-labs/T-Fixup, modules/transformer_layer.py
+and models/transformer.py): Xavier's uniform distribution, for queries and keys with fairseq's gain
+1/sqrt(2), biases zero, embeddings scaled by the depth of the encoder if both sides share them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from fairseq_gradinit.plugin.branches import stacks
+from fairseq_gradinit.plugin.schemes.variants import register_variants, switch
+
+
+def branch_factor(side: str, layers: int) -> float:
+    """Factor on v_proj, out_proj, fc1 and fc2 of a stack with so many layers."""
+    return float(0.67 * layers ** (-1 / 4) if side == "encoder" else (9 * layers) ** (-1 / 4))
+
+
+def embedding_factor(layers: int) -> float:
+    """Factor on N(0, d^(-1/2)), the distribution of embeddings, by the layers that they feed."""
+    return float((9 * layers) ** (-1 / 4))
+
+
+def configure(model: Any) -> None:
+    """Have a model's configuration build the T-Fixup variant.
+
+    Raises:
+        GradInitError: the model is not an encoder-decoder Transformer of fairseq.
+    """
+    switch(model, "t_fixup")
+
+
+@torch.no_grad()
+def t_fixup(model: nn.Module) -> None:
+    """Take the LayerNorms out of an encoder-decoder model, and scale its weights."""
+    _remove_layer_norms(model)
+    scaled: set[nn.Parameter] = set()
+    for stack in stacks(model):
+        factor = branch_factor(stack.side, len(stack.layers))
+        for branch in stack.branches:
+            for linear in (*branch.queries_and_keys, *branch.values):
+                if linear.bias is not None:
+                    linear.bias.zero_()
+            for linear in branch.values:
+                nn.init.xavier_uniform_(linear.weight)
+                linear.weight.mul_(factor)
+        embeddings = model.get_submodule(f"{stack.side}.embed_tokens").weight
+        assert isinstance(embeddings, nn.Parameter)
+        if embeddings not in scaled:
+            embeddings.mul_(embedding_factor(len(stack.layers)))
+            scaled.add(embeddings)
+
+
+def _remove_layer_norms(model: nn.Module) -> None:
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            # By name: apex has a LayerNorm of its own.
+            if "layernorm" in type(child).__name__.lower():
+                setattr(parent, name, nn.Identity())
+
+
+register_variants("t_fixup", t_fixup, of=["transformer"])

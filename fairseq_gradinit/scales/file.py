@@ -1,0 +1,265 @@
+"""The learned scales as a file: plain JSON, versioned, readable, written whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fairseq_gradinit.engine.blocks import (
+    BLOCK_STATES,
+    Block,
+    BlockState,
+    base_weights,
+    set_weights,
+)
+from fairseq_gradinit.engine.history import Iteration, parse_iteration
+from fairseq_gradinit.errors import GradInitError
+from fairseq_gradinit.storage.files import (
+    number,
+    one_line,
+    parse_json,
+    shown,
+    typed,
+    write_atomically,
+)
+
+FORMAT = "fairseq-gradinit-scales"
+VERSION = 1
+FILE_NAME = "gradinit_scales.json"
+
+
+@dataclass(frozen=True)
+class BlockScale:
+    """The scale of one parameter tensor.
+
+    Attributes:
+        name: dotted name of the tensor in the model.
+        shape: its shape.
+        scale: the factor on its initial value.
+        state: why it has the scale it has, see `fairseq_gradinit.engine.blocks.Block`.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    scale: float
+    state: BlockState
+
+
+@dataclass(frozen=True)
+class Scales:
+    """What a GradInit run learned.
+
+    Attributes:
+        blocks: every trainable parameter tensor of the model, in its order.
+        signature: one line that names everything that determined the result.
+        history: record of the iterations, empty when unknown.
+    """
+
+    blocks: tuple[BlockScale, ...]
+    signature: str
+    history: tuple[Iteration, ...] = field(default=())
+
+    @property
+    def centered(self) -> bool:
+        """Whether the LayerNorms were centered to learn these scales."""
+        return any(block.state == "centered" for block in self.blocks)
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """What the signature says, by the names in it; of what is no such line nothing."""
+        fields = (part.partition(":") for part in self.signature.split("|"))
+        return {name: value for name, colon, value in fields if colon}
+
+    @property
+    def eta(self) -> float:
+        """Length of the trial step that these scales were learned for; NaN if it is not known."""
+        try:
+            return float(self.settings["eta"])
+        except (KeyError, ValueError):
+            return math.nan
+
+    def digest(self) -> str:
+        """Eight hexadecimal digits that change with any name, shape, scale or state."""
+        return hashlib.blake2b(repr(self.blocks).encode(), digest_size=4).hexdigest()
+
+    @classmethod
+    def of(
+        cls,
+        blocks: Sequence[Block],
+        scale_of: Mapping[str, float],
+        signature: str,
+        history: Sequence[Iteration],
+    ) -> Scales:
+        rows = tuple(
+            BlockScale(b.name, tuple(b.parameter.shape), scale_of[b.name], b.state) for b in blocks
+        )
+        return cls(rows, signature, tuple(history))
+
+    def save(self, path: Path) -> None:
+        """Write the file; `path` either keeps its old content or gets all of the new one.
+
+        Raises:
+            GradInitError: the file cannot be written.
+        """
+        document = {
+            "format": FORMAT,
+            "version": VERSION,
+            "signature": self.signature,
+            "blocks": [asdict(block) for block in self.blocks],
+            "history": [asdict(iteration) for iteration in self.history],
+        }
+        write_atomically(path, json.dumps(document, indent=1, allow_nan=False) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Scales:
+        """Read a file written by `save`.
+
+        Raises:
+            GradInitError: the file cannot be read, is damaged, or is not of this format.
+        """
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise GradInitError(f"cannot read the scales file {path}: {error}") from error
+        try:
+            document = parse_json(text)
+        except (ValueError, RecursionError) as error:
+            raise GradInitError(
+                f"the scales file {path} is not valid JSON ({error}): it is damaged, or not a "
+                "GradInit scales file"
+            ) from error
+        return _parse(document, path)
+
+    def apply(self, blocks: Sequence[Block]) -> Scales:
+        """Multiply the model's freshly initialised tensors by these scales, in place.
+
+        The sizes of a tensor may be others than those it was learned for: a scale belongs to the
+        tensor's place in the model.
+
+        Returns:
+            These scales, with the shapes of this model.
+
+        Raises:
+            GradInitError: the names or the numbers of dimensions are not those of the model, or
+                a scale takes a tensor beyond the numbers of its precision; nothing is changed then.
+        """
+        self._check_fits(blocks)
+        row_of = {row.name: row for row in self.blocks}
+        as_learned = [Block(b.name, b.parameter, "learned") for b in blocks]
+        factors = torch.tensor([row_of[b.name].scale for b in blocks], dtype=torch.float64)
+        base = base_weights(as_learned)
+        set_weights(as_learned, base, factors)
+        broken = [b for b in blocks if not torch.isfinite(b.parameter).all()]
+        if broken:
+            set_weights(as_learned, base, torch.ones_like(factors))
+            raise GradInitError(
+                f"the scale {row_of[broken[0].name].scale:g} makes {broken[0].name} infinite: the "
+                "scales are damaged, learn them again"
+            )
+        rows = (replace(row_of[b.name], shape=tuple(b.parameter.shape)) for b in blocks)
+        return replace(self, blocks=tuple(rows))
+
+    def with_centering(self, blocks: Sequence[Block]) -> Scales:
+        """These scales in a model whose LayerNorms were centered, or not, as its blocks say."""
+        here = {b.name: b.state for b in blocks}
+        rows = tuple(
+            replace(row, state=here[row.name]) if "centered" in (row.state, here[row.name]) else row
+            for row in self.blocks
+        )
+        centered = "on" if "centered" in here.values() else "off"
+        signature = re.sub(r"(?<=\|centering:)[^|]*", centered, self.signature)
+        return replace(self, blocks=rows, signature=signature)
+
+    def keeping(self, names: Collection[str]) -> Scales:
+        """These scales, with scale 1 for the tensors of these names."""
+        rows = (
+            replace(row, scale=1.0, state="fixed") if row.name in names else row
+            for row in self.blocks
+        )
+        return replace(self, blocks=tuple(rows))
+
+    def _check_fits(self, blocks: Sequence[Block]) -> None:
+        file = {row.name: list(row.shape) for row in self.blocks}
+        model = {block.name: list(block.parameter.shape) for block in blocks}
+        problems = [f"{_short(name)} is not in the model" for name in file if name not in model]
+        problems += [f"{name} is not in the file" for name in model if name not in file]
+        problems += [
+            f"{name} has shape {shown(file[name])} in the file and {model[name]} in the model"
+            for name in file
+            if name in model and len(file[name]) != len(model[name])
+        ]
+        if problems:
+            raise GradInitError(f"the scales were learned for another model: {some(problems)}")
+
+
+def size_changes(learned: Scales, applied: Scales) -> str | None:
+    """What `Scales.apply` changed, in a few words; None if the shapes are those of the file."""
+    applied_shape = {row.name: row.shape for row in applied.blocks}
+    changes = [
+        f"{row.name} {list(row.shape)}, here {list(applied_shape[row.name])}"
+        for row in learned.blocks
+        if row.shape != applied_shape[row.name]
+    ]
+    return some(changes) if changes else None
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 100 else f"{name[:97]}..."
+
+
+def some(items: Sequence[str]) -> str:
+    """The first five, and how many more there are."""
+    more = f"; and {len(items) - 5} more" if len(items) > 5 else ""
+    return "; ".join(items[:5]) + more
+
+
+def kinds_of_blocks(scales: Scales) -> dict[str, list[BlockScale]]:
+    """The blocks grouped by their name with layer numbers left out, such as `layers.*.fc1.bias`."""
+    kinds: dict[str, list[BlockScale]] = {}
+    for block in scales.blocks:
+        kind = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", block.name)
+        kinds.setdefault(kind, []).append(block)
+    return kinds
+
+
+def _parse(document: Any, path: Path) -> Scales:
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise GradInitError(f"{path} is not a GradInit scales file (no format {FORMAT!r} in it)")
+    version = document.get("version")
+    if type(version) is not int or version != VERSION:
+        raise GradInitError(
+            f"{path} has version {shown(version)} of the scales format; this "
+            f"fairseq-gradinit reads version {VERSION}"
+        )
+    try:
+        blocks = tuple(_parse_block(row) for row in typed(document["blocks"], list))
+        history = tuple(parse_iteration(row) for row in typed(document["history"], list))
+        signature = one_line(document["signature"])
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        raise GradInitError(
+            f"the scales file {path} is damaged: {type(error).__name__}: {error}"
+        ) from error
+    if not blocks or len({block.name for block in blocks}) != len(blocks):
+        raise GradInitError(f"the scales file {path} is damaged: a name is missing or repeated")
+    return Scales(blocks, signature, history)
+
+
+def _parse_block(row: dict[str, Any]) -> BlockScale:
+    name = one_line(row["name"])
+    scale = number(row["scale"])
+    if scale < 0.0:
+        raise ValueError(f"scale {scale} of {_short(name)} is negative")
+    shape = tuple(typed(size, int) for size in typed(row["shape"], list))
+    if any(size < 0 for size in shape):
+        raise ValueError(f"shape {shown(list(shape))} of {_short(name)} is negative")
+    if row["state"] not in BLOCK_STATES:
+        raise ValueError(f"unknown state {shown(row['state'])}")
+    return BlockScale(name, shape, scale, row["state"])
