@@ -36,7 +36,7 @@ from torch.nn import functional
 from fairseq_gradinit.engine.blocks import collect_blocks
 from fairseq_gradinit.engine.config import GradInitConfig
 from fairseq_gradinit.engine.learner import BatchPair, Iteration, learn_scales
-from fairseq_gradinit.engine.quiet import quiet
+from fairseq_gradinit.engine.quiet import deterministic
 from fairseq_gradinit.results.tables import by, spread
 
 TEST_IMAGES = 450
@@ -260,7 +260,7 @@ def run_gradinit(
     pairs = (BatchPair([indices[: 2 * half]], [indices[half:]]) for indices in drawn)
     history: list[Iteration] = []
     began = time.process_time()
-    with quiet(net):
+    with deterministic(net):
         blocks = collect_blocks({"": net}, config.norm_gains)
         learn_scales(blocks, loss, pairs, config, on_iteration=history.append)
     return history, time.process_time() - began
@@ -345,7 +345,7 @@ def train(
 def training_loss(net: nn.Module, data: Digits) -> float | None:
     # Batch normalisation by the batch, as in training: after one epoch its running statistics
     # still lag behind, and would tell more of that than of the weights.
-    with quiet(net):
+    with deterministic(net):
         loss = functional.cross_entropy(net(data.images), data.classes).item()
     return round(loss, 5) if math.isfinite(loss) else None
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fairseq_gradinit.results.circumstances import circumstances as of_this_process
+from fairseq_gradinit.results.circumstances import current_circumstances as of_this_process
 from fairseq_gradinit.results.tables import markdown_rows
 from fairseq_gradinit.storage.files import write_atomically
 
@@ -30,7 +30,7 @@ def write(path: Path, results: Any) -> None:
 
     Whoever reads `path` meanwhile sees the old file or the new one, never a part.
     """
-    record = {**circumstances(), "results": results}
+    record = {**current_circumstances(), "results": results}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, compact(record) + "\n")
 
@@ -49,7 +49,7 @@ def compact(value: Any, levels: int = 3, indent: str = "") -> str:
     return "\n".join([opening, ",\n".join(lines), indent + closing])
 
 
-def circumstances() -> dict[str, Any]:
+def current_circumstances() -> dict[str, Any]:
     """The command of this process, the date, the code, the versions and the machine."""
     found = of_this_process(REPOSITORY)
     return {

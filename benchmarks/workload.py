@@ -25,7 +25,7 @@ from fairseq_gradinit.engine.config import GradInitConfig, Precision, SecondOrde
 from fairseq_gradinit.engine.gradients import LossFunction
 from fairseq_gradinit.engine.learner import BatchPair, ScaleLearner
 from fairseq_gradinit.engine.processes import Processes
-from fairseq_gradinit.engine.quiet import quiet
+from fairseq_gradinit.engine.quiet import deterministic
 
 ETA = 1e-4
 ALWAYS_VIOLATED = 1e-30
@@ -168,7 +168,7 @@ def learner_of(
 ) -> Iterator[ScaleLearner]:
     """The engine on a new model of `workload`."""
     model = workload.model()
-    with quiet(model):
+    with deterministic(model):
         blocks = collect_blocks({"": model}, config.norm_gains)
         yield ScaleLearner(blocks, loss_of(model), config, processes)
 
@@ -177,7 +177,7 @@ def learner_of(
 def plain_learner_of(workload: Workload, config: GradInitConfig) -> Iterator[PlainGradInit]:
     """The baseline on a new model of `workload`."""
     model = workload.model()
-    with quiet(model):
+    with deterministic(model):
         blocks = collect_blocks({"": model}, config.norm_gains)
         yield PlainGradInit(blocks, workload.loss_in_precision(model), config)
 

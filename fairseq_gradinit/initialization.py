@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from fairseq_gradinit import __version__
-from fairseq_gradinit.engine.batch_pairs import Split, batch_pairs, thirds
+from fairseq_gradinit.engine.batch_pairs import Split, pair_batches, thirds
 from fairseq_gradinit.engine.blocks import Block, collect_blocks, fingerprint
 from fairseq_gradinit.engine.config import TARGET_NAMES, GradInitConfig, NormGains, TargetName
 from fairseq_gradinit.engine.gradients import LossFunction
 from fairseq_gradinit.engine.history import Iteration
 from fairseq_gradinit.engine.learner import learn_scales
-from fairseq_gradinit.engine.quiet import quiet
+from fairseq_gradinit.engine.quiet import deterministic
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.scales.file import Scales
 
@@ -143,8 +143,12 @@ def initialize(
         seed=seed,
     )
     weights = fingerprint(blocks)
-    pairs = batch_pairs(loader, split, device)
-    with _gradients_kept(blocks), quiet(model), _progress_bar(iterations, progress) as advance:
+    pairs = pair_batches(loader, split, device)
+    with (
+        _gradients_kept(blocks),
+        deterministic(model),
+        _progress_bar(iterations, progress) as advance,
+    ):
         learned = learn_scales(blocks, _summed(loss_fn, model), pairs, config, on_iteration=advance)
     signature = {
         "gradinit": __version__,

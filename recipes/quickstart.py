@@ -48,7 +48,7 @@ from resume import CannotResume, trained_updates
 from tqdm import tqdm
 
 from fairseq_gradinit.report.plot import save_picture
-from fairseq_gradinit.scales.file import FILE_NAME, Scales
+from fairseq_gradinit.scales.file import SCALES_FILE, Scales
 
 log = logging.getLogger("quickstart")
 
@@ -189,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log.error("quickstart: interrupted; the same command goes on from here")
         return 130
     picture = settings.outcome / ("compare.png" if options.compare else "quickstart.png")
-    scales = Scales.load(settings.checkpoints(settings.arms[0]) / FILE_NAME)
+    scales = Scales.load(settings.checkpoints(settings.arms[0]) / SCALES_FILE)
     save_picture(picture, {result.arm.title: result.curve for result in results}, scales)
     show_examples(results[0])
     show_results(results, settings)
@@ -360,7 +360,7 @@ def show_files(settings: Settings, picture: Path, next_target: str) -> None:
     """Where things lie, and three commands to try next."""
     checkpoints = settings.checkpoints(settings.arms[0])
     log.info("\ncheckpoint  %s", checkpoints / "checkpoint_last.pt")
-    log.info("scales      %s", checkpoints / FILE_NAME)
+    log.info("scales      %s", checkpoints / SCALES_FILE)
     log.info("picture     %s", picture)
     interactive = [
         *program("interactive"),

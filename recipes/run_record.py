@@ -30,7 +30,7 @@ from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.significance import PairedTest
 
 from fairseq_gradinit.errors import GradInitError
-from fairseq_gradinit.results.circumstances import Circumstances, circumstances
+from fairseq_gradinit.results.circumstances import Circumstances, current_circumstances
 from fairseq_gradinit.results.records import (
     Comparison,
     RunRecord,
@@ -325,7 +325,7 @@ def _begin(options: argparse.Namespace) -> int:
         subsets=tuple(options.subsets),
         split_compounds=options.split_compounds,
         baseline=options.baseline,
-        circumstances=circumstances(ROOT, workers=options.workers),
+        circumstances=current_circumstances(ROOT, workers=options.workers),
     )
     begin(options.run, about)
     return 0

@@ -13,7 +13,7 @@ from conftest import SCALES_ALONE, Corpus, Training, train_here
 from tiny import in_ranks
 
 import fairseq_gradinit
-from fairseq_gradinit.engine.agreement import prepared_alike
+from fairseq_gradinit.engine.agreement import require_same_setup
 from fairseq_gradinit.engine.processes import Processes
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.plugin import phase
@@ -29,7 +29,7 @@ def errors_of(
 
     def work(processes: Processes) -> str:
         with pytest.raises(GradInitError) as raised:
-            prepared_alike(processes, lambda: prepare(processes), lambda found: {name: found})
+            require_same_setup(processes, lambda: prepare(processes), lambda found: {name: found})
         return str(raised.value)
 
     return tuple(in_ranks(count, work))
@@ -37,7 +37,7 @@ def errors_of(
 
 def test_ranks_that_describe_themselves_alike_keep_what_they_prepared():
     def work(processes: Processes) -> list[int]:
-        return prepared_alike(processes, lambda: [processes.rank], lambda _: {"number": 1})
+        return require_same_setup(processes, lambda: [processes.rank], lambda _: {"number": 1})
 
     assert in_ranks(3, work) == [[0], [1], [2]]
 

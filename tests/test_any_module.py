@@ -15,7 +15,7 @@ from torch import nn
 from fairseq_gradinit.engine.blocks import collect_blocks
 from fairseq_gradinit.engine.config import GradInitConfig
 from fairseq_gradinit.engine.learner import BatchPair, ScaleLearner
-from fairseq_gradinit.engine.quiet import quiet
+from fairseq_gradinit.engine.quiet import deterministic
 
 
 class Zoo(nn.Module):
@@ -90,7 +90,7 @@ def test_the_scales_of_all_modules_have_the_right_derivative(zoo, gamma, second_
                 p += config.eta * g
         return total / count / config.eta
 
-    with quiet(model):
+    with deterministic(model):
         direction = gradients()
         learner = ScaleLearner(collect_blocks({"": model}, "learned"), loss, config)
         found = learner.gradient(pair)
@@ -110,7 +110,7 @@ def test_fairseq_s_noise_is_off_inside_and_on_again_afterwards():
     model = build("transformer_iwslt_de_en", **NOISE)
     expected = outputs(model)
     model.train()
-    with quiet(model):
+    with deterministic(model):
         assert torch.equal(outputs(model), expected)
         assert torch.equal(outputs(model), expected)
     assert not torch.equal(outputs(model), outputs(model))

@@ -25,7 +25,7 @@ from workload import Size, Workload, peak_memory
 from fairseq_gradinit.engine.blocks import collect_blocks
 from fairseq_gradinit.engine.config import GradInitConfig
 from fairseq_gradinit.engine.learner import BatchPair, ScaleLearner
-from fairseq_gradinit.engine.quiet import quiet
+from fairseq_gradinit.engine.quiet import deterministic
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -52,7 +52,7 @@ def small_problem():
 
 def test_the_baseline_learns_what_the_engine_learns() -> None:
     model, loss, pairs = small_problem()
-    with quiet(model):
+    with deterministic(model):
         blocks = collect_blocks({"": model}, "fixed")
         probe = ScaleLearner(blocks, loss, GradInitConfig(eta=1e-3))
         probe.step(pairs[0])

@@ -131,7 +131,7 @@ def test_a_checkpoint_gets_the_weights_that_training_would_have(runs, tmp_path, 
     embeddings = [name for name in expected if "embed_tokens" in name or "output_proj" in name]
     assert len(embeddings) == 3
     assert not torch.equal(before["model"][embeddings[0]], after["model"][embeddings[0]])
-    count = len(Scales.load(runs / "scaled" / scales.FILE_NAME).blocks) + 2
+    count = len(Scales.load(runs / "scaled" / scales.SCALES_FILE).blocks) + 2
     assert capsys.readouterr().out == f"{out}: {count} tensors multiplied by their scales\n"
     assert after["cfg"] == before["cfg"]
     assert after["optimizer_history"] == before["optimizer_history"]

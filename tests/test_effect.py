@@ -43,7 +43,7 @@ def learned(corpus, tmp_path_factory):
 
 def test_norms_are_those_of_the_weights(learned):
     run, folder = learned
-    found = Effect.load(folder / effect.FILE_NAME)
+    found = Effect.load(folder / effect.EFFECT_FILE)
     names = [block.name for block in Scales.load(folder / "gradinit_scales.json").blocks]
     assert [change.name for change in found.norms] == names
     for change in found.norms:
@@ -52,7 +52,7 @@ def test_norms_are_those_of_the_weights(learned):
 
 
 def test_branches_of_the_encoder_are_small_afterwards(learned):
-    shares = Effect.load(learned[1] / effect.FILE_NAME).shares
+    shares = Effect.load(learned[1] / effect.EFFECT_FILE).shares
     assert [change.name for change in shares] == [
         *(f"encoder.layers.0.{branch}" for branch in ("self_attn", "ffn")),
         *(f"decoder.layers.0.{branch}" for branch in ("self_attn", "encoder_attn", "ffn")),
@@ -65,7 +65,9 @@ def test_scales_from_a_file_have_the_same_effect(learned, corpus, tmp_path):
     file = learned[1] / "gradinit_scales.json"
     applied = ["--gradinit", "--gradinit-scales", file, "--max-update", "1", "--no-save"]
     assert train_here(corpus.translation, tmp_path, *applied).code == 0
-    assert Effect.load(tmp_path / effect.FILE_NAME) == Effect.load(learned[1] / effect.FILE_NAME)
+    assert Effect.load(tmp_path / effect.EFFECT_FILE) == Effect.load(
+        learned[1] / effect.EFFECT_FILE
+    )
 
 
 def test_the_share_is_that_of_the_variance():

@@ -28,7 +28,7 @@ from fairseq_gradinit.engine.config import GradInitConfig
 from fairseq_gradinit.engine.history import Iteration
 from fairseq_gradinit.engine.learner import BatchPair, Learned, ScaleLearner, learn_scales
 from fairseq_gradinit.engine.processes import OneProcess, Processes
-from fairseq_gradinit.engine.quiet import quiet
+from fairseq_gradinit.engine.quiet import deterministic
 from fairseq_gradinit.engine.state import StateFile
 from fairseq_gradinit.errors import GradInitError
 
@@ -46,7 +46,7 @@ def pair() -> BatchPair:
 @pytest.mark.parametrize("target", ["adam", "sgd", "sgd-normalized", "clipped"])
 def test_objective_gradient_equals_central_differences(model, pair, target):
     settings = {"target": "sgd", "clip_norm": 0.1} if target == "clipped" else {"target": target}
-    with quiet(model):
+    with deterministic(model):
         learner = make_learner(model, **settings)
         move_away_from_one(learner, pair)
         eta = learner.config.eta
@@ -72,7 +72,7 @@ def test_objective_gradient_equals_central_differences(model, pair, target):
 
 @pytest.mark.parametrize(("target", "order"), [("adam", 1), ("sgd", 2)])
 def test_constraint_gradient_equals_central_differences(model, pair, target, order):
-    with quiet(model):
+    with deterministic(model):
         learner = make_learner(model, target=target, gamma=1e-3, second_order="exact")
         move_away_from_one(learner, pair)
 
@@ -102,7 +102,7 @@ def test_trial_step_is_the_first_step_of_the_optimizer(model, pair, target, opti
         seen.append([p.detach().clone() for p in model.parameters()])
         return loss_of(model)(tokens)
 
-    with quiet(model):
+    with deterministic(model):
         config = GradInitConfig(eta=0.05, target=target)
         learner = ScaleLearner(collect_blocks({"": model}, "fixed"), loss, config)
         learner.gradient(pair)
@@ -120,7 +120,7 @@ def test_trial_step_is_the_first_step_of_the_optimizer(model, pair, target, opti
 
 
 def test_scale_update_is_adam_on_a_vector_of_scalars(model, pair):
-    with quiet(model):
+    with deterministic(model):
         learner = make_learner(model, lr=0.02, betas=(0.8, 0.9), min_scale=0.0, max_scale=50.0)
         scales = torch.ones_like(learner.scales, requires_grad=True)
         adam = torch.optim.Adam([scales], lr=0.02, betas=(0.8, 0.9))
@@ -133,7 +133,7 @@ def test_scale_update_is_adam_on_a_vector_of_scalars(model, pair):
 
 def test_kinds_of_iteration_keep_separate_moments(model, pair):
     """A constraint iteration leaves the moments of the objective alone."""
-    with quiet(model):
+    with deterministic(model):
         norm = make_learner(model).gradient(pair).norm
         learner = make_learner(model, gamma=norm * 0.999, lr=0.01)
         kinds = [step(learner, pair).kind for _ in range(12)]
@@ -144,7 +144,7 @@ def test_kinds_of_iteration_keep_separate_moments(model, pair):
 
 def test_weights_are_restored_to_the_last_bit(model, pair):
     initial = [p.detach().clone() for p in model.parameters()]
-    with quiet(model):
+    with deterministic(model):
         learner = make_learner(model)
         learner.gradient(pair)
         assert all(map(torch.equal, initial, model.parameters()))
@@ -159,7 +159,7 @@ def test_weights_are_restored_to_the_last_bit(model, pair):
 
 
 def test_scales_stay_in_their_bounds_and_biases_have_their_own(model, pair):
-    with quiet(model):
+    with deterministic(model):
         learner = make_learner(model, lr=0.3, min_scale=0.9, min_bias_scale=0.5, max_scale=1.1)
         for _ in range(6):
             learner.step(pair)
@@ -174,7 +174,7 @@ def test_one_micro_batch_or_many_is_the_same_gradient(model):
     tokens = torch.randint(11, (6, 5), generator=torch.Generator().manual_seed(1))
     whole = BatchPair([tokens[:4]], [tokens[2:]])
     parts = BatchPair([tokens[:3], tokens[3:4]], [tokens[2:3], tokens[3:]])
-    with quiet(model):
+    with deterministic(model):
         for gamma in (math.inf, 1e-3):
             found = [make_learner(model, gamma=gamma).gradient(p) for p in (whole, parts)]
             torch.testing.assert_close(found[0].by_scales, found[1].by_scales)
@@ -204,7 +204,7 @@ def test_ranks_learn_what_one_process_learns_with_all_micro_batches(ranks, setti
         config = GradInitConfig(eta=0.05, iterations=3, norm_gains="learned", **settings)
         shares = [batches[processes.rank :: processes.count] for batches in drawn]
         pairs = [BatchPair(share, share[::-1]) for share in shares]
-        with quiet(model):
+        with deterministic(model):
             blocks = collect_blocks({"": model}, config.norm_gains)
             return learn_scales(blocks, loss_of(model), pairs, config, processes=processes)
 
@@ -226,7 +226,7 @@ def test_learning_lowers_the_loss_after_the_trial_step(model, pair):
     blocks = collect_blocks({"": model}, "fixed")
     config = GradInitConfig(eta=0.05, iterations=30)
     seen = []
-    with quiet(model):
+    with deterministic(model):
         history = learn_scales(
             blocks, loss_of(model), [pair] * 30, config, on_iteration=seen.append
         ).history
@@ -238,7 +238,7 @@ def test_learning_lowers_the_loss_after_the_trial_step(model, pair):
 def test_batches_that_end_early_are_an_error(model, pair):
     initial = [p.detach().clone() for p in model.parameters()]
     blocks = collect_blocks({"": model}, "fixed")
-    with quiet(model), pytest.raises(GradInitError, match="ended after 2 of 5 iterations"):
+    with deterministic(model), pytest.raises(GradInitError, match="ended after 2 of 5 iterations"):
         learn_scales(blocks, loss_of(model), [pair] * 2, GradInitConfig(eta=0.05, iterations=5))
     assert all(map(torch.equal, initial, model.parameters()))
 
@@ -249,7 +249,7 @@ def test_a_batch_that_counts_nothing_is_an_error(model, pair):
     def loss(tokens):
         return loss_of(model)(tokens)[0], 0.0
 
-    with quiet(model), pytest.raises(GradInitError, match=r"counts 0\.0 items"):
+    with deterministic(model), pytest.raises(GradInitError, match=r"counts 0\.0 items"):
         ScaleLearner(blocks, loss, GradInitConfig(eta=0.05)).step(pair)
 
 
@@ -289,7 +289,7 @@ def test_memory_grows_by_the_records_of_iterations_alone(tmp_path):
             gc.collect()
             found.append(Counter(type(thing).__name__ for thing in gc.get_objects()))
 
-    with quiet(model):
+    with deterministic(model):
         learn_scales(
             collect_blocks({"": model}, "fixed"),
             loss_of(model),

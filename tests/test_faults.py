@@ -18,7 +18,7 @@ from tiny import SPOILERS, loss_of, make_model, make_pair
 from fairseq_gradinit.engine.blocks import collect_blocks
 from fairseq_gradinit.engine.config import GradInitConfig
 from fairseq_gradinit.engine.learner import BatchPair, Learned, learn_scales
-from fairseq_gradinit.engine.quiet import quiet
+from fairseq_gradinit.engine.quiet import deterministic
 from fairseq_gradinit.engine.state import StateFile
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.scales.file import Scales
@@ -35,7 +35,7 @@ CALLS = {"objective": 4, "constraint": 4}
 
 def learn(model, loss, pairs, **settings) -> Learned:
     config = GradInitConfig(**{"eta": 0.05, "iterations": 4, "second_order": "exact", **settings})
-    with quiet(model):
+    with deterministic(model):
         return learn_scales(collect_blocks({"": model}, "fixed"), loss, pairs, config)
 
 
@@ -107,7 +107,10 @@ def test_a_gradient_of_the_scales_too_large_to_be_squared_is_not_finite(eta, tmp
     """Adam keeps its square: the scales would stand still, and the state could not be written."""
     model = make_model()
     config = GradInitConfig(eta=eta, iterations=4, max_skipped=2)
-    with quiet(model), pytest.raises(GradInitError, match=r"the gradient of the scales is nan"):
+    with (
+        deterministic(model),
+        pytest.raises(GradInitError, match=r"the gradient of the scales is nan"),
+    ):
         learn_scales(
             collect_blocks({"": model}, "fixed"),
             lambda tokens: (1e9 * loss_of(model)(tokens)[0], 1.0),
@@ -161,7 +164,7 @@ def test_a_batch_too_large_is_halved_until_it_fits(kind, caplog):
         loss = LittleMemory(model, limit)
         # The hook of a failed pass stays on the tensor: only the first failure counts.
         model.embed.weight._backward_hooks = None
-        with quiet(model):
+        with deterministic(model):
             blocks = collect_blocks({"": model}, "fixed")
             found.append(learn_scales(blocks, Forgetful(loss), pairs, config, halve=halve).scale_of)
         if limit == 2:
@@ -188,7 +191,7 @@ def test_a_batch_that_cannot_be_cut_is_an_error():
     model = make_model()
     loss = LittleMemory(model, 0)
     with (
-        quiet(model),
+        deterministic(model),
         pytest.raises(GradInitError, match=r"cannot be cut any further.*Tried to allocate 1 TiB"),
     ):
         learn_scales(
@@ -198,7 +201,7 @@ def test_a_batch_that_cannot_be_cut_is_an_error():
             GradInitConfig(eta=0.05),
             halve=halve,
         )
-    with quiet(model), pytest.raises(GradInitError, match="cannot be cut any further"):
+    with deterministic(model), pytest.raises(GradInitError, match="cannot be cut any further"):
         learn_scales(collect_blocks({"": model}, "fixed"), loss, PAIRS, GradInitConfig(eta=0.05))
 
 
@@ -217,7 +220,7 @@ def test_the_host_waits_for_the_device_once_in_an_iteration(monkeypatch):
         model = make_model()
         at = []
         config = GradInitConfig(eta=0.05, iterations=6, second_order="exact", **settings)
-        with quiet(model):
+        with deterministic(model):
             learn_scales(
                 collect_blocks({"": model}, "fixed"),
                 loss_of(model),
@@ -294,7 +297,7 @@ def test_a_disk_that_fails_at_any_saving_of_the_state(tmp_path, monkeypatch, nth
         written.append(path.read_bytes())
 
     def run(model):
-        with quiet(model):
+        with deterministic(model):
             return learn_scales(
                 collect_blocks({"": model}, "fixed"),
                 loss_of(model),

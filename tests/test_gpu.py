@@ -18,7 +18,7 @@ from torch import nn
 from fairseq_gradinit.engine.blocks import collect_blocks
 from fairseq_gradinit.engine.config import GradInitConfig
 from fairseq_gradinit.engine.learner import BatchPair, learn_scales
-from fairseq_gradinit.engine.quiet import quiet
+from fairseq_gradinit.engine.quiet import deterministic
 
 pytestmark = [
     pytest.mark.slow,
@@ -110,7 +110,7 @@ def test_micro_batches_are_halved_until_they_fit(caplog):
 
         drawn = torch.randn(2, rows, width, device="cuda")
         pairs = [BatchPair([x[: 2 * rows // 3]], [x[rows // 3 :]]) for x in drawn]
-        with quiet(net):
+        with deterministic(net):
             blocks = collect_blocks({"": net}, "fixed")
             learned = learn_scales(blocks, loss, pairs, config, halve=lambda x: list(x.chunk(2)))
         return learned.scale_of

@@ -26,7 +26,7 @@ from fairseq_gradinit.engine.blocks import Block, collect_blocks
 from fairseq_gradinit.engine.config import GradInitConfig
 from fairseq_gradinit.engine.history import Iteration
 from fairseq_gradinit.engine.learner import ScaleLearner, learn_scales
-from fairseq_gradinit.engine.quiet import quiet
+from fairseq_gradinit.engine.quiet import deterministic
 from fairseq_gradinit.engine.state import LearnerState, StateFile, _digest
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.scales.file import Scales
@@ -266,7 +266,7 @@ def run_to_its_end(path: Path, stop: Callable[[], bool] = lambda: False) -> dict
 
     model = make_model()
     try:
-        with quiet(model):
+        with deterministic(model):
             return learn_scales(
                 blocks_of(model),
                 loss_of(model),

@@ -26,7 +26,7 @@ from fairseq_gradinit.engine.batch_pairs import thirds
 from fairseq_gradinit.engine.blocks import collect_blocks
 from fairseq_gradinit.engine.config import GradInitConfig
 from fairseq_gradinit.engine.learner import BatchPair, learn_scales
-from fairseq_gradinit.engine.quiet import quiet
+from fairseq_gradinit.engine.quiet import deterministic
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.scales.file import Scales
 
@@ -147,7 +147,7 @@ def test_equals_the_engine_on_the_same_pairs_to_the_last_bit(name, gamma):
         max_scale=9.0,
         norm_gains="learned",
     )
-    with quiet(twin):
+    with deterministic(twin):
         blocks = collect_blocks({"": twin}, "learned")
         learned = learn_scales(blocks, lambda batch: (loss_fn(twin, batch), 1), pairs, config)
     assert len(pairs) == 5

@@ -14,7 +14,7 @@ from torch import nn
 
 from fairseq_gradinit.engine.blocks import collect_blocks
 from fairseq_gradinit.engine.centering import center_layer_norms
-from fairseq_gradinit.engine.quiet import quiet
+from fairseq_gradinit.engine.quiet import deterministic
 from fairseq_gradinit.plugin.fixed_scales import fixed_scales
 from fairseq_gradinit.plugin.loaded_weights import loaded_names, note_loaded_weights
 from fairseq_gradinit.scales.file import Scales
@@ -127,7 +127,7 @@ def test_layer_norms_that_were_loaded_are_not_centered():
     model = build("transformer_iwslt_de_en")
     kept = model.encoder.layers[0].final_layer_norm.bias
     before = kept.detach().clone()
-    with quiet(model):
+    with deterministic(model):
         count = center_layer_norms(
             [model], lambda _: outputs(model), [None], chosen=lambda bias: bias is not kept
         )

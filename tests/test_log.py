@@ -15,7 +15,7 @@ from conftest import GRADINIT, train_here
 from fairseq_gradinit.engine.config import GradInitConfig
 from fairseq_gradinit.engine.history import Iteration
 from fairseq_gradinit.plugin.iteration_log import TAG, IterationLog
-from fairseq_gradinit.scales.file import FILE_NAME
+from fairseq_gradinit.scales.file import SCALES_FILE
 
 HERE = [*GRADINIT, "--decoder-layers", "2", "--max-update", "1", "--no-save"]
 SCALES = [0.5, 1.0, 2.0]
@@ -27,7 +27,7 @@ def told(corpus, tmp_path_factory):
 
 
 def scales_document(run) -> dict:
-    return json.loads(Path(run.trainer.cfg.checkpoint.save_dir, FILE_NAME).read_text())
+    return json.loads(Path(run.trainer.cfg.checkpoint.save_dir, SCALES_FILE).read_text())
 
 
 def test_lines_of_iterations(told):

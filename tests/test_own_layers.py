@@ -14,7 +14,7 @@ from fairseq_gradinit.engine.processes import OneProcess
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.plugin.schemes.zero_branches import zero_branches
 from fairseq_gradinit.plugin.snapshot import take_snapshot
-from fairseq_gradinit.scales.effect import FILE_NAME, Effect
+from fairseq_gradinit.scales.effect import EFFECT_FILE, Effect
 
 
 class OwnAttention(nn.Module):
@@ -68,7 +68,7 @@ def test_a_model_of_own_layers_trains(corpus, tmp_path):
     own = ["--arch", "transformer_of_own_layers", *OWN_USER_DIR]
     run = train_here(corpus.translation, tmp_path, *GRADINIT, *own, "--max-update", "1")
     assert run.code == 0, run.output
-    found = {change.name: change.after for change in Effect.load(tmp_path / FILE_NAME).shares}
+    found = {change.name: change.after for change in Effect.load(tmp_path / EFFECT_FILE).shares}
     left_out = [name for name, after in found.items() if after is None]
     assert left_out == ["encoder.layers.0.self_attn", "encoder.layers.0.ffn"]
     assert run.lines("not in the report")[0].endswith(", ".join(left_out))

@@ -27,7 +27,7 @@ from fairseq_gradinit.engine.blocks import collect_blocks
 from fairseq_gradinit.engine.config import GradInitConfig
 from fairseq_gradinit.engine.learner import BatchPair, learn_scales
 from fairseq_gradinit.engine.processes import OneProcess, Processes
-from fairseq_gradinit.engine.quiet import quiet
+from fairseq_gradinit.engine.quiet import deterministic
 from fairseq_gradinit.engine.state import StateFile, _digest
 from fairseq_gradinit.errors import GradInitError, GradInitStopped
 from fairseq_gradinit.plugin.safe_loading import read_checkpoint
@@ -111,7 +111,7 @@ def test_a_batch_that_is_not_finite_in_one_process_is_skipped_by_all(count, kind
             return value, size
 
         config = GradInitConfig(eta=0.05, iterations=3, max_skipped=max_skipped)
-        with quiet(model):
+        with deterministic(model):
             blocks = collect_blocks({"": model}, "fixed")
             found = learn_scales(blocks, loss, pairs, config, processes=processes)
         return found.scale_of, found.skipped
@@ -143,7 +143,7 @@ def test_processes_stop_together_and_resume_together(tmp_path):
     def whole(processes: Processes, path: Path | None = None, stop=lambda: False):
         model, loss = model_and_loss()
         config = GradInitConfig(eta=0.05, iterations=4)
-        with quiet(model):
+        with deterministic(model):
             blocks = collect_blocks({"": model}, "fixed")
             state = None if path is None else StateFile(path, processes=processes)
             pairs = draw_pairs(processes)

@@ -1,4 +1,4 @@
-"""Inside `quiet` a model is deterministic; after it, nothing shows that it was used."""
+"""Inside `deterministic` a model is deterministic; after it, nothing shows that it was used."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from fairseq_gradinit.engine.quiet import quiet
+from fairseq_gradinit.engine.quiet import deterministic
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def model() -> nn.Module:
 def test_dropout_is_off_inside_and_back_after(model):
     x = torch.randn(8, 4)
     model[3].eval()
-    with quiet(model):
+    with deterministic(model):
         assert torch.equal(model(x), model(x))
         assert not model[2].training
     assert [m.training for m in model.modules()] == [True] * 4 + [False] * 2
@@ -34,7 +34,7 @@ def test_dropout_is_off_inside_and_back_after(model):
 
 def test_tasks_cannot_switch_the_mode_of_the_model(model):
     x = torch.randn(8, 4)
-    with quiet(model):
+    with deterministic(model):
         assert model.train() is model
         assert torch.equal(model.train()(x), model(x))
         model.eval()
@@ -46,7 +46,7 @@ def test_tasks_cannot_switch_the_mode_of_the_model(model):
 def test_batch_norm_uses_the_batch_and_its_statistics_come_back(model):
     before = {name: value.clone() for name, value in model.named_buffers()}
     x = torch.randn(8, 4) + 7.0
-    with quiet(model):
+    with deterministic(model):
         assert abs(float(model(x).mean().detach())) < 1e-5
         assert not torch.equal(model[1].running_mean, before["1.running_mean"])
     assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
@@ -55,7 +55,7 @@ def test_batch_norm_uses_the_batch_and_its_statistics_come_back(model):
 def test_recurrent_layers_lose_their_dropout_but_stay_in_training_mode():
     lstm = nn.LSTM(3, 3, num_layers=2, dropout=0.7)
     x = torch.randn(5, 2, 3)
-    with quiet(lstm):
+    with deterministic(lstm):
         assert lstm.training
         assert torch.equal(lstm(x)[0], lstm(x)[0])
     assert lstm.dropout == 0.7
@@ -69,7 +69,7 @@ def test_random_numbers_go_on_as_if_nothing_had_happened(model):
     torch.manual_seed(1), np.random.seed(1), random.seed(1)
     expected = draw()
     torch.manual_seed(1), np.random.seed(1), random.seed(1)
-    with quiet(model):
+    with deterministic(model):
         assert draw() == expected
         draw()
     assert draw() == expected
@@ -120,7 +120,7 @@ class Stateful(nn.Module):
 def test_plain_attributes_that_calls_change_come_back():
     module = Stateful()
     before, cache = module.account(), module.cache
-    with quiet(nn.Sequential(module)):
+    with deterministic(nn.Sequential(module)):
         module()
         module()
         assert module.calls == 2
@@ -133,7 +133,7 @@ def test_plain_attributes_that_calls_change_come_back():
 
 def test_parameters_may_change_inside_whoever_else_holds_them():
     module = Stateful()
-    with quiet(module), torch.no_grad():
+    with deterministic(module), torch.no_grad():
         module.weight.mul_(3.0)
         handle = module.register_forward_hook(lambda *_: None)
     assert module.weight.tolist() == [3.0, 3.0]
@@ -146,7 +146,7 @@ def test_everything_comes_back_after_an_error(model):
     torch.manual_seed(1), np.random.seed(1), random.seed(1)
     expected = draw()
     torch.manual_seed(1), np.random.seed(1), random.seed(1)
-    with contextlib.suppress(ZeroDivisionError), quiet(model):
+    with contextlib.suppress(ZeroDivisionError), deterministic(model):
         raise ZeroDivisionError(draw())
     assert draw() == expected
     assert all(m.training for m in model.modules())

@@ -54,9 +54,9 @@ BROWSER = next(
 
 def save_run(folder: Path, run: Run) -> Path:
     folder.mkdir(parents=True)
-    run.scales.save(folder / scales.FILE_NAME)
+    run.scales.save(folder / scales.SCALES_FILE)
     if run.effect:
-        run.effect.save(folder / effect.FILE_NAME)
+        run.effect.save(folder / effect.EFFECT_FILE)
     return folder
 
 
@@ -87,7 +87,7 @@ def test_files_that_are_no_run_are_refused(tmp_path):
         read_runs([tmp_path / "absent.json"])
     folder = save_run(tmp_path / "run", RUN)
     with pytest.raises(GradInitError, match="the same run is given twice"):
-        read_runs([folder, folder / scales.FILE_NAME])
+        read_runs([folder, folder / scales.SCALES_FILE])
 
 
 def test_gamma_is_that_of_the_signature():

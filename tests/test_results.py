@@ -271,27 +271,27 @@ def git(folder: Path, *arguments: str) -> str:
 
 
 def test_circumstances_are_those_of_the_repository(tmp_path) -> None:
-    outside = circumstances.circumstances(tmp_path)
+    outside = circumstances.current_circumstances(tmp_path)
     assert (outside.git_revision, outside.git_dirty) == (None, False)
     git(tmp_path, "init", "-q")
     (tmp_path / "code.py").write_text("1")
     git(tmp_path, "add", "code.py")
     git(tmp_path, "commit", "-q", "-m", "code")
-    clean = circumstances.circumstances(tmp_path, workers=3)
+    clean = circumstances.current_circumstances(tmp_path, workers=3)
     assert clean.git_revision == git(tmp_path, "rev-parse", "HEAD")
     assert (clean.git_dirty, clean.workers) == (False, 3)
     (tmp_path / "results.jsonl").write_text("untracked")
-    assert not circumstances.circumstances(tmp_path).git_dirty
+    assert not circumstances.current_circumstances(tmp_path).git_dirty
     (tmp_path / "code.py").write_text("2")
-    assert circumstances.circumstances(tmp_path).git_dirty
+    assert circumstances.current_circumstances(tmp_path).git_dirty
 
 
 def test_circumstances_are_told_without_waiting_for_torch(tmp_path) -> None:
     done = python(
         "import sys\n"
         "from pathlib import Path\n"
-        "from fairseq_gradinit.results.circumstances import circumstances\n"
-        f"found = circumstances(Path({str(tmp_path)!r}))\n"
+        "from fairseq_gradinit.results.circumstances import current_circumstances\n"
+        f"found = current_circumstances(Path({str(tmp_path)!r}))\n"
         "print(found.torch, found.gpus, found.gpu, 'torch' in sys.modules)\n"
     )
     gpus = torch.cuda.device_count()

@@ -12,7 +12,7 @@ from tiny import in_ranks
 from torch import nn
 
 from fairseq_gradinit.engine.processes import OneProcess, Processes
-from fairseq_gradinit.engine.quiet import quiet
+from fairseq_gradinit.engine.quiet import deterministic
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.plugin.branches import Branch, stacks, variances
 from fairseq_gradinit.plugin.schemes.admin import set_omegas
@@ -101,7 +101,7 @@ def test_ranks_measure_what_one_process_does(ranks):
             tokens = 4 + (row * 7 + torch.arange(7)[None]) % 90
             model(tokens, torch.full((1,), 7), tokens)
 
-        with quiet(model):
+        with deterministic(model):
             return set_omegas(model, evaluate, range(5), processes), seen
 
     together, shares = zip(*in_ranks(ranks, work), strict=True)

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from fairseq_gradinit.engine.blocks import collect_blocks
 from fairseq_gradinit.engine.config import GradInitConfig
 from fairseq_gradinit.engine.learner import BatchPair, ScaleLearner
-from fairseq_gradinit.engine.quiet import quiet
+from fairseq_gradinit.engine.quiet import deterministic
 from fairseq_gradinit.errors import GradInitError
 
 # What the two ways may differ by in float64, relative to the largest component.
@@ -38,14 +38,14 @@ def test_finite_differences_agree_with_double_backward_and_the_truth(target):
     found = {}
     for way in ("exact", "finite-difference"):
         model, pair = make_model(), make_pair()
-        with quiet(model):
+        with deterministic(model):
             learner = make_learner(model, target=target, gamma=1e-3, second_order="exact")
             move_away_from_one(learner, pair)
             learner.flush()
             state = learner.state()
             model = make_model()
             learner = make_learner(model, target=target, gamma=1e-3, second_order=way)
-            with quiet(model):
+            with deterministic(model):
                 learner.load(state)
                 before = [p.detach().clone() for p in model.parameters()]
                 found[way] = learner.gradient(pair).by_scales
@@ -67,7 +67,7 @@ def test_many_micro_batches_give_the_product_of_one():
     parts = BatchPair([tokens[:3], tokens[3:4]], [tokens[2:3], tokens[3:]])
     for way in ("exact", "finite-difference"):
         model = make_model()
-        with quiet(model):
+        with deterministic(model):
             learner = make_learner(model, second_order=way, gamma=1e-3)
             found = [learner.gradient(pair).by_scales for pair in (whole, parts)]
         assert relative_error(found[0], found[1]) < TOLERANCE
@@ -77,7 +77,7 @@ def auto(model, pair, loss=None) -> tuple[ScaleLearner, torch.Tensor]:
     config = GradInitConfig(eta=0.05, gamma=1e-3, norm_gains="learned")
     blocks = collect_blocks({"": model}, "learned")
     learner = ScaleLearner(blocks, loss or loss_of(model), config)
-    with quiet(model):
+    with deterministic(model):
         return learner, learner.gradient(pair).by_scales
 
 
@@ -101,7 +101,7 @@ def test_auto_takes_exact_products_where_differences_are_noise(caplog):
     learner, found = auto(model, pair, loss)
     assert learner.learned().second_order == "exact"
     assert "second-order products: exact" in caplog.text
-    with quiet(model):
+    with deterministic(model):
         config = GradInitConfig(eta=0.05, gamma=1e-3, norm_gains="learned", second_order="exact")
         exact = ScaleLearner(learner.blocks, loss, config).gradient(pair).by_scales
     assert torch.equal(found, exact)
@@ -136,7 +136,7 @@ def checkpointed(reentrant: bool):
 def constraint_gradient(reentrant: bool, way: str) -> torch.Tensor:
     model, loss, pair = checkpointed(reentrant)
     config = GradInitConfig(eta=0.05, gamma=1e-6, second_order=way)
-    with quiet(model):
+    with deterministic(model):
         return (
             ScaleLearner(collect_blocks({"": model}, "fixed"), loss, config)
             .gradient(pair)
@@ -179,7 +179,7 @@ def test_products_in_bfloat16_are_near_those_in_fp32(way):
     for precision in ("fp32", "bf16"):
         model, loss, pair = wide_model_and_loss()
         config = GradInitConfig(eta=1e-3, gamma=1e-3, second_order=way, precision=precision)
-        with quiet(model):
+        with deterministic(model):
             learner = ScaleLearner(collect_blocks({"": model}, "fixed"), loss, config)
             found[precision] = learner.gradient(pair).by_scales
     error = relative_error(found["bf16"], found["fp32"])
@@ -190,7 +190,7 @@ def test_an_autocast_around_the_engine_leaves_fp32_alone():
     found = []
     for outer in (False, True):
         model, pair = make_model().float(), make_pair()
-        with quiet(model), torch.autocast("cpu", torch.bfloat16, enabled=outer):
+        with deterministic(model), torch.autocast("cpu", torch.bfloat16, enabled=outer):
             found.append(make_learner(model, gamma=1e-3).gradient(pair).by_scales)
     assert torch.equal(*found)
 

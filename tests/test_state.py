@@ -21,7 +21,7 @@ from tiny import loss_of, make_model, make_pair
 from fairseq_gradinit.engine.blocks import collect_blocks
 from fairseq_gradinit.engine.config import GradInitConfig
 from fairseq_gradinit.engine.learner import Learned, learn_scales
-from fairseq_gradinit.engine.quiet import quiet
+from fairseq_gradinit.engine.quiet import deterministic
 from fairseq_gradinit.engine.state import StateFile
 from fairseq_gradinit.errors import GradInitError, GradInitStopped
 from fairseq_gradinit.plugin.signals import StopSignals
@@ -59,7 +59,7 @@ def learn(
         if iteration.index == kill_after:
             raise Killed
 
-    with quiet(model):
+    with deterministic(model):
         return learn_scales(
             collect_blocks({"": model}, "learned"),
             loss,
@@ -109,7 +109,7 @@ def test_skipped_batches_are_part_of_the_position(tmp_path):
             value, count = loss_of(model)(tokens)
             return (value, count) if count else (model.out.bias.sum() * torch.nan, 1.0)
 
-        with quiet(model):
+        with deterministic(model):
             return learn_scales(
                 collect_blocks({"": model}, "learned"),
                 loss,

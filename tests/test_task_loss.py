@@ -15,7 +15,7 @@ from fairseq.tasks.fairseq_task import FairseqTask
 from test_train import same
 from torch import nn
 
-from fairseq_gradinit.engine.quiet import quiet
+from fairseq_gradinit.engine.quiet import deterministic
 from fairseq_gradinit.plugin.batches import MicroBatch
 from fairseq_gradinit.plugin.loss import TaskLoss
 
@@ -78,7 +78,7 @@ def test_loss_does_not_depend_on_how_often_a_sample_was_evaluated(task, criterio
     run = trainer(task(SimpleNamespace()), criterion)
     sample = {"net_input": {"x": torch.ones(2, 3)}, "lengths": np.ones(2), "words": ["one"]}
     loss = TaskLoss(run)
-    with quiet(run.model):
+    with deterministic(run.model):
         values = [loss(MicroBatch(np.arange(2), sample))[0].item() for _ in range(3)]
     assert len(set(values)) == 1
     assert sample["net_input"]["x"].tolist() == [[1.0] * 3] * 2
@@ -97,7 +97,7 @@ def test_sample_that_a_criterion_sees_is_like_the_one_that_was_collated():
         return model(sample["x"]).sum(), 1, {}
 
     run = trainer(FairseqTask(SimpleNamespace()), criterion)
-    with quiet(run.model):
+    with deterministic(run.model):
         TaskLoss(run)(MicroBatch(np.arange(2), sample))
     (found,) = seen
     assert type(found) is OrderedDict
@@ -110,7 +110,7 @@ def test_sample_that_a_criterion_sees_is_like_the_one_that_was_collated():
 def test_model_is_told_a_number_of_updates_once():
     run = trainer(FairseqTask(SimpleNamespace()), lambda model, x: (model(x).sum(), 1, {}))
     loss = TaskLoss(run)
-    with quiet(run.model):
+    with deterministic(run.model):
         for _ in range(3):
             loss(MicroBatch(np.arange(2), torch.ones(2, 3)))
         assert run.model.told == [0]

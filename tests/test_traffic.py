@@ -13,7 +13,7 @@ from fairseq_gradinit.engine.centering import center_layer_norms
 from fairseq_gradinit.engine.config import GradInitConfig
 from fairseq_gradinit.engine.learner import ScaleLearner
 from fairseq_gradinit.engine.processes import ProcessGroup
-from fairseq_gradinit.engine.quiet import quiet
+from fairseq_gradinit.engine.quiet import deterministic
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_an_iteration_moves_the_gradient_once_and_little_else(second_order, loss
     config = GradInitConfig(eta=1e-3)
     if second_order is not None:
         config = GradInitConfig(eta=1e-3, gamma=1e-30, second_order=second_order)
-    with quiet(model):
+    with deterministic(model):
         blocks = collect_blocks({"": model}, "fixed")
         learner = ScaleLearner(blocks, loss_of(model), config, ProcessGroup())
         learned = sum(block.learned for block in blocks)
@@ -55,7 +55,7 @@ def test_an_iteration_moves_the_gradient_once_and_little_else(second_order, loss
 
 def test_centering_moves_a_sum_for_each_layer_norm(sizes):
     model = make_model().float()
-    with quiet(model):
+    with deterministic(model):
         assert center_layer_norms([model], loss_of(model), make_pair().first, ProcessGroup()) == 1
     # The sum, and whether all processes find it right.
     assert sizes == [8 * (8 + 1), 8]

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 import fairseq_gradinit.plugin.install  # noqa: F401
 from fairseq_gradinit.check.batches import ProbeData
 from fairseq_gradinit.check.records import Arm, Look, Probe, Update
-from fairseq_gradinit.engine.quiet import quiet
+from fairseq_gradinit.engine.quiet import deterministic
 from fairseq_gradinit.errors import GradInitError, said_by
 from fairseq_gradinit.plugin.batches import MicroBatch
 from fairseq_gradinit.plugin.loaded_weights import note_loaded_weights
@@ -49,7 +49,7 @@ from fairseq_gradinit.plugin.options import (
 )
 from fairseq_gradinit.plugin.phase import run_phase
 from fairseq_gradinit.plugin.schemes.options import read_scheme
-from fairseq_gradinit.scales.file import FILE_NAME
+from fairseq_gradinit.scales.file import SCALES_FILE
 
 PLUGIN = "fairseq_gradinit"
 
@@ -107,7 +107,7 @@ class Session:
             self._data = self._data or ProbeData(trainer)
         if arm.start == "gradinit":
             run_phase(trainer, self._plan())
-            self._apply_from_now_on(Path(self._plan_cfg.checkpoint.save_dir) / FILE_NAME)
+            self._apply_from_now_on(Path(self._plan_cfg.checkpoint.save_dir) / SCALES_FILE)
         trainer.begin_epoch(1)
         watched = Watched(trainer, self._data.looked)
         made: list[Update] = []
@@ -231,7 +231,7 @@ class Watched:
             FloatingPointError: the loss is not finite.
         """
         trainer = self._trainer
-        with quiet(trainer.get_model(), trainer.get_criterion()), torch.no_grad():
+        with deterministic(trainer.get_model(), trainer.get_criterion()), torch.no_grad():
             with _powers_of_outputs(self._layers) as powers:
                 loss = self._loss(self._looked)
             source_bits = None

@@ -25,7 +25,7 @@ from pathlib import Path
 from fairseq_gradinit.check.records import Arm, Probe
 from fairseq_gradinit.check.verdict import EXIT_STATUS, Verdict, judge, sentence
 from fairseq_gradinit.errors import GradInitError
-from fairseq_gradinit.results.circumstances import Circumstances, circumstances
+from fairseq_gradinit.results.circumstances import Circumstances, current_circumstances
 from fairseq_gradinit.storage.files import write_atomically
 
 logger = logging.getLogger("fairseq_gradinit.check")
@@ -118,7 +118,7 @@ def run(options: argparse.Namespace) -> int:
         print(table(probes))
         print(f"\n{verdict}")
         if options.out is not None:
-            found = circumstances(Path(__file__).parent)
+            found = current_circumstances(Path(__file__).parent)
             verdicts = tuple(map(judge, probes))
             report = Report(options.command, found, lr, verdict, tuple(probes), verdicts)
             save(report, options.out)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from fairseq_gradinit import __version__
-from fairseq_gradinit.results.circumstances import (
+from fairseq_gradinit.versions import (
     FAIRSEQ_DISTRIBUTIONS,
     fairseq_distribution,
     usable_cores,

@@ -17,7 +17,7 @@ from fairseq_gradinit.errors import GradInitError
 T = TypeVar("T")
 
 
-def prepared_alike(
+def require_same_setup(
     processes: Processes, prepare: Callable[[], T], describe: Callable[[T], Mapping[str, object]]
 ) -> T:
     """What `prepare` returns, when it has succeeded in all processes and they describe it alike.

@@ -29,7 +29,7 @@ def overlapping_thirds(order: Order) -> tuple[Order, Order]:
     return order[: 2 * third], order[third : 3 * third]
 
 
-def batch_pairs(loader: Iterable[Any], split: Split, device: torch.device) -> Iterator[BatchPair]:
+def pair_batches(loader: Iterable[Any], split: Split, device: torch.device) -> Iterator[BatchPair]:
     """One pair after another, without end.
 
     A batch that is too small is left out, except the first: an epoch's last one may be.

@@ -44,7 +44,7 @@ def center_layer_norms(
     """Set the bias of every LayerNorm to minus the mean of its output without bias.
 
     One after the other in the order of the forward pass, since each changes the input of the next.
-    What the biases were before has no influence. Call this inside `quiet`.
+    What the biases were before has no influence. Call this inside `deterministic`.
 
     Args:
         modules: where to look for LayerNorms (by class name: torch's, fairseq's and apex's). Only

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fairseq_gradinit.storage.files import number, shown, typed
+from fairseq_gradinit.storage.files import abbreviate, require_finite, require_type
 
 IterationKind = Literal["objective", "constraint"]
 KINDS: tuple[IterationKind, ...] = ("objective", "constraint")
@@ -41,13 +41,13 @@ def parse_iteration(row: Any) -> Iteration:
     """
     trial = row["trial_loss"]
     return Iteration(
-        index=typed(row["index"], int),
+        index=require_type(row["index"], int),
         kind=parse_kind(row["kind"]),
-        loss=number(row["loss"]),
-        trial_loss=None if trial is None else number(trial),
-        grad_norm=number(row["grad_norm"]),
-        min_scale=number(row["min_scale"]),
-        max_scale=number(row["max_scale"]),
+        loss=require_finite(row["loss"]),
+        trial_loss=None if trial is None else require_finite(trial),
+        grad_norm=require_finite(row["grad_norm"]),
+        min_scale=require_finite(row["min_scale"]),
+        max_scale=require_finite(row["max_scale"]),
     )
 
 
@@ -60,4 +60,4 @@ def parse_kind(name: Any) -> IterationKind:
     for kind in KINDS:
         if name == kind:
             return kind
-    raise ValueError(f"unknown kind of iteration {shown(name)}")
+    raise ValueError(f"unknown kind of iteration {abbreviate(name)}")

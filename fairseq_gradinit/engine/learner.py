@@ -100,7 +100,7 @@ class ScaleLearner:
 
     Args:
         blocks: see `fairseq_gradinit.engine.blocks.collect_blocks`.
-        loss: the training loss, with everything stochastic switched off (`quiet`).
+        loss: the training loss, with everything stochastic switched off (`deterministic`).
         config: the settings.
         processes: those that share each batch, every one of them with a learner of its own.
         halve: how to cut a batch that does not fit in the memory of a GPU.
@@ -526,7 +526,9 @@ def learn_scales(
     state_file: StateFile | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Learned:
-    """Learn the scales and leave the model with its weights scaled. Call this inside `quiet`.
+    """Learn the scales and leave the model with its weights scaled.
+
+    Call this inside `deterministic`.
 
     Random number generators are set to the seed of `config` before each pair is drawn.
 

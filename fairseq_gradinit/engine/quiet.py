@@ -18,7 +18,7 @@ NOT_STATE = vars(nn.Module()).keys() - {"training", "_buffers"}
 
 
 @contextmanager
-def quiet(*modules: nn.Module) -> Iterator[None]:
+def deterministic(*modules: nn.Module) -> Iterator[None]:
     """Switch every stochastic regulariser of `modules` off, then put everything back.
 
     Modules are in evaluation mode inside, so that dropout, layer drop and quantisation noise are

@@ -23,7 +23,13 @@ from fairseq_gradinit.engine.history import (
     parse_kind,
 )
 from fairseq_gradinit.engine.processes import OneProcess, Processes
-from fairseq_gradinit.storage.files import number, parse_json, shown, typed, write_atomically
+from fairseq_gradinit.storage.files import (
+    abbreviate,
+    parse_json,
+    require_finite,
+    require_type,
+    write_atomically,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -152,14 +158,14 @@ def _digest(body: Mapping[str, Any]) -> str:
 def _check(text: str) -> str:
     """The identity in a state file; raises one of many errors when anything is wrong with it."""
     document = parse_json(text)
-    version = typed(document["version"], int)
+    version = require_type(document["version"], int)
     if document["format"] != FORMAT or version != VERSION:
         raise ValueError(f"it is not version {VERSION} of {FORMAT}")
     body = {"identity": document["identity"], "state": document["state"]}
     if document["digest"] != _digest(body):
         raise ValueError("its content does not match its digest")
     _parse(document["state"])
-    return typed(document["identity"], str)
+    return require_type(document["identity"], str)
 
 
 def _differences(theirs: str, ours: str) -> tuple[str, str]:
@@ -181,15 +187,15 @@ def _parse(row: Any) -> LearnerState:
     scales = _numbers(row["scales"])
     moments: dict[IterationKind, Moments] = {}
     for kind in KINDS:
-        if kind in typed(row["moments"], dict):
+        if kind in require_type(row["moments"], dict):
             entry = row["moments"][kind]
             mean, square = _numbers(entry["mean"]), _numbers(entry["square"])
-            moments[kind] = Moments(typed(entry["step"], int), mean, square)
+            moments[kind] = Moments(require_type(entry["step"], int), mean, square)
     if row["second_order"] not in SECOND_ORDER_NAMES:
-        raise ValueError(f"second_order is {shown(row['second_order'])}")
+        raise ValueError(f"second_order is {abbreviate(row['second_order'])}")
     if any(len(scales) != len(m.mean) or len(scales) != len(m.square) for m in moments.values()):
         raise ValueError("its vectors are not of one length")
-    history = tuple(parse_iteration(iteration) for iteration in typed(row["history"], list))
+    history = tuple(parse_iteration(iteration) for iteration in require_type(row["history"], list))
     if [iteration.index for iteration in history] != list(range(1, len(history) + 1)):
         raise ValueError("its iterations are not in order")
     if any(
@@ -200,12 +206,12 @@ def _parse(row: Any) -> LearnerState:
         scales=scales,
         moments=moments,
         history=history,
-        skipped=typed(row["skipped"], int),
+        skipped=require_type(row["skipped"], int),
         second_order=row["second_order"],
         last_kind=None if row["last_kind"] is None else parse_kind(row["last_kind"]),
-        first_loss=None if row["first_loss"] is None else number(row["first_loss"]),
+        first_loss=None if row["first_loss"] is None else require_finite(row["first_loss"]),
     )
 
 
 def _numbers(values: Any) -> tuple[float, ...]:
-    return tuple(number(value) for value in typed(values, list))
+    return tuple(require_finite(value) for value in require_type(values, list))

@@ -135,7 +135,7 @@ def variances(
     """For each branch the variances of its x and f(x), over all elements of all tokens.
 
     They are nan for a branch that no batch passes through, and for one of a layer that does not
-    call its `residual_connection` once for each branch. Call this inside `quiet`.
+    call its `residual_connection` once for each branch. Call this inside `deterministic`.
 
     Args:
         evaluate: runs the model on a batch.

@@ -10,8 +10,8 @@ import torch
 from fairseq_gradinit import __version__
 from fairseq_gradinit.engine.history import Iteration
 from fairseq_gradinit.plugin.options import Plan
-from fairseq_gradinit.results.circumstances import fairseq_distribution
 from fairseq_gradinit.scales.file import BlockScale, Scales, kinds_of_blocks
+from fairseq_gradinit.versions import fairseq_distribution
 
 
 def iteration_stats(iteration: Iteration, gamma: float) -> dict[str, Any]:

@@ -41,8 +41,8 @@ class TaskLoss:
     """Maps a micro-batch to (summed loss, sample size), as the trainer would see them.
 
     Losses are those of the criterion: for cross entropy in nats, summed over target tokens. Call
-    it inside `quiet`, which keeps the model in evaluation mode whatever the task does. Tasks,
-    models and criteria may change the sample that they get: it is a copy.
+    it inside `deterministic`, which keeps the model in evaluation mode whatever the task does.
+    Tasks, models and criteria may change the sample that they get: it is a copy.
 
     Raises (when called):
         GradInitError: the criterion gives no sample size greater than 0, or no loss.
@@ -101,7 +101,7 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
 
 
 def _count_updates_once(model: torch.nn.Module) -> None:
-    """Have `model` ignore a number of updates that it knows, until `quiet` ends.
+    """Have `model` ignore a number of updates that it knows, until `deterministic` ends.
 
     train_step tells it each time; fairseq's models then walk through all their modules, which can
     take longer than a forward pass.

@@ -14,7 +14,7 @@ from typing import Any
 
 from fairseq_gradinit.engine.config import TARGET_NAMES, TargetName
 from fairseq_gradinit.errors import GradInitError
-from fairseq_gradinit.storage.files import shown
+from fairseq_gradinit.storage.files import abbreviate
 
 AUTO = "auto"
 CHOICES = (AUTO, *TARGET_NAMES)
@@ -97,7 +97,7 @@ def parse_betas(option: str, value: Any) -> tuple[float, float]:
         return float(first), float(second)
     except _NO_NUMBERS as error:
         raise GradInitError(
-            f"{option} {shown(value)} is not two numbers with a comma, like '0.9,0.98'"
+            f"{option} {abbreviate(value)} is not two numbers with a comma, like '0.9,0.98'"
         ) from error
 
 

@@ -12,7 +12,7 @@ from omegaconf import ListConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from fairseq_gradinit.errors import GradInitError
-from fairseq_gradinit.storage.files import shown
+from fairseq_gradinit.storage.files import abbreviate
 
 _WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 # Which choice a boolean stands for, where an option has it.
@@ -42,7 +42,7 @@ def read_value(option: dataclasses.Field[Any], task_cfg: Any) -> Any:
         reason = str(error).partition("\n")[0]
         raise GradInitError(f"{flag} cannot be read from the configuration: {reason}") from error
     except _NotOfThisType as error:
-        raise GradInitError(f"{flag} must be {error}, not {shown(value)}") from error
+        raise GradInitError(f"{flag} must be {error}, not {abbreviate(value)}") from error
 
 
 class _NotOfThisType(Exception):

@@ -30,7 +30,7 @@ from fairseq_gradinit.engine.config import (
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.plugin.optimizers import CHOICES, TrialStep, parse_betas, trial_step
 from fairseq_gradinit.plugin.option_values import read_value
-from fairseq_gradinit.storage.files import shown
+from fairseq_gradinit.storage.files import abbreviate
 
 
 @dataclass(frozen=True)
@@ -471,7 +471,7 @@ def _manual_rates(schedule: Any) -> list[float]:
             rates += ManualSchedule.parse_manuallr_args(None, text).values()
         except (ValueError, TypeError, SyntaxError, AttributeError) as error:
             raise GradInitError(
-                f"--{option} {shown(text)} is no dictionary of learning rates, such as "
+                f"--{option} {abbreviate(text)} is no dictionary of learning rates, such as "
                 "\"{'1-3': 1e-3, '4': 5e-4}\""
             ) from error
     return rates

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from fairseq_gradinit import __version__
-from fairseq_gradinit.engine.agreement import prepared_alike
+from fairseq_gradinit.engine.agreement import require_same_setup
 from fairseq_gradinit.engine.blocks import (
     Block,
     at_fixed_scales,
@@ -29,7 +29,7 @@ from fairseq_gradinit.engine.blocks import (
 from fairseq_gradinit.engine.centering import center_layer_norms, layer_norm_biases, undone_on_error
 from fairseq_gradinit.engine.learner import learn_scales
 from fairseq_gradinit.engine.processes import OneProcess, Processes, ProcessGroup
-from fairseq_gradinit.engine.quiet import quiet
+from fairseq_gradinit.engine.quiet import deterministic
 from fairseq_gradinit.engine.state import StateFile
 from fairseq_gradinit.errors import GradInitError, GradInitStopped
 from fairseq_gradinit.plugin import log_text
@@ -42,9 +42,8 @@ from fairseq_gradinit.plugin.options import CENTERING_SENTENCES, Plan, settings_
 from fairseq_gradinit.plugin.rate_advice import ask_scheduler, rate_warning
 from fairseq_gradinit.plugin.signals import StopSignals
 from fairseq_gradinit.plugin.snapshot import take_snapshot
-from fairseq_gradinit.scales.effect import FILE_NAME as EFFECT_FILE_NAME
-from fairseq_gradinit.scales.effect import Snapshot, effect_between
-from fairseq_gradinit.scales.file import FILE_NAME, Scales, size_changes, some
+from fairseq_gradinit.scales.effect import EFFECT_FILE, Snapshot, effect_between
+from fairseq_gradinit.scales.file import SCALES_FILE, Scales, size_changes, some
 
 logger = logging.getLogger("fairseq_gradinit")
 
@@ -65,7 +64,7 @@ def run_phase(trainer: Any, plan: Plan) -> None:
             "skipping GradInit: the weights come from a checkpoint, which a new scale would spoil"
         )
         return
-    path = Path(trainer.cfg.checkpoint.save_dir) / FILE_NAME
+    path = Path(trainer.cfg.checkpoint.save_dir) / SCALES_FILE
     start = time.monotonic()
     beginning = ask_scheduler(trainer)
     drop_copies(trainer)
@@ -75,7 +74,7 @@ def run_phase(trainer: Any, plan: Plan) -> None:
     if frozen:
         logger.info("frozen, so kept at scale 1: %s", ", ".join(frozen))
     with full_precision(trainer), undone_on_error(list(modules.values())):
-        prepared = prepared_alike(
+        prepared = require_same_setup(
             data_parallel_processes(trainer),
             lambda: _prepare(trainer, plan),
             lambda found: _description(plan, found),
@@ -94,7 +93,7 @@ def run_phase(trainer: Any, plan: Plan) -> None:
         )
     if trainer.is_data_parallel_master:
         scales.save(path)
-        effect.save(path.with_name(EFFECT_FILE_NAME))
+        effect.save(path.with_name(EFFECT_FILE))
     for line in log_text.scale_table(scales):
         logger.info(line)
     logger.info("signature: %s", scales.signature)
@@ -135,7 +134,7 @@ def require_writable(save_dir: str) -> None:
     try:
         Path(save_dir).mkdir(parents=True, exist_ok=True)
         # Process numbers of containers that share the folder are not unique.
-        with tempfile.NamedTemporaryFile(prefix=f".{FILE_NAME}.", dir=save_dir):
+        with tempfile.NamedTemporaryFile(prefix=f".{SCALES_FILE}.", dir=save_dir):
             pass
     except OSError as error:
         raise GradInitError(
@@ -253,7 +252,7 @@ def data_parallel_processes(trainer: Any) -> Processes:
 
 
 def _snapshot(trainer: Any, prepared: _Prepared) -> Snapshot:
-    with quiet(*trained_modules(trainer).values()):
+    with deterministic(*trained_modules(trainer).values()):
         return take_snapshot(
             trainer.get_model(),
             prepared.blocks,
@@ -267,7 +266,7 @@ def _center(trainer: Any, prepared: _Prepared) -> None:
     start = time.monotonic()
     modules = list(trained_modules(trainer).values())
     centered = {block.parameter for block in prepared.blocks if block.state == "centered"}
-    with quiet(*modules):
+    with deterministic(*modules):
         count = center_layer_norms(
             modules,
             TaskLoss(trainer),
@@ -302,7 +301,11 @@ def _learn(trainer: Any, plan: Plan, prepared: _Prepared) -> Scales:
     )
     processes = data_parallel_processes(trainer)
     log = IterationLog(trainer.cfg, plan.config, tracked=trainer.is_data_parallel_master)
-    with quiet(model, criterion), StopSignals() as signals, forward_autocast(model, plan.config):
+    with (
+        deterministic(model, criterion),
+        StopSignals() as signals,
+        forward_autocast(model, plan.config),
+    ):
         try:
             learned = learn_scales(
                 blocks,

@@ -21,7 +21,7 @@ def take_snapshot(
     batches: Sequence[Any],
     processes: Processes,
 ) -> Snapshot:
-    """Measure what `Effect` describes. Call this inside `quiet`.
+    """Measure what `Effect` describes. Call this inside `deterministic`.
 
     Args:
         evaluate: runs the model on a batch.

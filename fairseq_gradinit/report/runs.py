@@ -69,19 +69,19 @@ def scales_file(path: Path) -> Path:
     """
     if not path.is_dir():
         return path
-    places = [path / scales_files.FILE_NAME, path / "checkpoints" / scales_files.FILE_NAME]
+    places = [path / scales_files.SCALES_FILE, path / "checkpoints" / scales_files.SCALES_FILE]
     for place in places:
         if place.exists():
             return place
     raise GradInitError(
-        f"there is no {scales_files.FILE_NAME} in {path} or its folder checkpoints: give the "
+        f"there is no {scales_files.SCALES_FILE} in {path} or its folder checkpoints: give the "
         "--save-dir of a run with --gradinit that has learned its scales, or a scales file"
     )
 
 
 def _read(path: Path, file: Path) -> Run:
     scales = Scales.load(file)
-    beside = file.with_name(effects.FILE_NAME)
+    beside = file.with_name(effects.EFFECT_FILE)
     effect = Effect.load(beside) if beside.exists() else None
     if effect is not None and effect.signature != scales.signature:
         logger.warning("%s is of other scales than %s: left out", beside, file)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import platform
 import runpy
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-FAIRSEQ_DISTRIBUTIONS = ("ve-fairseq", "fairseq", "fairseq-fixed")
+from fairseq_gradinit.versions import fairseq_distribution, usable_cores
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class Circumstances:
     workers: int
 
 
-def circumstances(repository: Path, workers: int = 1) -> Circumstances:
+def current_circumstances(repository: Path, workers: int = 1) -> Circumstances:
     """Those of this process.
 
     Args:
@@ -67,16 +65,6 @@ def circumstances(repository: Path, workers: int = 1) -> Circumstances:
         gpus=gpus,
         workers=workers,
     )
-
-
-def fairseq_distribution() -> tuple[str, str] | None:
-    """Name and version of the installed fairseq; None if it is no installed distribution."""
-    for name in FAIRSEQ_DISTRIBUTIONS:
-        try:
-            return name, version(name)
-        except PackageNotFoundError:
-            continue
-    return None
 
 
 def source(command: str, runs: str, found: Sequence[Circumstances]) -> str:
@@ -147,8 +135,3 @@ def _cpu_name() -> str:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())
-
-
-def usable_cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

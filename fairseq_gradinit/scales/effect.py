@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fairseq_gradinit.errors import GradInitError
-from fairseq_gradinit.storage.files import parse_json, shown, write_atomically
+from fairseq_gradinit.storage.files import abbreviate, parse_json, write_atomically
 from fairseq_gradinit.storage.typed_json import parse
 
 FORMAT = "fairseq-gradinit-effect"
 VERSION = 1
-FILE_NAME = "gradinit_effect.json"
+EFFECT_FILE = "gradinit_effect.json"
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ class Effect:
         version = document.pop("version", None)
         if type(version) is not int or version != VERSION:
             raise GradInitError(
-                f"{path} has version {shown(version)} of its format; this fairseq-gradinit reads "
-                f"version {VERSION}"
+                f"{path} has version {abbreviate(version)} of its format; this fairseq-gradinit "
+                f"reads version {VERSION}"
             )
         try:
             return parse(cls, document)

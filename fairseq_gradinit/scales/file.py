@@ -23,17 +23,17 @@ from fairseq_gradinit.engine.blocks import (
 from fairseq_gradinit.engine.history import Iteration, parse_iteration
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.storage.files import (
-    number,
-    one_line,
+    abbreviate,
     parse_json,
-    shown,
-    typed,
+    require_finite,
+    require_printable,
+    require_type,
     write_atomically,
 )
 
 FORMAT = "fairseq-gradinit-scales"
 VERSION = 1
-FILE_NAME = "gradinit_scales.json"
+SCALES_FILE = "gradinit_scales.json"
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ class Scales:
         problems = [f"{_short(name)} is not in the model" for name in file if name not in model]
         problems += [f"{name} is not in the file" for name in model if name not in file]
         problems += [
-            f"{name} has shape {shown(file[name])} in the file and {model[name]} in the model"
+            f"{name} has shape {abbreviate(file[name])} in the file and {model[name]} in the model"
             for name in file
             if name in model and len(file[name]) != len(model[name])
         ]
@@ -236,13 +236,13 @@ def _parse(document: Any, path: Path) -> Scales:
     version = document.get("version")
     if type(version) is not int or version != VERSION:
         raise GradInitError(
-            f"{path} has version {shown(version)} of the scales format; this "
+            f"{path} has version {abbreviate(version)} of the scales format; this "
             f"fairseq-gradinit reads version {VERSION}"
         )
     try:
-        blocks = tuple(_parse_block(row) for row in typed(document["blocks"], list))
-        history = tuple(parse_iteration(row) for row in typed(document["history"], list))
-        signature = one_line(document["signature"])
+        blocks = tuple(_parse_block(row) for row in require_type(document["blocks"], list))
+        history = tuple(parse_iteration(row) for row in require_type(document["history"], list))
+        signature = require_printable(document["signature"])
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise GradInitError(
             f"the scales file {path} is damaged: {type(error).__name__}: {error}"
@@ -253,13 +253,13 @@ def _parse(document: Any, path: Path) -> Scales:
 
 
 def _parse_block(row: dict[str, Any]) -> BlockScale:
-    name = one_line(row["name"])
-    scale = number(row["scale"])
+    name = require_printable(row["name"])
+    scale = require_finite(row["scale"])
     if scale < 0.0:
         raise ValueError(f"scale {scale} of {_short(name)} is negative")
-    shape = tuple(typed(size, int) for size in typed(row["shape"], list))
+    shape = tuple(require_type(size, int) for size in require_type(row["shape"], list))
     if any(size < 0 for size in shape):
-        raise ValueError(f"shape {shown(list(shape))} of {_short(name)} is negative")
+        raise ValueError(f"shape {abbreviate(list(shape))} of {_short(name)} is negative")
     if row["state"] not in BLOCK_STATES:
-        raise ValueError(f"unknown state {shown(row['state'])}")
+        raise ValueError(f"unknown state {abbreviate(row['state'])}")
     return BlockScale(name, shape, scale, row["state"])

@@ -60,11 +60,11 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         ((key, _),) = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"the key {shown(key)} is repeated")
+        raise ValueError(f"the key {abbreviate(key)} is repeated")
     return found
 
 
-def shown(value: Any) -> str:
+def abbreviate(value: Any) -> str:
     """`value` in a few printable characters, however large or deep it is."""
     return _SHORT.repr(value)
 
@@ -73,30 +73,30 @@ _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 2, 60, 60, 40
 
 
-def typed(value: Any, kind: type[T]) -> T:
+def require_type(value: Any, kind: type[T]) -> T:
     """`value`, which must be of type `kind`.
 
     Raises:
         TypeError: it is not; True and False are not numbers here.
     """
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise TypeError(f"{shown(value)} is not of type {kind.__name__}")
+        raise TypeError(f"{abbreviate(value)} is not of type {kind.__name__}")
     return value
 
 
-def one_line(value: Any) -> str:
+def require_printable(value: Any) -> str:
     """`value`, which must be text that can be shown in a log.
 
     Raises:
         TypeError: it is not text.
         ValueError: it has line breaks, control characters or halves of characters.
     """
-    if not typed(value, str).isprintable():
-        raise ValueError(f"{shown(value)} has characters that cannot be printed")
+    if not require_type(value, str).isprintable():
+        raise ValueError(f"{abbreviate(value)} has characters that cannot be printed")
     return str(value)
 
 
-def number(value: Any) -> float:
+def require_finite(value: Any) -> float:
     """`value` as a float, which must be a finite number.
 
     Raises:
@@ -104,7 +104,7 @@ def number(value: Any) -> float:
         ValueError: it is not finite.
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{shown(value)} is not a number")
+        raise TypeError(f"{abbreviate(value)} is not a number")
     if not math.isfinite(value):
         raise ValueError(f"{value} is not a finite number")
     return float(value)

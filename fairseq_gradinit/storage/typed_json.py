@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-from fairseq_gradinit.storage.files import number, shown, typed
+from fairseq_gradinit.storage.files import abbreviate, require_finite, require_type
 
 T = TypeVar("T")
 
@@ -31,13 +31,13 @@ def parse(kind: type[T], row: Any) -> T:
 
 def _dataclass(kind: Any, row: Any, place: str) -> Any:
     if not isinstance(row, Mapping):
-        raise _wrong(place, f"{shown(row)} is not an object")
+        raise _wrong(place, f"{abbreviate(row)} is not an object")
     names = [field.name for field in fields(kind)]
     missing = [name for name in names if name not in row]
     unknown = [name for name in row if name not in names]
     if missing or unknown:
         what = [f"{name} is missing" for name in missing]
-        what += [f"{shown(name)[1:-1]} is unknown" for name in unknown[:5]]
+        what += [f"{abbreviate(name)[1:-1]} is unknown" for name in unknown[:5]]
         raise _wrong(place, ", ".join(what))
     hints = _hints(kind)
     dot = f"{place}." if place else ""
@@ -55,19 +55,19 @@ def _value(kind: Any, value: Any, place: str) -> Any:
         return _dataclass(kind, value, place)
     if origin is Literal:
         if value not in arguments:
-            raise _wrong(place, f"{shown(value)} is none of {', '.join(map(repr, arguments))}")
+            raise _wrong(place, f"{abbreviate(value)} is none of {', '.join(map(repr, arguments))}")
         return value
     try:
         if kind is float:
-            return number(value)
-        return value if kind is bool and isinstance(value, bool) else typed(value, kind)
+            return require_finite(value)
+        return value if kind is bool and isinstance(value, bool) else require_type(value, kind)
     except (TypeError, ValueError, OverflowError) as error:
         raise _wrong(place, str(error)) from error
 
 
 def _tuple(kinds: tuple[Any, ...], value: Any, place: str) -> tuple[Any, ...]:
     if not isinstance(value, list):
-        raise _wrong(place, f"{shown(value)} is not an array")
+        raise _wrong(place, f"{abbreviate(value)} is not an array")
     if kinds[1:] == (...,):
         kinds = kinds[:1] * len(value)
     if len(kinds) != len(value):

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from fairseq_gradinit.engine.processes import Processes
-from fairseq_gradinit.engine.quiet import quiet
+from fairseq_gradinit.engine.quiet import deterministic
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.plugin.branches import Stack, branch_names, stacks, variances
 from fairseq_gradinit.plugin.loss import TaskLoss
@@ -53,7 +53,7 @@ def initialise(trainer: Any) -> None:
     """
     sentences = training_batches(trainer).sentences(SENTENCES)
     processes = data_parallel_processes(trainer)
-    with quiet(*trained_modules(trainer).values()):
+    with deterministic(*trained_modules(trainer).values()):
         found = set_omegas(trainer.get_model(), TaskLoss(trainer), sentences, processes)
     for side, omegas in found.items():
         shown = " ".join(f"{omega:.3g}" for omega in omegas)
@@ -85,7 +85,7 @@ def set_omegas(
     """Set every omega of a model that has omegas, and LayerNorms with gain 1 and bias 0.
 
     One after the other in the order of the forward pass, since each changes what later branches
-    read. Call this inside `quiet`.
+    read. Call this inside `deterministic`.
 
     Args:
         evaluate: runs the model on a batch.

@@ -1,0 +1,23 @@
+"""Which fairseq is installed, and what this process may use of the machine."""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import PackageNotFoundError, version
+
+FAIRSEQ_DISTRIBUTIONS = ("ve-fairseq", "fairseq", "fairseq-fixed")
+
+
+def fairseq_distribution() -> tuple[str, str] | None:
+    """Name and version of the installed fairseq; None if it is no installed distribution."""
+    for name in FAIRSEQ_DISTRIBUTIONS:
+        try:
+            return name, version(name)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def usable_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
