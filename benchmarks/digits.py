@@ -35,8 +35,8 @@ from torch.nn import functional
 
 from fairseq_gradinit.engine.blocks import collect_blocks
 from fairseq_gradinit.engine.config import GradInitConfig
+from fairseq_gradinit.engine.determinism import deterministic
 from fairseq_gradinit.engine.learner import BatchPair, Iteration, learn_scales
-from fairseq_gradinit.engine.quiet import deterministic
 from fairseq_gradinit.results.tables import by, spread
 
 TEST_IMAGES = 450

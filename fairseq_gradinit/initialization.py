@@ -22,10 +22,10 @@ from fairseq_gradinit import __version__
 from fairseq_gradinit.engine.batch_pairs import Split, pair_batches, thirds
 from fairseq_gradinit.engine.blocks import Block, collect_blocks, fingerprint
 from fairseq_gradinit.engine.config import TARGET_NAMES, GradInitConfig, NormGains, TargetName
+from fairseq_gradinit.engine.determinism import deterministic
 from fairseq_gradinit.engine.gradients import LossFunction
 from fairseq_gradinit.engine.history import Iteration
 from fairseq_gradinit.engine.learner import learn_scales
-from fairseq_gradinit.engine.quiet import deterministic
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.scales.file import Scales
 

@@ -24,8 +24,8 @@ from workload import Size, Workload, peak_memory
 
 from fairseq_gradinit.engine.blocks import collect_blocks
 from fairseq_gradinit.engine.config import GradInitConfig
+from fairseq_gradinit.engine.determinism import deterministic
 from fairseq_gradinit.engine.learner import BatchPair, ScaleLearner
-from fairseq_gradinit.engine.quiet import deterministic
 
 ROOT = Path(__file__).resolve().parent.parent
 

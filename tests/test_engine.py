@@ -25,10 +25,10 @@ from torch import nn
 
 from fairseq_gradinit.engine.blocks import collect_blocks
 from fairseq_gradinit.engine.config import GradInitConfig
+from fairseq_gradinit.engine.determinism import deterministic
 from fairseq_gradinit.engine.history import Iteration
 from fairseq_gradinit.engine.learner import BatchPair, Learned, ScaleLearner, learn_scales
 from fairseq_gradinit.engine.processes import OneProcess, Processes
-from fairseq_gradinit.engine.quiet import deterministic
 from fairseq_gradinit.engine.state import StateFile
 from fairseq_gradinit.errors import GradInitError
 

@@ -17,8 +17,8 @@ from torch import nn
 
 from fairseq_gradinit.engine.blocks import collect_blocks
 from fairseq_gradinit.engine.config import GradInitConfig
+from fairseq_gradinit.engine.determinism import deterministic
 from fairseq_gradinit.engine.learner import BatchPair, learn_scales
-from fairseq_gradinit.engine.quiet import deterministic
 
 pytestmark = [
     pytest.mark.slow,

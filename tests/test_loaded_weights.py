@@ -14,7 +14,7 @@ from torch import nn
 
 from fairseq_gradinit.engine.blocks import collect_blocks
 from fairseq_gradinit.engine.centering import center_layer_norms
-from fairseq_gradinit.engine.quiet import deterministic
+from fairseq_gradinit.engine.determinism import deterministic
 from fairseq_gradinit.plugin.fixed_scales import fixed_scales
 from fairseq_gradinit.plugin.loaded_weights import loaded_names, note_loaded_weights
 from fairseq_gradinit.scales.file import Scales

@@ -25,9 +25,9 @@ from tiny import SPOILERS, in_ranks
 
 from fairseq_gradinit.engine.blocks import collect_blocks
 from fairseq_gradinit.engine.config import GradInitConfig
+from fairseq_gradinit.engine.determinism import deterministic
 from fairseq_gradinit.engine.learner import BatchPair, learn_scales
 from fairseq_gradinit.engine.processes import OneProcess, Processes
-from fairseq_gradinit.engine.quiet import deterministic
 from fairseq_gradinit.engine.state import StateFile, _digest
 from fairseq_gradinit.errors import GradInitError, GradInitStopped
 from fairseq_gradinit.plugin.safe_loading import read_checkpoint

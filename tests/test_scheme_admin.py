@@ -11,8 +11,8 @@ from scheme_models import build, outputs
 from tiny import in_ranks
 from torch import nn
 
+from fairseq_gradinit.engine.determinism import deterministic
 from fairseq_gradinit.engine.processes import OneProcess, Processes
-from fairseq_gradinit.engine.quiet import deterministic
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.plugin.branches import Branch, stacks, variances
 from fairseq_gradinit.plugin.schemes.admin import set_omegas

@@ -15,7 +15,7 @@ from fairseq.tasks.fairseq_task import FairseqTask
 from test_train import same
 from torch import nn
 
-from fairseq_gradinit.engine.quiet import deterministic
+from fairseq_gradinit.engine.determinism import deterministic
 from fairseq_gradinit.plugin.batches import MicroBatch
 from fairseq_gradinit.plugin.loss import TaskLoss
 

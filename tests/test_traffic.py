@@ -11,9 +11,9 @@ from tiny import loss_of, make_model, make_pair
 from fairseq_gradinit.engine.blocks import collect_blocks
 from fairseq_gradinit.engine.centering import center_layer_norms
 from fairseq_gradinit.engine.config import GradInitConfig
+from fairseq_gradinit.engine.determinism import deterministic
 from fairseq_gradinit.engine.learner import ScaleLearner
 from fairseq_gradinit.engine.processes import ProcessGroup
-from fairseq_gradinit.engine.quiet import deterministic
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 import fairseq_gradinit.plugin.install  # noqa: F401
 from fairseq_gradinit.check.batches import ProbeData
 from fairseq_gradinit.check.records import Arm, Look, Probe, Update
-from fairseq_gradinit.engine.quiet import deterministic
+from fairseq_gradinit.engine.determinism import deterministic
 from fairseq_gradinit.errors import GradInitError, said_by
 from fairseq_gradinit.plugin.batches import MicroBatch
 from fairseq_gradinit.plugin.loaded_weights import note_loaded_weights

@@ -26,11 +26,11 @@ from torch import Tensor
 
 from fairseq_gradinit.engine.blocks import Block, base_weights, fingerprint, set_weights
 from fairseq_gradinit.engine.config import GradInitConfig, SecondOrder
+from fairseq_gradinit.engine.determinism import seed_everything
 from fairseq_gradinit.engine.gradients import Halve, LossFunction, LossGradients, MeanGradient
 from fairseq_gradinit.engine.hessian import HessianProducts, agree
 from fairseq_gradinit.engine.history import KINDS, Iteration, IterationKind
 from fairseq_gradinit.engine.processes import OneProcess, Processes
-from fairseq_gradinit.engine.quiet import seed_everything
 from fairseq_gradinit.engine.state import LearnerState, Moments, StateFile
 from fairseq_gradinit.engine.trial_step import first_step, global_norm, norm_direction
 from fairseq_gradinit.errors import GradInitError, GradInitStopped

@@ -27,9 +27,9 @@ from fairseq_gradinit.engine.blocks import (
     frozen_names,
 )
 from fairseq_gradinit.engine.centering import center_layer_norms, layer_norm_biases, undone_on_error
+from fairseq_gradinit.engine.determinism import deterministic
 from fairseq_gradinit.engine.learner import learn_scales
 from fairseq_gradinit.engine.processes import OneProcess, Processes, ProcessGroup
-from fairseq_gradinit.engine.quiet import deterministic
 from fairseq_gradinit.engine.state import StateFile
 from fairseq_gradinit.errors import GradInitError, GradInitStopped
 from fairseq_gradinit.plugin import log_text

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from fairseq_gradinit.engine.quiet import deterministic
+from fairseq_gradinit.engine.determinism import deterministic
 
 
 @pytest.fixture
