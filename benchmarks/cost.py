@@ -47,9 +47,8 @@ from workload import (
     training,
 )
 
-from fairseq_gradinit.engine.config import GradInitConfig
+from fairseq_gradinit.engine import GradInitConfig, ProcessGroup
 from fairseq_gradinit.engine.history import IterationKind
-from fairseq_gradinit.engine.processes import ProcessGroup
 
 PARTS = ("cost", "scaling", "processes")
 TINY = Size(1, 16, 32, 2, vocabulary=50, sentences=4, length=6)

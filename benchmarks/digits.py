@@ -33,10 +33,14 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fairseq_gradinit.engine.blocks import collect_blocks
-from fairseq_gradinit.engine.config import GradInitConfig
-from fairseq_gradinit.engine.determinism import deterministic
-from fairseq_gradinit.engine.learner import BatchPair, Iteration, learn_scales
+from fairseq_gradinit.engine import (
+    BatchPair,
+    GradInitConfig,
+    collect_blocks,
+    deterministic,
+    learn_scales,
+)
+from fairseq_gradinit.engine.learner import Iteration
 from fairseq_gradinit.results.tables import by, spread
 
 TEST_IMAGES = 450

@@ -12,11 +12,15 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fairseq_gradinit.engine.blocks import Block, base_weights, set_weights
-from fairseq_gradinit.engine.config import GradInitConfig
-from fairseq_gradinit.engine.gradients import LossFunction
+from fairseq_gradinit.engine import (
+    BatchPair,
+    Block,
+    GradInitConfig,
+    LossFunction,
+    base_weights,
+    set_weights,
+)
 from fairseq_gradinit.engine.history import IterationKind
-from fairseq_gradinit.engine.learner import BatchPair
 
 
 class PlainGradInit:

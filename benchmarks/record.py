@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from fairseq_gradinit.results.circumstances import current_circumstances as of_this_process
+from fairseq_gradinit.results import current_circumstances as of_this_process
 from fairseq_gradinit.results.tables import markdown_rows
-from fairseq_gradinit.storage.files import write_atomically
+from fairseq_gradinit.storage import write_atomically
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "benchmarks" / "results"

@@ -12,10 +12,9 @@ from matplotlib.figure import Figure
 from record import Table, markdown_table
 from training_runs import Case, Run
 
-from fairseq_gradinit.results.circumstances import Circumstances
-from fairseq_gradinit.results.circumstances import source as shared_source
+from fairseq_gradinit.results import MARGIN, Circumstances
+from fairseq_gradinit.results import source as shared_source
 from fairseq_gradinit.results.heat_map import LOSS, Panel, Point, draw, mean_loss
-from fairseq_gradinit.results.records import MARGIN
 from fairseq_gradinit.results.tables import by, count, ratio, seeds, spread
 
 POINTS = (0.1, 0.2, 0.5, 1.0)

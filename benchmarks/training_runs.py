@@ -26,8 +26,8 @@ from typing import Any, Literal
 
 from record import REPOSITORY, circumstances
 
-from fairseq_gradinit.results.records import curve
-from fairseq_gradinit.storage.json_lines import append_line, read_lines
+from fairseq_gradinit.results import curve
+from fairseq_gradinit.storage import append_line, read_lines
 
 # The recipes are no package: they are programs beside each other, as the benchmarks are.
 sys.path += [str(REPOSITORY / "recipes"), str(REPOSITORY / "data-prep")]

@@ -20,12 +20,17 @@ from plain_gradinit import PlainGradInit
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fairseq_gradinit.engine.blocks import collect_blocks
-from fairseq_gradinit.engine.config import GradInitConfig, Precision, SecondOrder
-from fairseq_gradinit.engine.determinism import deterministic
-from fairseq_gradinit.engine.gradients import LossFunction
-from fairseq_gradinit.engine.learner import BatchPair, ScaleLearner
-from fairseq_gradinit.engine.processes import Processes
+from fairseq_gradinit.engine import (
+    BatchPair,
+    GradInitConfig,
+    LossFunction,
+    Precision,
+    Processes,
+    SecondOrder,
+    collect_blocks,
+    deterministic,
+)
+from fairseq_gradinit.engine.learner import ScaleLearner
 
 ETA = 1e-4
 ALWAYS_VIOLATED = 1e-30

@@ -19,15 +19,24 @@ import torch
 from torch import Tensor, nn
 
 from fairseq_gradinit import __version__
-from fairseq_gradinit.engine.batch_pairs import Split, pair_batches, thirds
-from fairseq_gradinit.engine.blocks import Block, collect_blocks, fingerprint
-from fairseq_gradinit.engine.config import TARGET_NAMES, GradInitConfig, NormGains, TargetName
-from fairseq_gradinit.engine.determinism import deterministic
-from fairseq_gradinit.engine.gradients import LossFunction
-from fairseq_gradinit.engine.history import Iteration
-from fairseq_gradinit.engine.learner import learn_scales
+from fairseq_gradinit.engine import (
+    TARGET_NAMES,
+    Block,
+    GradInitConfig,
+    Iteration,
+    LossFunction,
+    NormGains,
+    Split,
+    TargetName,
+    collect_blocks,
+    deterministic,
+    fingerprint,
+    learn_scales,
+    pair_batches,
+    thirds,
+)
 from fairseq_gradinit.errors import GradInitError
-from fairseq_gradinit.scales.file import Scales
+from fairseq_gradinit.scales import Scales
 
 Loss = Tensor | tuple[Tensor, Tensor | float]
 """A mean loss of shape (); or a sum of losses of shape () and the count to divide it by."""

@@ -21,7 +21,7 @@ import torch
 
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.plugin.safe_loading import BrokenCheckpoint, read_checkpoint
-from fairseq_gradinit.storage.files import write_atomically
+from fairseq_gradinit.storage import write_atomically
 
 NAME = re.compile(r"checkpoint_\d+_(\d+)\.pt")
 

@@ -48,7 +48,7 @@ from resume import CannotResume, trained_updates
 from tqdm import tqdm
 
 from fairseq_gradinit.report.plot import save_picture
-from fairseq_gradinit.scales.file import SCALES_FILE, Scales
+from fairseq_gradinit.scales import SCALES_FILE, Scales
 
 log = logging.getLogger("quickstart")
 

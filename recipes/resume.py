@@ -18,7 +18,7 @@ from average_checkpoints import interval_checkpoints
 
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.plugin.safe_loading import BrokenCheckpoint, read_checkpoint
-from fairseq_gradinit.storage.files import write_atomically
+from fairseq_gradinit.storage import write_atomically
 
 
 class CannotResume(Exception):

@@ -30,18 +30,18 @@ from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.significance import PairedTest
 
 from fairseq_gradinit.errors import GradInitError
-from fairseq_gradinit.results.circumstances import Circumstances, current_circumstances
-from fairseq_gradinit.results.records import (
+from fairseq_gradinit.results import (
+    Circumstances,
     Comparison,
     RunRecord,
     Settings,
     TestScores,
     append_run,
+    current_circumstances,
     curve,
     read_runs,
 )
-from fairseq_gradinit.storage.files import write_atomically
-from fairseq_gradinit.storage.typed_json import parse
+from fairseq_gradinit.storage import parse, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 

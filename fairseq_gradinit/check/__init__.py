@@ -1,1 +1,6 @@
-"""check"""
+"""`fairseq-gradinit check`: will training without warmup hold, by a few dozen updates of it?
+
+`program` is the subcommand, `probes` and `batches` make the updates with fairseq's own parts and
+look at the model between them, `records` is what they keep, `verdict` decides, `picture` draws.
+fairseq is imported only once the program runs, so nothing is imported here.
+"""

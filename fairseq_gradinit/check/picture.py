@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from fairseq_gradinit.check.records import Arm, Probe
 from fairseq_gradinit.check.verdict import ALIVE, COLLAPSED, judge
-from fairseq_gradinit.storage.files import write_atomically
+from fairseq_gradinit.storage import write_atomically
 
 COLOURS = {
     Arm("default", warmup=False): "#c0392b",

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 import fairseq_gradinit.plugin.install  # noqa: F401
 from fairseq_gradinit.check.batches import ProbeData
 from fairseq_gradinit.check.records import Arm, Look, Probe, Update
-from fairseq_gradinit.engine.determinism import deterministic
+from fairseq_gradinit.engine import deterministic
 from fairseq_gradinit.errors import GradInitError, said_by
 from fairseq_gradinit.plugin.batches import MicroBatch
 from fairseq_gradinit.plugin.loaded_weights import note_loaded_weights
@@ -49,7 +49,7 @@ from fairseq_gradinit.plugin.options import (
 )
 from fairseq_gradinit.plugin.phase import run_phase
 from fairseq_gradinit.plugin.schemes.options import read_scheme
-from fairseq_gradinit.scales.file import SCALES_FILE
+from fairseq_gradinit.scales import SCALES_FILE
 
 PLUGIN = "fairseq_gradinit"
 

@@ -25,8 +25,8 @@ from pathlib import Path
 from fairseq_gradinit.check.records import Arm, Probe
 from fairseq_gradinit.check.verdict import EXIT_STATUS, Verdict, judge, sentence
 from fairseq_gradinit.errors import GradInitError
-from fairseq_gradinit.results.circumstances import Circumstances, current_circumstances
-from fairseq_gradinit.storage.files import write_atomically
+from fairseq_gradinit.results import Circumstances, current_circumstances
+from fairseq_gradinit.storage import write_atomically
 
 logger = logging.getLogger("fairseq_gradinit.check")
 

@@ -1,1 +1,1 @@
-"""cli"""
+"""The program `fairseq-gradinit` (`command`), and its subcommand `doctor`."""

@@ -21,7 +21,7 @@ from typing import Any
 
 from fairseq_gradinit.check import program as check
 from fairseq_gradinit.errors import GradInitError
-from fairseq_gradinit.results.records import MARGIN, RunRecord, read_runs
+from fairseq_gradinit.results import MARGIN, RunRecord, read_runs
 
 PROGRAM = "fairseq-gradinit"
 
@@ -174,8 +174,7 @@ def print_diff(options: Namespace) -> int:
         GradInitError: a file cannot be read, or the tolerance is negative.
     """
     from fairseq_gradinit.report.runs import scales_file
-    from fairseq_gradinit.scales.diff import differing_scales, differing_settings
-    from fairseq_gradinit.scales.file import Scales
+    from fairseq_gradinit.scales import Scales, differing_scales, differing_settings
 
     if not options.tolerance >= 0:
         raise GradInitError(f"--tolerance {options.tolerance:g} is not a number from 0 up")
@@ -217,7 +216,7 @@ def apply_scales(options: Namespace) -> None:
     """
     from fairseq_gradinit.plugin.checkpoint_scaling import scale_checkpoint
     from fairseq_gradinit.report.runs import scales_file
-    from fairseq_gradinit.scales.file import Scales
+    from fairseq_gradinit.scales import Scales
 
     scales = Scales.load(scales_file(options.scales))
     count = scale_checkpoint(scales, options.checkpoint, options.out)

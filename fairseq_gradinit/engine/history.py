@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fairseq_gradinit.storage.files import abbreviate, require_finite, require_type
+from fairseq_gradinit.storage import abbreviate, require_finite, require_type
 
 IterationKind = Literal["objective", "constraint"]
 KINDS: tuple[IterationKind, ...] = ("objective", "constraint")

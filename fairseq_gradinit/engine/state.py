@@ -23,7 +23,7 @@ from fairseq_gradinit.engine.history import (
     parse_kind,
 )
 from fairseq_gradinit.engine.processes import OneProcess, Processes
-from fairseq_gradinit.storage.files import (
+from fairseq_gradinit.storage import (
     abbreviate,
     parse_json,
     require_finite,

@@ -21,9 +21,12 @@ import numpy as np
 import torch
 from fairseq import utils
 
-from fairseq_gradinit.engine.batch_pairs import overlapping_thirds
-from fairseq_gradinit.engine.determinism import random_state_kept, seed_everything
-from fairseq_gradinit.engine.learner import BatchPair
+from fairseq_gradinit.engine import (
+    BatchPair,
+    overlapping_thirds,
+    random_state_kept,
+    seed_everything,
+)
 from fairseq_gradinit.errors import GradInitError
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from fairseq.modules.transformer_layer import (
 )
 from torch import Tensor, nn
 
-from fairseq_gradinit.engine.processes import Processes
+from fairseq_gradinit.engine import Processes
 from fairseq_gradinit.errors import GradInitError
 
 LAYERS: dict[Literal["encoder", "decoder"], type[nn.Module]] = {

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fairseq_gradinit.engine.blocks import Block
+from fairseq_gradinit.engine import Block
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.plugin.safe_loading import read_checkpoint
-from fairseq_gradinit.scales.file import Scales
-from fairseq_gradinit.storage.files import write_atomically
+from fairseq_gradinit.scales import Scales
+from fairseq_gradinit.storage import write_atomically
 
 logger = logging.getLogger(__name__)
 

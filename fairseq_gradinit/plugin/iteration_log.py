@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 from fairseq.logging import progress_bar
 
-from fairseq_gradinit.engine.config import GradInitConfig
-from fairseq_gradinit.engine.history import Iteration
+from fairseq_gradinit.engine import GradInitConfig, Iteration
 from fairseq_gradinit.plugin import log_text
 
 LINES_OF_LOG = 20

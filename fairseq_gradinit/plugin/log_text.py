@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from fairseq_gradinit import __version__
-from fairseq_gradinit.engine.history import Iteration
+from fairseq_gradinit.engine import Iteration
 from fairseq_gradinit.plugin.options import Plan
-from fairseq_gradinit.scales.file import BlockScale, Scales, kinds_of_blocks
+from fairseq_gradinit.scales import BlockScale, Scales, kinds_of_blocks
 from fairseq_gradinit.versions import fairseq_distribution
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fairseq_gradinit.engine.config import GradInitConfig
+from fairseq_gradinit.engine import GradInitConfig
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.plugin.batches import MicroBatch
 

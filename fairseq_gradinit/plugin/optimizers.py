@@ -12,9 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from fairseq_gradinit.engine.config import TARGET_NAMES, TargetName
+from fairseq_gradinit.engine import TARGET_NAMES, TargetName
 from fairseq_gradinit.errors import GradInitError
-from fairseq_gradinit.storage.files import abbreviate
+from fairseq_gradinit.storage import abbreviate
 
 AUTO = "auto"
 CHOICES = (AUTO, *TARGET_NAMES)

@@ -12,7 +12,7 @@ from omegaconf import ListConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from fairseq_gradinit.errors import GradInitError
-from fairseq_gradinit.storage.files import abbreviate
+from fairseq_gradinit.storage import abbreviate
 
 _WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 # Which choice a boolean stands for, where an option has it.

@@ -19,7 +19,7 @@ from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.optim.lr_scheduler.manual_lr_scheduler import ManualSchedule
 from omegaconf import DictConfig, OmegaConf
 
-from fairseq_gradinit.engine.config import (
+from fairseq_gradinit.engine import (
     PRECISION_NAMES,
     SECOND_ORDER_NAMES,
     GradInitConfig,
@@ -30,7 +30,7 @@ from fairseq_gradinit.engine.config import (
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.plugin.optimizers import CHOICES, TrialStep, parse_betas, trial_step
 from fairseq_gradinit.plugin.option_values import read_value
-from fairseq_gradinit.storage.files import abbreviate
+from fairseq_gradinit.storage import abbreviate
 
 
 @dataclass(frozen=True)

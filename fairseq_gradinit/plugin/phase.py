@@ -18,19 +18,23 @@ import torch
 from torch import nn
 
 from fairseq_gradinit import __version__
-from fairseq_gradinit.engine.agreement import require_same_setup
-from fairseq_gradinit.engine.blocks import (
+from fairseq_gradinit.engine import (
     Block,
+    OneProcess,
+    Processes,
+    ProcessGroup,
+    StateFile,
     at_fixed_scales,
+    center_layer_norms,
     collect_blocks,
+    deterministic,
     fingerprint,
     frozen_names,
+    layer_norm_biases,
+    learn_scales,
+    require_same_setup,
+    undone_on_error,
 )
-from fairseq_gradinit.engine.centering import center_layer_norms, layer_norm_biases, undone_on_error
-from fairseq_gradinit.engine.determinism import deterministic
-from fairseq_gradinit.engine.learner import learn_scales
-from fairseq_gradinit.engine.processes import OneProcess, Processes, ProcessGroup
-from fairseq_gradinit.engine.state import StateFile
 from fairseq_gradinit.errors import GradInitError, GradInitStopped
 from fairseq_gradinit.plugin import log_text
 from fairseq_gradinit.plugin.batches import MicroBatch, PairedBatches
@@ -42,8 +46,15 @@ from fairseq_gradinit.plugin.options import CENTERING_SENTENCES, Plan, settings_
 from fairseq_gradinit.plugin.rate_advice import ask_scheduler, rate_warning
 from fairseq_gradinit.plugin.signals import StopSignals
 from fairseq_gradinit.plugin.snapshot import take_snapshot
-from fairseq_gradinit.scales.effect import EFFECT_FILE, Snapshot, effect_between
-from fairseq_gradinit.scales.file import SCALES_FILE, Scales, size_changes, some
+from fairseq_gradinit.scales import (
+    EFFECT_FILE,
+    SCALES_FILE,
+    Scales,
+    Snapshot,
+    effect_between,
+    size_changes,
+    some,
+)
 
 logger = logging.getLogger("fairseq_gradinit")
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from fairseq_gradinit.engine.blocks import Block
+from fairseq_gradinit.engine import Block
 from fairseq_gradinit.plugin.optimizers import FIRST_STEPS
 from fairseq_gradinit.plugin.options import peak_lr
 

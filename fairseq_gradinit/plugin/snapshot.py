@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from fairseq_gradinit.engine.blocks import Block
-from fairseq_gradinit.engine.processes import Processes
+from fairseq_gradinit.engine import Block, Processes
 from fairseq_gradinit.plugin.branches import stacks_by_name, variances
-from fairseq_gradinit.scales.effect import Snapshot
+from fairseq_gradinit.scales import Snapshot
 
 
 def take_snapshot(

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from fairseq_gradinit.report.runs import Run
-from fairseq_gradinit.scales.effect import Change
+from fairseq_gradinit.scales import Change
 
 COLOURS = [f"C{i}" for i in range(10)]
 MARKERS = "os^DvPX*"

@@ -19,8 +19,8 @@ from fairseq_gradinit import __version__
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.report import figures as report_figures
 from fairseq_gradinit.report.runs import Run
-from fairseq_gradinit.scales.file import BlockScale, kinds_of_blocks
-from fairseq_gradinit.storage.files import write_atomically
+from fairseq_gradinit.scales import BlockScale, kinds_of_blocks
+from fairseq_gradinit.storage import write_atomically
 
 
 @dataclass(frozen=True)

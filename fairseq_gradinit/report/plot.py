@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from fairseq_gradinit.scales.file import BlockScale, Scales, kinds_of_blocks
+from fairseq_gradinit.scales import BlockScale, Scales, kinds_of_blocks
 
 Curve = Sequence[tuple[int, float]]
 

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fairseq_gradinit.errors import GradInitError
+from fairseq_gradinit.scales import Change, Effect, Scales
 from fairseq_gradinit.scales import effect as effects
 from fairseq_gradinit.scales import file as scales_files
-from fairseq_gradinit.scales.effect import Change, Effect
-from fairseq_gradinit.scales.file import Scales
 
 logger = logging.getLogger(__name__)
 

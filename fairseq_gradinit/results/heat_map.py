@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.results.records import RunRecord, trains
 from fairseq_gradinit.results.tables import by
-from fairseq_gradinit.storage.files import write_atomically
+from fairseq_gradinit.storage import write_atomically
 
 LOSS = "validation loss, base 2"
 

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fairseq_gradinit.results.circumstances import Circumstances
-from fairseq_gradinit.storage.json_lines import append_line, read_lines
-from fairseq_gradinit.storage.typed_json import parse
+from fairseq_gradinit.storage import append_line, parse, read_lines
 
 VERSION = 1
 

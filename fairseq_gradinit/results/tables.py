@@ -13,7 +13,7 @@ from typing import TypeVar
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.results.circumstances import source
 from fairseq_gradinit.results.records import Comparison, RunRecord, Settings, TestScores
-from fairseq_gradinit.storage.typed_json import parse
+from fairseq_gradinit.storage import parse
 
 T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)

@@ -1,1 +1,34 @@
-"""scales"""
+"""What a run of GradInit leaves beside its checkpoints.
+
+`Scales` is the file of the learned scales (SCALES_FILE), with the settings and the iterations that
+they come from; it loads, checks, saves and applies them. `Effect` is the file of what the scales
+did to the norms of the weights and to the residual branches (EFFECT_FILE). `differing_scales` and
+`differing_settings` compare two runs.
+"""
+
+from fairseq_gradinit.scales.diff import differing_scales, differing_settings
+from fairseq_gradinit.scales.effect import EFFECT_FILE, Change, Effect, Snapshot, effect_between
+from fairseq_gradinit.scales.file import (
+    SCALES_FILE,
+    BlockScale,
+    Scales,
+    kinds_of_blocks,
+    size_changes,
+    some,
+)
+
+__all__ = [
+    "EFFECT_FILE",
+    "SCALES_FILE",
+    "BlockScale",
+    "Change",
+    "Effect",
+    "Scales",
+    "Snapshot",
+    "differing_scales",
+    "differing_settings",
+    "effect_between",
+    "kinds_of_blocks",
+    "size_changes",
+    "some",
+]

@@ -8,8 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fairseq_gradinit.errors import GradInitError
-from fairseq_gradinit.storage.files import abbreviate, parse_json, write_atomically
-from fairseq_gradinit.storage.typed_json import parse
+from fairseq_gradinit.storage import abbreviate, parse, parse_json, write_atomically
 
 FORMAT = "fairseq-gradinit-effect"
 VERSION = 1

@@ -13,16 +13,17 @@ from typing import Any
 
 import torch
 
-from fairseq_gradinit.engine.blocks import (
+from fairseq_gradinit.engine import (
     BLOCK_STATES,
     Block,
     BlockState,
+    Iteration,
     base_weights,
+    parse_iteration,
     set_weights,
 )
-from fairseq_gradinit.engine.history import Iteration, parse_iteration
 from fairseq_gradinit.errors import GradInitError
-from fairseq_gradinit.storage.files import (
+from fairseq_gradinit.storage import (
     abbreviate,
     parse_json,
     require_finite,

@@ -1,1 +1,29 @@
-"""storage"""
+"""Small JSON files, written whole or not at all and read with distrust.
+
+`write_atomically` replaces a file; `append_line` and `read_lines` keep a file of JSON lines that
+several processes may append to. `parse` makes a dataclass of what JSON holds, `parse_json` refuses
+repeated keys, and the `require_` functions check single values.
+"""
+
+from fairseq_gradinit.storage.files import (
+    abbreviate,
+    parse_json,
+    require_finite,
+    require_printable,
+    require_type,
+    write_atomically,
+)
+from fairseq_gradinit.storage.json_lines import append_line, read_lines
+from fairseq_gradinit.storage.typed_json import parse
+
+__all__ = [
+    "abbreviate",
+    "append_line",
+    "parse",
+    "parse_json",
+    "read_lines",
+    "require_finite",
+    "require_printable",
+    "require_type",
+    "write_atomically",
+]

@@ -19,8 +19,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from fairseq_gradinit.engine.determinism import deterministic
-from fairseq_gradinit.engine.processes import Processes
+from fairseq_gradinit.engine import Processes, deterministic
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.plugin.branches import Stack, branch_names, stacks, variances
 from fairseq_gradinit.plugin.loss import TaskLoss
