@@ -8,9 +8,9 @@ from itertools import count
 from typing import Any
 
 import numpy as np
-from fairseq.data import iterators
 
 from fairseq_gradinit.errors import GradInitError
+from fairseq_gradinit.plugin.session import TrainingBatches
 
 GROUPS, SENTENCES = 8, 4
 """Groups of sentences of one size that are looked at, and sentences in each."""
@@ -36,23 +36,22 @@ class ProbeData:
     def __init__(self, trainer: Any) -> None:
         dataset_cfg = trainer.cfg.dataset
         dataset = trainer.task.dataset(dataset_cfg.train_subset)
-        epoch_itr = trainer.get_train_iterator(epoch=1, load_dataset=False)
-        batches = getattr(epoch_itr, "frozen_batches", None)
-        if batches is None:
+        batches = TrainingBatches(trainer)
+        if batches.indices is None:
             raise GradInitError(
                 f"the check looks at sentences by index, which the streaming data of "
                 f"{type(dataset).__name__} do not allow: check with indexed data of the same model"
             )
-        if not batches:
+        if not len(batches.indices):
             raise GradInitError("no training sentence fits in a batch: raise --max-tokens")
-        indices = np.sort(np.concatenate([np.asarray(batch) for batch in batches]))
+        indices = np.sort(batches.indices)
         scanned = indices[:: -(-len(indices) // SCANNED)]
         groups = groups_of_one_size(
             {int(i): np.ravel(dataset.size(i)).tolist() for i in scanned},
             dataset_cfg.max_tokens or TOKENS,
         )
         self.looked = [dataset.collater([dataset[i] for i in group]) for group in groups]
-        self._source = _endless(epoch_itr, trainer.cfg)
+        self._source = iter(batches)
         self._drawn: list[Any] = []
 
     def __iter__(self) -> Iterator[Any]:
@@ -61,15 +60,6 @@ class ProbeData:
             if i == len(self._drawn):
                 self._drawn.append(next(self._source))
             yield self._drawn[i]
-
-
-def _endless(epoch_itr: Any, cfg: Any) -> Iterator[Any]:
-    while True:
-        epoch = epoch_itr.next_epoch_itr(
-            fix_batches_to_gpus=cfg.distributed_training.fix_batches_to_gpus,
-            shuffle=epoch_itr.next_epoch_idx > cfg.dataset.curriculum,
-        )
-        yield from iterators.GroupedIterator(epoch, cfg.optimization.update_freq[0])
 
 
 def groups_of_one_size(sizes: Mapping[int, Sequence[int]], tokens: int) -> list[list[int]]:

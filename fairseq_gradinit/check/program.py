@@ -132,22 +132,22 @@ def probe_all(options: argparse.Namespace, folder: Path) -> tuple[float, list[Pr
     """The learning rate of the command, and its probes: that rate first, then from low to high.
 
     Raises:
-        GradInitError: see `Session`.
+        GradInitError: see `Prober`.
     """
     try:
-        from fairseq_gradinit.check.probes import Session
+        from fairseq_gradinit.check.probes import Prober
     except ModuleNotFoundError as error:
         raise GradInitError(f"the check needs fairseq, and {error}") from error
-    session = Session(options.training, folder)
+    prober = Prober(options.training, folder)
     others = sorted({*options.rates} - {1.0})
     looked = {*LOOKS, *range(20, options.updates, 20), options.updates}
     probes = []
     for multiple in (1.0, *others):
         for arm in ARMS:
-            lr = multiple * session.lr
-            probes.append(session.run(arm, lr, options.updates, looked))
+            lr = multiple * prober.lr
+            probes.append(prober.run(arm, lr, options.updates, looked))
             logger.info("%s, lr %g: %.0f s", arm.title, lr, probes[-1].seconds)
-    return session.lr, probes
+    return prober.lr, probes
 
 
 # ---- What is printed and written.
