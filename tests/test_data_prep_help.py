@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 from dataprep import DataPrepError, help_pages
+from dataprep.corpora import LIBREOFFICE_HELP
 from dataprep.help_pages import AlignedPages, read_pages
-from dataprep.packages import obtain_packages, package_version, read_members
+from dataprep.packages import check_versions, obtain_packages, package_version, read_members
 from dataprep.pairs import Pair
 
 DE, EN = "libreoffice-help-de", "libreoffice-help-en-us"
@@ -274,10 +275,10 @@ def test_folder_without_the_packages(tmp_path):
 @needs_dpkg
 def test_versions_must_fit_together(tmp_path):
     write_both(tmp_path / "ubuntu", ("1:7.4.7-0ubuntu1", VERSION))
-    assert len(obtain_packages([DE, EN], tmp_path, tmp_path / "ubuntu")) == 2
+    check_versions(obtain_packages([DE, EN], tmp_path, tmp_path / "ubuntu"))
     write_both(tmp_path / "mixed", ("4:25.2.3-2", VERSION))
     with pytest.raises(DataPrepError) as caught:
-        obtain_packages([DE, EN], tmp_path, tmp_path / "mixed")
+        LIBREOFFICE_HELP.origin.obtain(("de", "en"), tmp_path, str(tmp_path / "mixed"))
     for shown in (f"{DE} 4:25.2.3-2", f"{EN} {VERSION}", str(tmp_path / "mixed")):
         assert shown in str(caught.value)
 

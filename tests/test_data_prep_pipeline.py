@@ -26,7 +26,7 @@ from dataprep import (
 from dataprep.catalogues import JsonCatalogues
 from dataprep.checksums import file_sha256
 from dataprep.corpora import CORPORA, QUICKSTART, Corpus
-from dataprep.origins import Wheels
+from dataprep.origins import Domains, Wheels
 from dataprep.splitting import HeldOut
 from dataprep.steps import run_step
 from dataprep.wheels import Wheel, obtain_wheels
@@ -42,7 +42,7 @@ THINGS = {
 }  # fmt: skip
 
 
-def catalogue_wheel(folder, name="mini-1.0-py3-none-any.whl"):
+def catalogue_wheel(folder, name="mini-1.0-py3-none-any.whl", on=("on", "ein")):
     """A wheel of 640 messages, and its pin."""
     folder.mkdir(parents=True, exist_ok=True)
     english, german = {}, {}
@@ -50,8 +50,8 @@ def catalogue_wheel(folder, name="mini-1.0-py3-none-any.whl"):
         for thing, ding in THINGS.items():
             for other, anderes in THINGS.items():
                 key = f"{number}_{thing}_{other}"
-                english[key] = f"Turn on the {thing} {number} next to the {other}."
-                german[key] = f"{ding} {nummer} neben {anderes} einschalten."
+                english[key] = f"Turn {on[0]} the {thing} {number} next to the {other}."
+                german[key] = f"{ding} {nummer} neben {anderes} {on[1]}schalten."
     with zipfile.ZipFile(folder / name, "w") as archive:
         for language, messages in (("en", english), ("de", german)):
             entry = zipfile.ZipInfo(f"mini/a/{language}.json", (2020, 1, 1, 0, 0, 0))
@@ -174,6 +174,35 @@ def test_two_runs_agree_byte_for_byte_and_fairseq_reads_the_result(command, fair
     reference = (folder / "text/test.en").read_text(encoding="utf-8").splitlines()
     assert text == reference
     assert sacrebleu.corpus_bleu(text, [reference]).score == pytest.approx(100)
+
+
+def test_each_domain_has_a_test_set(command, corpus, fairseq_here, tmp_path, monkeypatch):
+    wheel = catalogue_wheel(tmp_path / "wheels", "off-1.0-py3-none-any.whl", ("off", "aus"))
+    other = replace(wheel, project="off")
+    domains = Domains((("on", corpus.origin), ("off", Wheels((other,)))))
+    monkeypatch.setitem(CORPORA, "mini", replace(corpus, origin=domains))
+    assert command("--tokenisation", "moses+bpe") == 0
+
+    out = tmp_path / "out"
+    manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+    assert [described["domain"] for described in manifest["inputs"]] == ["on", "off"]
+    sizes = {part: size["pairs"] for part, size in manifest["parts"].items()}
+    kept = sum(manifest["pairs_kept"].values())
+    assert set(manifest["pairs_kept"]) == {"mini", "off"}
+    train = kept - 2 * (8 + 16)
+    assert sizes == {"train": train, "valid": 16, "test": 32, "test-on": 16, "test-off": 16}
+    sets = [(out / f"text/test{name}.en").read_text() for name in ("", "-on", "-off")]
+    assert sets[0] == sets[1] + sets[2]
+    assert all("Turn off" in line for line in sets[2].splitlines())
+    # In pieces and in fairseq's data, a test set has the name that it has as text.
+    for suffix in ("de.bin", "de.idx", "en.bin", "en.idx"):
+        binaries = {p.name for p in (out / "data-bin").glob(f"*.{suffix}")}
+        assert binaries == {f"{part}.de-en.{suffix}" for part in sizes}
+    from fairseq.data import data_utils
+
+    dataset = data_utils.load_indexed_dataset(str(out / "data-bin/test-off.de-en.en"), None, "mmap")
+    pieces = (out / "subwords/test-off.en").read_text(encoding="utf-8").splitlines()
+    assert [len(sentence) - 1 for sentence in dataset] == [len(line.split()) for line in pieces]
 
 
 def test_finished_steps_are_skipped_and_changed_ones_redone(

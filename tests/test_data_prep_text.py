@@ -8,10 +8,17 @@ import struct
 import zipfile
 from collections import Counter
 from dataclasses import replace
+from itertools import repeat
 
 import pytest
-from dataprep import DataPrepError
-from dataprep.catalogues import GettextCatalogues, JsonCatalogues, read_wheel
+from dataprep import DataPrepError, catalogues
+from dataprep.catalogues import (
+    GettextCatalogues,
+    JsonCatalogues,
+    read_package,
+    read_wheel,
+    without_mnemonic,
+)
 from dataprep.cleaning import Cleaning, clean
 from dataprep.corpora import QUICKSTART
 from dataprep.filters import (
@@ -230,6 +237,47 @@ def test_gettext_catalogues_align_by_message(tmp_path):
     assert [Pair(p.second, p.first) for p in swapped] == pairs
 
 
+@pytest.mark.parametrize(
+    ("marks", "text", "other", "expected"),
+    [
+        ("_", "_Open", "\u00d6_ffnen", "Open"),
+        ("_", "\u00d6_ffnen", "_Open", "\u00d6ffnen"),
+        ("_", "_Text", "_Text", "Text"),
+        ("_", "Set max_width", "max_width setzen", "Set max_width"),
+        ("_", "_Save my_file", "Datei sichern", "_Save my_file"),
+        ("_", "%(first_name)s _left", "%(first_name)s ging", "%(first_name)s left"),
+        ("&", "Rol&l on", "Rol&l an", "Roll on"),
+        ("&", "AT&T & others", "AT&T und andere", "AT&T & others"),
+        ("&", "1 &lt; 2", "1 &lt; 2", "1 &lt; 2"),
+        ("_~", "~File", "~Datei", "File"),
+        ("", "_Open", "\u00d6_ffnen", "_Open"),
+    ],
+)
+def test_mnemonics(marks, text, other, expected):
+    assert without_mnemonic(text, other, marks) == expected
+
+
+def test_catalogues_in_a_package(tmp_path, monkeypatch):
+    place = "usr/share/locale/{}/LC_MESSAGES/game.mo"
+    messages = {"?city:_Big [[of size]]one": "G_ro\u00dfe", "?x:Fall": "Herbst"}
+    members = {place.format("de"): compiled_catalogue(messages), place.format("fr"): b"French"}
+    asked = []
+
+    def read_members(path, wanted):
+        names = [name for name in members if wanted(name)]
+        asked.extend(names)
+        return ((name, members[name]) for name in names)
+
+    monkeypatch.setattr(catalogues, "read_members", read_members)
+    reader = GettextCatalogues(place.format("{language}"), "en", "_", r"^\?\w+:|\[\[.*?\]\]")
+    pairs = read_package(tmp_path / "game.deb", reader, ("de", "en"))
+    assert set(pairs[1:]) == {Pair("Gro\u00dfe", "Big one"), Pair("Herbst", "Fall")}
+    assert asked == [place.format("de")]
+    members.clear()
+    with pytest.raises(DataPrepError, match=r"game\.deb has no message catalogues for de and en"):
+        read_package(tmp_path / "game.deb", reader, ("de", "en"))
+
+
 def both(english, german):
     return {
         f"app/a/translations/{code}.json": text
@@ -335,11 +383,11 @@ PAIRS = st.lists(st.builds(Pair, SENTENCES, SENTENCES), max_size=60)
 LOOSE = Cleaning("plain typography", (Empty(), TooShort(1)), drop_duplicates=True)
 
 
-def divided(split, pairs, seed=1):
+def divided(split, pairs, seed=1, domains=None):
     """The pairs of each part."""
     parts = {"train": [], "valid": [], "test": []}
-    for part, pair in split.divide(iter(pairs), seed):
-        parts[part].append(pair)
+    for part, pair in split.divide(zip(domains or repeat(""), pairs, strict=False), seed):
+        parts.setdefault(part, []).append(pair)
     return parts
 
 
@@ -364,6 +412,22 @@ def test_held_out_pairs_depend_on_the_seed_and_not_on_the_order():
     backwards = divided(HeldOut(4, 5), pairs[::-1])
     assert (parts["valid"], parts["test"]) == (backwards["valid"], backwards["test"])
     assert divided(HeldOut(4, 5), pairs, seed=2)["test"] != parts["test"]
+
+
+def test_pairs_of_each_domain_are_held_out():
+    letters = "abcdefghijklmnopqrst"
+    pairs = [Pair(f"{x} one", f"{x} eins") for x in letters]
+    # What occurs in another domain too is in no test set.
+    pairs += [Pair(f"{x} two", f"{x} zwei") for x in letters] + [Pair("a one", "A two")]
+    domains = ["left"] * 20 + ["right"] * 21
+    parts = divided(HeldOut(2, 3), pairs, domains=domains)
+    assert parts["test"] == parts["test-left"] + parts["test-right"]
+    assert (len(parts["test-left"]), len(parts["test-right"]), len(parts["valid"])) == (3, 3, 4)
+    assert set(parts["test-left"]) <= set(pairs[:20])
+    assert sorted(parts["train"] + parts["valid"] + parts["test"]) == sorted(pairs)
+    assert {pairs[0], pairs[20], pairs[40]} <= set(parts["train"])
+    with pytest.raises(DataPrepError, match="The domain left has 20 clean pairs, of which 19 can"):
+        divided(HeldOut(10, 10), pairs, domains=domains)
 
 
 def test_holding_out_needs_enough_pairs():

@@ -3,10 +3,10 @@
 import importlib.metadata
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from dataprep import DataPrepError
-from dataprep.pairs import PARTS
 from dataprep.steps import Report
 
 
@@ -14,6 +14,7 @@ def make_binary(
     folder: Path,
     subwords: Path,
     direction: tuple[str, str],
+    parts: Sequence[str],
     dictionary: Path | None,
     joined: bool,
     workers: int,
@@ -23,6 +24,7 @@ def make_binary(
     Args:
         folder: to write to.
         direction: source and target language.
+        parts: train, valid, test and any further test sets.
         dictionary: of both languages; None to make it of what occurs in training.
         joined: whether both languages share the one that is made.
 
@@ -34,8 +36,9 @@ def make_binary(
     command += ["--joined-dictionary"] if joined else []
     command += ["--srcdict", str(dictionary)] if dictionary is not None else []
     command += ["--destdir", str(folder)]
-    for part in PARTS:
-        command += [f"--{part}pref", str(subwords / part)]
+    tests = [part for part in parts if part not in ("train", "valid")]
+    for part, names in (("train", ["train"]), ("valid", ["valid"]), ("test", tests)):
+        command += [f"--{part}pref", ",".join(str(subwords / name) for name in names)]
     result = subprocess.run(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False
     )
@@ -47,6 +50,10 @@ def make_binary(
         )
     # It holds times and paths, by which two runs would differ.
     (folder / "preprocess.log").unlink(missing_ok=True)
+    # It numbers test sets. A name serves --gen-subset as well, and says which one it is.
+    for number, name in enumerate(tests[1:], start=1):
+        for path in folder.glob(f"test{number}.*"):
+            path.rename(folder / path.name.replace(f"test{number}", name, 1))
     dictionaries = {path.name: path for path in sorted(folder.glob("dict.*.txt"))}
     return {"dictionaries": {name: _entries(path) for name, path in dictionaries.items()}}
 

@@ -1,13 +1,15 @@
-"""Reads aligned pairs out of message catalogues in wheels, without unpacking or importing anything.
+"""Reads aligned pairs out of message catalogues, without unpacking or importing anything.
 
 A catalogue maps keys to text. Two catalogues of one program share their keys, so that a pair is
-what the two languages say for one key. Wheels are read as zip archives, member by member.
+what the two languages say for one key. Wheels are read as zip archives, member by member; of Debian
+packages only the catalogues are.
 """
 
 import fnmatch
 import gettext
 import io
 import json
+import re
 import struct
 import zipfile
 import zlib
@@ -17,16 +19,50 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dataprep import DataPrepError
+from dataprep.normalising import PLACEHOLDER
+from dataprep.packages import read_members
 from dataprep.pairs import Pair
 
 # gettext joins a message's context and its text with this character.
 _CONTEXT_SEPARATOR = "\x04"
 
 
-class Reader(Protocol):
-    """Knows where a wheel keeps its catalogues and how to align them."""
+class Archive(Protocol):
+    """What a reader needs of a zip archive, and `Catalogues` has too."""
 
-    def read(self, archive: zipfile.ZipFile, languages: tuple[str, str]) -> Iterator[Pair]:
+    @property
+    def filename(self) -> str | None:
+        """Its path."""
+
+    def namelist(self) -> list[str]:
+        """The names of all files."""
+
+    def read(self, name: str, /) -> bytes:
+        """The content of one of them."""
+
+
+@dataclass(frozen=True)
+class Catalogues:
+    """Catalogues out of a Debian package, by their names there."""
+
+    filename: str
+    files: dict[str, bytes]
+
+    def namelist(self) -> list[str]:
+        return list(self.files)
+
+    def read(self, name: str, /) -> bytes:
+        return self.files[name]
+
+
+class Reader(Protocol):
+    """Knows where a wheel or a package keeps its catalogues and how to align them."""
+
+    @property
+    def pattern(self) -> str:
+        """The catalogues' names."""
+
+    def read(self, archive: Archive, languages: tuple[str, str]) -> Iterator[Pair]:
         """Yield the aligned pairs, in an order that depends on the archive's content alone.
 
         Raises:
@@ -45,7 +81,7 @@ class JsonCatalogues:
 
     pattern: str
 
-    def read(self, archive: zipfile.ZipFile, languages: tuple[str, str]) -> Iterator[Pair]:
+    def read(self, archive: Archive, languages: tuple[str, str]) -> Iterator[Pair]:
         first, second = (_members(archive, self.pattern, language) for language in languages)
         for place in _common(first, second, self.pattern, archive, languages):
             other = dict(_leaves(_load_json(archive, second[place])))
@@ -61,12 +97,18 @@ class GettextCatalogues:
     Attributes:
         pattern: the files' names; "{language}" and "*" as in `JsonCatalogues`.
         message_language: the language of the keys (gettext's msgid).
+        mnemonics: characters of which one in a label marks the letter that chooses it, as in
+            "_Open" or "&Open". They are left out.
+        asides: a regular expression for what is in messages and is not shown, such as what tells
+            apart two of the same text. It is left out. gettext's own contexts always are.
     """
 
     pattern: str
     message_language: str
+    mnemonics: str = ""
+    asides: str = ""
 
-    def read(self, archive: zipfile.ZipFile, languages: tuple[str, str]) -> Iterator[Pair]:
+    def read(self, archive: Archive, languages: tuple[str, str]) -> Iterator[Pair]:
         if self.message_language not in languages:
             raise DataPrepError(
                 f"{_name(archive)} holds messages in {self.message_language!r}, which is not one "
@@ -77,8 +119,42 @@ class GettextCatalogues:
         if not translated:
             raise _nothing_found(archive, self.pattern, languages)
         for place in sorted(translated):
-            for message, translation in _load_mo(archive, translated[place]):
+            for pair in _load_mo(archive, translated[place]):
+                message, translation = self._shown(*pair)
                 yield Pair(message, translation) if keys_first else Pair(translation, message)
+
+    def _shown(self, *pair: str) -> tuple[str, str]:
+        """What a reader sees of a message and its translation."""
+        first, second = (re.sub(self.asides, "", text) if self.asides else text for text in pair)
+        return (
+            without_mnemonic(first, second, self.mnemonics),
+            without_mnemonic(second, first, self.mnemonics),
+        )
+
+
+def without_mnemonic(text: str, other: str, marks: str) -> str:
+    """A label without the mark in it, if it has one, and only one.
+
+    A mark within a word may be part of a name: before a capital letter, as in "AT&T", and where it
+    is an underscore and the label in the other language has the same word, such as "max_width".
+
+    Args:
+        text: the label.
+        other: the same in the other language.
+        marks: the characters that can mark a letter.
+    """
+    if not marks:
+        return text
+    outside = PLACEHOLDER.sub(lambda match: " " * len(match[0]), text)
+    # HTML's entities, such as "&amp;", have no mark.
+    found = list(re.finditer(rf"(\w*?)([{re.escape(marks)}])(?!\w+;)\w+", outside))
+    if len(found) != 1:
+        return text
+    word, before, mark = found[0].group(0, 1, 2)
+    after = text[found[0].end(2)]
+    if before and (after.isupper() or (mark == "_" and word in re.findall(r"\w+", other))):
+        return text
+    return text[: found[0].start(2)] + text[found[0].end(2) :]
 
 
 def read_wheel(path: Path, reader: Reader, languages: tuple[str, str]) -> list[Pair]:
@@ -99,30 +175,44 @@ def read_wheel(path: Path, reader: Reader, languages: tuple[str, str]) -> list[P
         raise DataPrepError(f"{path} cannot be read as a zip archive: {error}.") from error
 
 
-def _name(archive: zipfile.ZipFile) -> str:
+def read_package(path: Path, reader: Reader, languages: tuple[str, str]) -> list[Pair]:
+    """Read all aligned pairs of one Debian package.
+
+    Raises:
+        DataPrepError: the package cannot be read, or `reader` finds no usable catalogue in it.
+    """
+    patterns = [reader.pattern.replace("{language}", language) for language in languages]
+    members = read_members(path, lambda name: any(_matches(name, p) for p in patterns))
+    return list(reader.read(Catalogues(str(path), dict(members)), languages))
+
+
+def _name(archive: Archive) -> str:
     return Path(archive.filename or "the archive").name
 
 
-def _members(archive: zipfile.ZipFile, pattern: str, language: str) -> dict[str, str]:
+def _members(archive: Archive, pattern: str, language: str) -> dict[str, str]:
     """Names of the catalogues in one language, by what is the same in every language."""
     wanted = pattern.replace("{language}", language)
-    depth = wanted.count("/")
     before, _, _ = pattern.partition("{language}")
     folders = before.count("/")
     found = {}
     for name in archive.namelist():
-        if name.count("/") == depth and fnmatch.fnmatchcase(name, wanted):
+        if _matches(name, wanted):
             parts = name.split("/")
             parts[folders] = "{language}"
             found["/".join(parts)] = name
     return found
 
 
+def _matches(name: str, pattern: str) -> bool:
+    return name.count("/") == pattern.count("/") and fnmatch.fnmatchcase(name, pattern)
+
+
 def _common(
     first: dict[str, str],
     second: dict[str, str],
     pattern: str,
-    archive: zipfile.ZipFile,
+    archive: Archive,
     languages: tuple[str, str],
 ) -> list[str]:
     places = sorted(first.keys() & second.keys())
@@ -131,16 +221,14 @@ def _common(
     return places
 
 
-def _nothing_found(
-    archive: zipfile.ZipFile, pattern: str, languages: tuple[str, str]
-) -> DataPrepError:
+def _nothing_found(archive: Archive, pattern: str, languages: tuple[str, str]) -> DataPrepError:
     return DataPrepError(
         f"{_name(archive)} has no message catalogues for {' and '.join(languages)} under "
-        f"{pattern!r}: this is not the wheel that the corpus was made for."
+        f"{pattern!r}: this is not what the corpus was made for."
     )
 
 
-def _load_json(archive: zipfile.ZipFile, name: str) -> dict[str, Any]:
+def _load_json(archive: Archive, name: str) -> dict[str, Any]:
     try:
         content = json.loads(archive.read(name))
     except (ValueError, RecursionError) as error:  # a wrong encoding is a ValueError too
@@ -161,7 +249,7 @@ def _leaves(
             yield (*path, key), value
 
 
-def _load_mo(archive: zipfile.ZipFile, name: str) -> Iterator[tuple[str, str]]:
+def _load_mo(archive: Archive, name: str) -> Iterator[tuple[str, str]]:
     """Messages and translations of one .mo file, in the file's order."""
     try:
         translations = gettext.GNUTranslations(io.BytesIO(archive.read(name)))

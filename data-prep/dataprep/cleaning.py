@@ -56,6 +56,7 @@ def clean(
     languages: tuple[str, str],
     removed: Counter[str],
     workers: int = 1,
+    seen: set[bytes] | None = None,
 ) -> Iterator[Pair]:
     """Normalise pairs, apply the filters and drop duplicates, of which the first stays.
 
@@ -64,10 +65,12 @@ def clean(
 
     Args:
         removed: counts, by the names of `cleaning`, are added to it as the stream is read.
+        seen: the keys of the pairs before these, to which those of these are added; None if there
+            are none.
     """
+    seen = set() if seen is None else seen
     removed.update(dict.fromkeys(cleaning.names(), 0))
     screen = partial(_screen, cleaning, languages)
-    seen: set[bytes] = set()
     for outcome in ordered_map(screen, chunks(pairs), workers):
         removed.update(outcome.removed)
         if not cleaning.drop_duplicates:

@@ -20,7 +20,17 @@ from dataprep.filters import (
     WrongScript,
 )
 from dataprep.moses import Moses
-from dataprep.origins import HelpPackages, Origin, PublishedTexts, ReversedDigits, Terms, Wheels
+from dataprep.origins import (
+    CataloguePackage,
+    CataloguePackages,
+    Domains,
+    HelpPackages,
+    Origin,
+    PublishedTexts,
+    ReversedDigits,
+    Terms,
+    Wheels,
+)
 from dataprep.splitting import AsPublished, EveryNth, HeldOut, Split
 from dataprep.texts import TextSource
 from dataprep.wheels import Wheel
@@ -73,42 +83,42 @@ class Corpus:
 
 MB = 1_000_000
 
+_QUICKSTART_WHEELS = Wheels(
+    (
+        Wheel(
+            project="homeassistant",
+            version="2026.11.0",
+            filename="homeassistant-2026.11.0-py3-none-any.whl",
+            sha256="7ca5fbde9dea879ac7723949fc84347aac5182e6309c357b2e4973fd391b00f7",
+            licence="Apache-2.0",
+            licence_evidence="License-Expression in the wheel's METADATA",
+            citation="The Home Assistant authors and translators, Home Assistant Core 2026.11.0",
+            reader=JsonCatalogues("homeassistant/components/*/translations/{language}.json"),
+        ),
+        Wheel(
+            project="pretix",
+            version="2026.8.0",
+            filename="pretix-2026.8.0-py3-none-any.whl",
+            sha256="a78932e698778d873530d67f25a57c28d1c09b1bfb1a22ec817c00d90397db85",
+            licence="Apache-2.0",
+            licence_evidence=(
+                "LICENSE in the wheel's metadata: pretix is under the AGPL-3.0 with additional "
+                "terms, its translation files, and they alone are read, under the Apache-2.0"
+            ),
+            citation="The pretix authors and translators, pretix 2026.8.0",
+            reader=GettextCatalogues(
+                "pretix/locale/{language}/LC_MESSAGES/*.mo", message_language="en"
+            ),
+        ),
+    )
+)
+
 QUICKSTART = Corpus(
     name="quickstart",
     summary="English-German messages of Home Assistant and pretix, out of two Python wheels",
     languages=("en", "de"),
     default_source="de",
-    origin=Wheels(
-        (
-            Wheel(
-                project="homeassistant",
-                version="2026.11.0",
-                filename="homeassistant-2026.11.0-py3-none-any.whl",
-                sha256="7ca5fbde9dea879ac7723949fc84347aac5182e6309c357b2e4973fd391b00f7",
-                licence="Apache-2.0",
-                licence_evidence="License-Expression in the wheel's METADATA",
-                citation=(
-                    "The Home Assistant authors and translators, Home Assistant Core 2026.11.0"
-                ),
-                reader=JsonCatalogues("homeassistant/components/*/translations/{language}.json"),
-            ),
-            Wheel(
-                project="pretix",
-                version="2026.8.0",
-                filename="pretix-2026.8.0-py3-none-any.whl",
-                sha256="a78932e698778d873530d67f25a57c28d1c09b1bfb1a22ec817c00d90397db85",
-                licence="Apache-2.0",
-                licence_evidence=(
-                    "LICENSE in the wheel's metadata: pretix is under the AGPL-3.0 with additional "
-                    "terms, its translation files, and they alone are read, under the Apache-2.0"
-                ),
-                citation="The pretix authors and translators, pretix 2026.8.0",
-                reader=GettextCatalogues(
-                    "pretix/locale/{language}/LC_MESSAGES/*.mo", message_language="en"
-                ),
-            ),
-        )
-    ),
+    origin=_QUICKSTART_WHEELS,
     cleaning=Cleaning(
         "plain typography",
         (
@@ -395,6 +405,151 @@ LIBREOFFICE_HELP = Corpus(
     disk_bytes=60 * MB,
 )
 
+
+def _wheel(
+    project: str,
+    version: str,
+    filename: str,
+    sha256: str,
+    licence: tuple[str, str],
+    pattern: str,
+    mnemonics: str = "",
+) -> Wheel:
+    """A wheel of gettext catalogues in English; `licence` has where it is stated, too."""
+    return Wheel(
+        project,
+        version,
+        filename,
+        sha256,
+        *licence,
+        citation=f"The {project} authors and translators, {project} {version}",
+        reader=GettextCatalogues(pattern, "en", mnemonics),
+    )
+
+
+_GTK, _KDE = "_", "&"  # how labels mark the letter that chooses them
+_LOCALES = "usr/share/locale/{language}/LC_MESSAGES/*.mo"
+
+
+def _catalogues(
+    package: str,
+    program: str,
+    licence: str,
+    mnemonics: str = "",
+    asides: str = "",
+    pattern: str = _LOCALES,
+) -> CataloguePackage:
+    """A Debian package of gettext catalogues in English."""
+    return CataloguePackage(
+        package,
+        Terms(
+            licence,
+            f"usr/share/doc/{package}/copyright in the package",
+            f"The {program} authors and translators, {program}, in the version that the inputs "
+            "name",
+        ),
+        GettextCatalogues(pattern, "en", mnemonics, asides),
+    )
+
+
+_APPS = Wheels(
+    (
+        *_QUICKSTART_WHEELS.wheels,
+        _wheel(
+            "gramps",
+            "6.0.8",
+            "gramps-6.0.8-py3-none-any.whl",
+            "56f03bcb643320eb9f9892d4c3f8bbe7c4c4d2e4c71e56f598584af24561ec1c",
+            ("GPL-2.0-or-later", "License in the wheel's METADATA: GPL v2 or greater"),
+            "gramps-*.data/data/share/locale/{language}/LC_MESSAGES/gramps.mo",
+            _GTK,
+        ),
+        _wheel(
+            "weblate",
+            "2026.10.1",
+            "weblate-2026.10.1-py3-none-any.whl",
+            "27a779ceb05fec3665081df0d3f46f4b6ac0e3f499160a1c3cb145e8e35853d2",
+            ("GPL-3.0-or-later", "License-Expression in the wheel's METADATA"),
+            "weblate/locale/{language}/LC_MESSAGES/*.mo",
+        ),
+        _wheel(
+            "indico",
+            "3.3.14",
+            "indico-3.3.14-py3-none-any.whl",
+            "d98e030e0f21d22b9d9423d7cb3f9fca472ac5c2c4f3d8c5d7026ed3ed6c9811",
+            ("MIT", "License-Expression in the wheel's METADATA"),
+            "indico/translations/{language}_DE/LC_MESSAGES/messages.mo",
+        ),
+        _wheel(
+            "mayan-edms",
+            "4.12.2",
+            "mayan_edms-4.12.2-py2.py3-none-any.whl",
+            "5eb0deccb29199a7add33a757161f3f461aa3b00451de13027049258dd412f67",
+            ("GPL-2.0-only", "License in the wheel's METADATA"),
+            "mayan/apps/*/locale/{language}_DE/LC_MESSAGES/django.mo",
+        ),
+    )
+)
+_OFFICE = CataloguePackages(
+    (
+        _catalogues(
+            "libreoffice-l10n-de",
+            "LibreOffice",
+            "MPL-2.0",
+            "_~",
+            pattern="usr/lib/libreoffice/program/resource/{language}/LC_MESSAGES/*.mo",
+        ),
+    )
+)
+_GRAPHICS = CataloguePackages(
+    (
+        _catalogues("gimp-data", "GIMP", "GPL-3.0-or-later", _GTK),
+        _catalogues("inkscape", "Inkscape", "GPL", _GTK),
+        _catalogues("digikam-data", "digiKam", "GPL-2.0-or-later", _KDE),
+        _catalogues("krita-l10n", "Krita", "GPL and LGPL", _KDE),
+        _catalogues("darktable", "darktable", "GPL-3.0-or-later", _GTK),
+    )
+)
+_DESKTOP = CataloguePackages(
+    (
+        _catalogues("evolution-common", "Evolution", "LGPL-2.0-only OR LGPL-3.0-only", _GTK),
+        _catalogues("claws-mail-i18n", "Claws Mail", "GPL-3.0-or-later", _GTK),
+        _catalogues("pidgin-data", "Pidgin", "GPL-2.0-or-later", _GTK),
+        _catalogues("gnucash-common", "GnuCash", "GPL-2.0-or-later", _GTK),
+        _catalogues("kmymoney-common", "KMyMoney", "GPL-2.0-or-later", _KDE),
+        _catalogues("gnumeric-common", "Gnumeric", "GPL-2.0-only OR GPL-3.0-only", _GTK),
+        _catalogues("audacity-data", "Audacity", "CC-BY-3.0 OR GPL-2.0-or-later", _KDE),
+        # "Copy|C" has a mnemonic too, "Author[[the first]]" says what is meant.
+        _catalogues("lyx-common", "LyX", "GPL-2.0-or-later", _KDE, r"\|\w$|\[\[.*?\]\]"),
+    )
+)
+# "?female:Mayor %s" is a mayor who is a woman.
+_GAMES = CataloguePackages(
+    (_catalogues("freeciv-data", "Freeciv", "GPL-2.0-or-later", _GTK, r"^\?[^:]+:"),)
+)
+
+SOFTWARE_DE_EN = Corpus(
+    name="software-de-en",
+    summary="German-English messages of twenty programs and LibreOffice's manual: IWSLT'14's size",
+    languages=("de", "en"),
+    default_source="de",
+    origin=Domains(
+        (
+            ("apps", _APPS),
+            ("help", LIBREOFFICE_HELP.origin),
+            ("office", _OFFICE),
+            ("graphics", _GRAPHICS),
+            ("desktop", _DESKTOP),
+            ("games", _GAMES),
+        )
+    ),
+    cleaning=LIBREOFFICE_HELP.cleaning,
+    # Of each domain; multiples of 8 for the reason that the quickstart has.
+    split=HeldOut(valid=200, test=504),
+    vocab_size=10_000,
+    disk_bytes=450 * MB,
+)
+
 NUMBERS = Corpus(
     name="numbers",
     summary="digits in German words, backwards in English, for trying things out in seconds",
@@ -425,5 +580,6 @@ CORPORA = {
         WMT14_EN_DE,
         WMT14_EN_FR,
         LIBREOFFICE_HELP,
+        SOFTWARE_DE_EN,
     )
 }

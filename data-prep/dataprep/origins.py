@@ -1,18 +1,18 @@
 """Where text comes from: what is fetched, and how aligned pairs are read out of it."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count, islice
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from dataprep import DataPrepError
 from dataprep.archives import unpack
-from dataprep.catalogues import read_wheel
+from dataprep.catalogues import Reader, read_package, read_wheel
 from dataprep.checksums import file_sha256
 from dataprep.downloads import SourceFile, obtain_files
 from dataprep.help_pages import read_pages
-from dataprep.packages import obtain_packages, package_version
+from dataprep.packages import check_versions, obtain_packages, package_version
 from dataprep.pairs import Pair
 from dataprep.texts import TextSource, read_pairs
 from dataprep.wheels import Wheel, obtain_wheels
@@ -47,12 +47,14 @@ class Stretch:
         name: what they are counted under.
         pairs: the pairs, read as they are asked for.
         left_out: how much of the place is not among them, by the reason.
+        domain: what kind of text they are, where a corpus has several.
     """
 
     part: str
     name: str
     pairs: Iterator[Pair]
     left_out: Mapping[str, int] = field(default_factory=dict)
+    domain: str = ""
 
 
 class Origin(Protocol):
@@ -218,7 +220,9 @@ class HelpPackages:
 
     def obtain(self, languages: tuple[str, str], cache: Path, mirror: str | None) -> Files:
         names = [_package(language) for language in languages]
-        return obtain_packages(names, cache, _folder(mirror, "apt-get fetches the packages"))
+        files = obtain_packages(names, cache, _folder(mirror, "apt-get fetches the packages"))
+        check_versions(files)
+        return files
 
     def read(self, files: Files, languages: tuple[str, str], scratch: Path) -> Iterator[Stretch]:
         first, second = (files[_package(language)] for language in languages)
@@ -226,15 +230,92 @@ class HelpPackages:
         yield Stretch("train", "manual", iter(pages.pairs), pages.left_out)
 
     def inputs(self, files: Files) -> Inputs:
+        return [_package_input(name, path) for name, path in files.items()]
+
+
+@dataclass(frozen=True)
+class CataloguePackage:
+    """A Debian package of message catalogues.
+
+    Attributes:
+        name: the package's.
+        licensed: the terms of the messages.
+        reader: how aligned pairs are read out of it.
+    """
+
+    name: str
+    licensed: Terms
+    reader: Reader
+
+
+@dataclass(frozen=True)
+class CataloguePackages:
+    """Message catalogues in Debian's or Ubuntu's packages, all for training."""
+
+    packages: tuple[CataloguePackage, ...]
+
+    def terms(self) -> tuple[Terms, ...]:
+        return tuple(package.licensed for package in self.packages)
+
+    def obtain(self, languages: tuple[str, str], cache: Path, mirror: str | None) -> Files:
+        names = [package.name for package in self.packages]
+        return obtain_packages(names, cache, _folder(mirror, "apt-get fetches the packages"))
+
+    def read(self, files: Files, languages: tuple[str, str], scratch: Path) -> Iterator[Stretch]:
+        for package in self.packages:
+            pairs = read_package(files[package.name], package.reader, languages)
+            yield Stretch("train", package.name, iter(pairs))
+
+    def inputs(self, files: Files) -> Inputs:
+        return [_package_input(name, path) for name, path in files.items()]
+
+
+def _package_input(name: str, path: Path) -> dict[str, str]:
+    return {
+        "package": name,
+        "version": package_version(path),
+        "file": path.name,
+        "sha256": file_sha256(path),
+    }
+
+
+@dataclass(frozen=True)
+class Domains:
+    """Several origins, all for training, each of a domain with test sentences of its own.
+
+    Attributes:
+        origins: by the name of the domain, which its files are named for.
+    """
+
+    origins: tuple[tuple[str, Origin], ...]
+
+    def terms(self) -> tuple[Terms, ...]:
+        return tuple(terms for _, origin in self.origins for terms in origin.terms())
+
+    def obtain(self, languages: tuple[str, str], cache: Path, mirror: str | None) -> Files:
+        return {
+            f"{domain}/{name}": path
+            for domain, origin in self.origins
+            for name, path in origin.obtain(languages, cache, mirror).items()
+        }
+
+    def read(self, files: Files, languages: tuple[str, str], scratch: Path) -> Iterator[Stretch]:
+        for domain, origin in self.origins:
+            for stretch in origin.read(_of(domain, files), languages, scratch / domain):
+                yield replace(stretch, domain=domain)
+
+    def inputs(self, files: Files) -> Inputs:
         return [
-            {
-                "package": name,
-                "version": package_version(path),
-                "file": path.name,
-                "sha256": file_sha256(path),
-            }
-            for name, path in files.items()
+            {"domain": domain, **described}
+            for domain, origin in self.origins
+            for described in origin.inputs(_of(domain, files))
         ]
+
+
+def _of(domain: str, files: Files) -> Files:
+    """Those of a domain, under the names that its origin gave them."""
+    start = f"{domain}/"
+    return {n.removeprefix(start): path for n, path in files.items() if n.startswith(start)}
 
 
 def _package(language: str) -> str:

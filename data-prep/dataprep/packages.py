@@ -26,7 +26,7 @@ def obtain_packages(
     taken as it is. The caller should write down which files they were.
 
     Args:
-        names: of parts of one program, whose upstream versions must be the same.
+        names: of the packages.
         cache: the folder that fetched packages are kept in.
         local: a folder that holds all of them, as NAME_VERSION_ARCHITECTURE.deb; nothing is
             fetched then.
@@ -35,8 +35,7 @@ def obtain_packages(
         The path of each package, by its name.
 
     Raises:
-        DataPrepError: a package is missing from `local`, cannot be fetched or read, or is of
-            another upstream version than the rest.
+        DataPrepError: a package is missing from `local`, or cannot be fetched.
     """
     missing = [name for name in names if local is None and not _files(cache, name)]
     if missing:
@@ -44,7 +43,6 @@ def obtain_packages(
     paths = {name: _only_file(cache if local is None else local, name) for name in names}
     for name, path in paths.items():
         log.info("package %s: %s", path.name, "fetched" if name in missing else "already here")
-    _check_versions(paths)
     return paths
 
 
@@ -131,8 +129,12 @@ def _complaint(stderr: str) -> str:
     ].rstrip(".")
 
 
-def _check_versions(paths: Mapping[str, Path]) -> None:
-    """Refuse packages whose upstream versions differ; their epochs and revisions may."""
+def check_versions(paths: Mapping[str, Path]) -> None:
+    """Refuse packages whose upstream versions differ; their epochs and revisions may.
+
+    Raises:
+        DataPrepError: they differ, or one cannot be read.
+    """
     versions = {name: package_version(path) for name, path in paths.items()}
     if len({re.sub(r"^\d+:|-[^-]*$", "", version) for version in versions.values()}) > 1:
         found = " but ".join(f"{name} {version}" for name, version in versions.items())

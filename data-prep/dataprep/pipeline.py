@@ -105,8 +105,8 @@ def prepare(corpus: Corpus, options: Options) -> Path:
     log_text(text.report)
     moses = options.tokenisation == MOSES_BPE
     tokens = _tokens(corpus, options, text) if moses else None
-    subwords = _subwords(options, tokens or text, moses)
-    binary = _binary(corpus, options, subwords)
+    subwords = _subwords(options, text, tokens)
+    binary = _binary(corpus, options, text, subwords)
     steps = Steps(text, tokens, subwords, binary)
     write_json(manifest, _manifest(corpus, options, inputs, steps))
     return manifest
@@ -199,21 +199,30 @@ def _tokens(corpus: Corpus, options: Options, text: StepRecord) -> StepRecord:
         options.out / "tokens",
         ingredients,
         lambda folder: make_tokens(
-            folder, options.out / "text", options.languages, corpus.moses, options.workers
+            folder,
+            options.out / "text",
+            options.languages,
+            _parts(text),
+            corpus.moses,
+            options.workers,
         ),
     )
 
 
-def _subwords(options: Options, source: StepRecord, moses: bool) -> StepRecord:
+def _parts(text: StepRecord) -> tuple[str, ...]:
+    return tuple(text.report["parts"])
+
+
+def _subwords(options: Options, text: StepRecord, tokens: StepRecord | None) -> StepRecord:
     """Cut what the step before made, text or tokens of Moses, into pieces."""
     folder, tool, make = (
         ("tokens", "subword-nmt", make_bpe_subwords)
-        if moses
+        if tokens
         else ("text", "sentencepiece", make_sentencepiece_subwords)
     )
     ingredients = {
         "code": code_fingerprint(),
-        "source": source.files,
+        "source": (tokens or text).files,
         "vocab_size": options.vocab_size,
         tool: importlib.metadata.version(tool),
     }
@@ -221,12 +230,17 @@ def _subwords(options: Options, source: StepRecord, moses: bool) -> StepRecord:
         options.out / "subwords",
         ingredients,
         lambda partial: make(
-            partial, options.out / folder, options.languages, options.vocab_size, options.workers
+            partial,
+            options.out / folder,
+            options.languages,
+            _parts(text),
+            options.vocab_size,
+            options.workers,
         ),
     )
 
 
-def _binary(corpus: Corpus, options: Options, subwords: StepRecord) -> StepRecord:
+def _binary(corpus: Corpus, options: Options, text: StepRecord, subwords: StepRecord) -> StepRecord:
     pieces = options.out / "subwords"
     dictionary = pieces / DICTIONARY if DICTIONARY in subwords.files else None
     joined = dictionary is not None or corpus.joined_dictionary
@@ -241,7 +255,9 @@ def _binary(corpus: Corpus, options: Options, subwords: StepRecord) -> StepRecor
     return run_step(
         options.out / "data-bin",
         ingredients,
-        lambda folder: make_binary(folder, pieces, direction, dictionary, joined, options.workers),
+        lambda folder: make_binary(
+            folder, pieces, direction, _parts(text), dictionary, joined, options.workers
+        ),
     )
 
 
@@ -264,6 +280,7 @@ def _manifest(corpus: Corpus, options: Options, inputs: Inputs, steps: Steps) ->
         "left_out": text["left_out"],
         "pairs_read": text["read"],
         "pairs_removed": text["removed"],
+        "pairs_kept": text["kept"],
         "parts": text["parts"],
         "held_out_sentences_found_elsewhere": text["in_both"],
         "tokenisation": {

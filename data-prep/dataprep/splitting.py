@@ -13,14 +13,17 @@ from dataprep.pairs import Pair
 from dataprep.parallel import chunks, ordered_map
 
 Labelled = tuple[str, Pair]
-"""The name of a part, and one of its pairs."""
+"""A pair, after the name of the part or of the domain that it belongs to."""
 
 
 class Split(Protocol):
     """Says which of the pairs that were published for training are trained on."""
 
-    def divide(self, pairs: Iterable[Pair], seed: int) -> Iterator[Labelled]:
+    def divide(self, pairs: Iterable[Labelled], seed: int) -> Iterator[Labelled]:
         """Yield all pairs, each with the name of its part.
+
+        Args:
+            pairs: each with the name of its domain.
 
         Raises:
             DataPrepError: there are too few.
@@ -31,8 +34,8 @@ class Split(Protocol):
 class AsPublished:
     """All of them are; the other parts were published too."""
 
-    def divide(self, pairs: Iterable[Pair], seed: int) -> Iterator[Labelled]:
-        return (("train", pair) for pair in pairs)
+    def divide(self, pairs: Iterable[Labelled], seed: int) -> Iterator[Labelled]:
+        return (("train", pair) for _, pair in pairs)
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,8 @@ class EveryNth:
 
     n: int
 
-    def divide(self, pairs: Iterable[Pair], seed: int) -> Iterator[Labelled]:
-        for number, pair in enumerate(pairs, start=1):
+    def divide(self, pairs: Iterable[Labelled], seed: int) -> Iterator[Labelled]:
+        for number, (_, pair) in enumerate(pairs, start=1):
             yield ("train" if number % self.n else "valid"), pair
 
 
@@ -55,33 +58,45 @@ class HeldOut:
     case, punctuation, numbers and placeholders disregarded, occurs in no other pair on either side.
     Which pairs are held out depends on the seed and on each pair's text, not on their order, on the
     platform or on Python's random numbers. All pairs are held in memory.
+
+    Attributes:
+        valid: how many pairs of each domain are for validation.
+        test: how many for testing. Those of domains with a name also are a part of their own,
+            test-NAME.
     """
 
     valid: int
     test: int
 
-    def divide(self, pairs: Iterable[Pair], seed: int) -> Iterator[Labelled]:
+    def divide(self, pairs: Iterable[Labelled], seed: int) -> Iterator[Labelled]:
         everything = list(pairs)
-        test, valid = self._choose(everything, seed)
-        yield from (("test", pair) for pair in test)
-        yield from (("valid", pair) for pair in valid)
-        chosen = {*test, *valid}
-        yield from (("train", pair) for pair in everything if pair not in chosen)
-
-    def _choose(self, pairs: Sequence[Pair], seed: int) -> tuple[list[Pair], list[Pair]]:
         uses: Counter[str] = Counter()
-        for pair in pairs:
+        for _, pair in everything:
             uses.update({mask_key(pair.first), mask_key(pair.second)})
+        chosen = set()
+        for domain in dict.fromkeys(name for name, _ in everything) or [""]:
+            own = [pair for name, pair in everything if name == domain]
+            held_out = self._choose(domain, own, uses, seed)
+            chosen.update(held_out)
+            for number, pair in enumerate(held_out):
+                yield ("test" if number < self.test else "valid"), pair
+                if domain and number < self.test:
+                    yield f"test-{domain}", pair
+        yield from (("train", pair) for _, pair in everything if pair not in chosen)
+
+    def _choose(
+        self, domain: str, pairs: Sequence[Pair], uses: Mapping[str, int], seed: int
+    ) -> list[Pair]:
+        """Those of a domain that are held out, the ones for testing first."""
         unique = [p for p in pairs if uses[mask_key(p.first)] == uses[mask_key(p.second)] == 1]
         wanted = self.valid + self.test
         if len(unique) < wanted or len(pairs) <= wanted:
             raise DataPrepError(
-                f"The corpus has {len(pairs):,} clean pairs, of which {len(unique):,} can be held "
-                f"out; {wanted:,} are needed for validation and test, and some must be left to "
-                "train on."
+                f"The {f'domain {domain}' if domain else 'corpus'} has {len(pairs):,} clean pairs, "
+                f"of which {len(unique):,} can be held out; {wanted:,} are needed for validation "
+                "and test, and some must be left to train on."
             )
-        held_out = sorted(unique, key=lambda pair: _rank(pair, seed))[:wanted]
-        return held_out[: self.test], held_out[self.test :]
+        return sorted(unique, key=lambda pair: _rank(pair, seed))[:wanted]
 
 
 def _rank(pair: Pair, seed: int) -> bytes:

@@ -1,14 +1,13 @@
 """The steps that make tokens/ and subwords/: from text to the pieces that a model reads."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
 from dataprep import bpe, sentencepiece_model
 from dataprep.moses import Moses, tokenise
-from dataprep.pairs import PARTS
 from dataprep.parallel import chunks, ordered_map
 from dataprep.steps import Report
 from dataprep.texts import read_text
@@ -27,7 +26,12 @@ in memory, and subword-nmt all their different words."""
 
 
 def make_tokens(
-    folder: Path, text: Path, languages: tuple[str, str], moses: Moses, workers: int
+    folder: Path,
+    text: Path,
+    languages: tuple[str, str],
+    parts: Sequence[str],
+    moses: Moses,
+    workers: int,
 ) -> Report:
     """Write the text of `text` as the Moses tokeniser divides it, in files of the same names.
 
@@ -40,13 +44,19 @@ def make_tokens(
             text,
             folder,
             languages,
+            parts,
             workers,
         )
     }
 
 
 def make_bpe_subwords(
-    folder: Path, tokens: Path, languages: tuple[str, str], merges: int, workers: int
+    folder: Path,
+    tokens: Path,
+    languages: tuple[str, str],
+    parts: Sequence[str],
+    merges: int,
+    workers: int,
 ) -> Report:
     """Learn joint BPE on the training part of `tokens`, and cut all parts by it.
 
@@ -62,12 +72,17 @@ def make_bpe_subwords(
     encode = partial(bpe.encode_lines, folder / CODES)
     return {
         "learnt_from_lines": learnt_from,
-        "tokens": _map_parts(lambda _: encode, tokens, folder, languages, workers),
+        "tokens": _map_parts(lambda _: encode, tokens, folder, languages, parts, workers),
     }
 
 
 def make_sentencepiece_subwords(
-    folder: Path, text: Path, languages: tuple[str, str], vocab_size: int, workers: int
+    folder: Path,
+    text: Path,
+    languages: tuple[str, str],
+    parts: Sequence[str],
+    vocab_size: int,
+    workers: int,
 ) -> Report:
     """Learn a joint vocabulary on the training part of `text`, and cut all parts by it.
 
@@ -87,7 +102,7 @@ def make_sentencepiece_subwords(
     return {
         "pieces": pieces,
         "learnt_from_lines": learnt_from,
-        "tokens": _map_parts(lambda _: encode, text, folder, languages, workers),
+        "tokens": _map_parts(lambda _: encode, text, folder, languages, parts, workers),
     }
 
 
@@ -108,6 +123,7 @@ def _map_parts(
     source: Path,
     folder: Path,
     languages: tuple[str, str],
+    parts: Sequence[str],
     workers: int,
 ) -> dict[str, int]:
     """Write what the function for each language makes of its side of all parts.
@@ -122,7 +138,7 @@ def _map_parts(
             folder / f"{part}.{language}",
             workers,
         )
-        for part in PARTS
+        for part in parts
         for language in languages
     }
 

@@ -28,7 +28,7 @@ UNPACKED = "unpacked"
 def make_text(
     folder: Path, corpus: Corpus, languages: tuple[str, str], files: Files, seed: int, workers: int
 ) -> Report:
-    """Write {train,valid,test}.{language}, one sentence a line.
+    """Write {train,valid,test}.{language} and those of further parts, one sentence a line.
 
     Args:
         folder: to write to, empty.
@@ -45,6 +45,7 @@ def make_text(
     with_text: Counter[str] = Counter()
     left_out: Counter[str] = Counter()
     removed: Counter[str] = Counter()
+    kept: Counter[str] = Counter()
 
     def counted(stretch: Stretch) -> Iterator[Pair]:
         left_out.update(stretch.left_out)
@@ -53,16 +54,23 @@ def make_text(
             with_text[stretch.part] += bool(pair.first.strip() and pair.second.strip())
             yield pair
 
+    def cleaned(stretches: Iterable[Stretch]) -> Iterator[Labelled]:
+        seen: set[bytes] = set()
+        for stretch in stretches:
+            pairs = counted(stretch)
+            for pair in clean(pairs, corpus.cleaning, languages, removed, workers, seen):
+                kept[stretch.name] += 1
+                yield stretch.domain, pair
+
     def labelled() -> Iterator[Labelled]:
         stretches = corpus.origin.read(files, languages, folder / UNPACKED)
         for part, group in groupby(stretches, lambda stretch: stretch.part):
-            pairs = chain.from_iterable(map(counted, group))
             if part == "train":
-                kept = clean(pairs, corpus.cleaning, languages, removed, workers)
-                yield from corpus.split.divide(kept, seed)
+                yield from corpus.split.divide(cleaned(group), seed)
             else:
-                cleaned = normalise(pairs, corpus.cleaning.normalisation)
-                yield from ((part, pair) for pair in cleaned)
+                pairs = chain.from_iterable(map(counted, group))
+                normalised = normalise(pairs, corpus.cleaning.normalisation)
+                yield from ((part, pair) for pair in normalised)
 
     progress = tqdm(labelled(), desc="pairs", unit="", unit_scale=True, disable=None)
     parts = _write(folder, progress, languages)
@@ -73,6 +81,7 @@ def make_text(
         "left_out": dict(left_out),
         "read": dict(read),
         "removed": dict(removed),
+        "kept": dict(kept),
         "parts": parts,
         "in_both": _in_both(folder, languages, workers),
     }
@@ -82,13 +91,20 @@ def _write(
     folder: Path, pairs: Iterable[Labelled], languages: tuple[str, str]
 ) -> dict[str, dict[str, int]]:
     """Write all parts at once; returns the pairs and words of each."""
-    sizes = {part: dict.fromkeys(("pairs", *_words(languages)), 0) for part in PARTS}
+    sizes: dict[str, dict[str, int]] = {}
+    out: dict[str, list[TextIO]] = {}
     with ExitStack() as stack:
-        out = {
-            part: [stack.enter_context(_create(folder / f"{part}.{code}")) for code in languages]
-            for part in PARTS
-        }
+
+        def open_part(part: str) -> None:
+            sizes[part] = dict.fromkeys(("pairs", *_words(languages)), 0)
+            paths = [folder / f"{part}.{code}" for code in languages]
+            out[part] = [stack.enter_context(_create(path)) for path in paths]
+
+        for part in PARTS:
+            open_part(part)
         for part, pair in pairs:
+            if part not in out:
+                open_part(part)
             sizes[part]["pairs"] += 1
             for file, text, words in zip(out[part], pair, _words(languages), strict=True):
                 file.write(f"{text}\n")
