@@ -530,7 +530,7 @@ _GAMES = CataloguePackages(
 
 SOFTWARE_DE_EN = Corpus(
     name="software-de-en",
-    summary="German-English messages of twenty programs and LibreOffice's manual: IWSLT'14's size",
+    summary="German-English messages of 21 programs and LibreOffice's manual: IWSLT'14's size",
     languages=("de", "en"),
     default_source="de",
     origin=Domains(
