@@ -6,18 +6,22 @@ import re
 import shutil
 import subprocess
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pytest
 from matplotlib import image
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
 
 from fairseq_gradinit.cli import command
 from fairseq_gradinit.engine.history import Iteration
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.report import figures as report_figures
 from fairseq_gradinit.report import page as report
-from fairseq_gradinit.report.figures import Line, lines_of
+from fairseq_gradinit.report.figures import Panel
 from fairseq_gradinit.report.runs import Run, read_runs
 from fairseq_gradinit.scales import effect
 from fairseq_gradinit.scales import file as scales
@@ -99,83 +103,137 @@ def test_gamma_is_that_of_the_signature():
 # ---- What is drawn.
 
 
-def test_lines_are_kinds_of_weights_over_the_layers_of_a_stack():
-    found = lines_of(
-        [
-            ("encoder.layers.0.fc1.weight", 1.0),
-            ("encoder.layers.1.fc1.weight", None),
-            ("encoder.layers.2.fc1.weight", 3.0),
-            ("encoder.layers.2.fc1.bias", 3.0),
-            ("decoder.layers.0.fc1.weight", 4.0),
-            ("models.de-en.decoder.layers.0.self_attn", 5.0),
-            ("embed.weight", 6.0),
-            ("3.weight", 7.0),
-        ]
-    )
-    assert found == [
-        Line("encoder.layers", "fc1.weight", ((0, 1.0), (2, 3.0))),
-        Line("decoder.layers", "fc1.weight", ((0, 4.0),)),
-        Line("models.de-en.decoder.layers", "self_attn", ((0, 5.0),)),
+def test_stacks_are_kinds_of_tensors_by_layer():
+    names = [
+        *("encoder.layers.0.fc1.weight", "encoder.layers.2.fc1.weight", "embed.weight"),
+        *("decoder.layers.0.fc1.bias", "models.de-en.decoder.layers.0.self_attn", "3.weight"),
     ]
-
-
-def curves(axes) -> dict[str, list[list[float]]]:
-    return {
-        str(line.get_label()): [list(line.get_xdata()), list(line.get_ydata())]
-        for line in axes.lines
+    items = {name: Change(name, 1.0, 2.0) for name in names}
+    assert report_figures.stacks_of(items.values()) == {
+        "encoder.layers": {"fc1.weight": {0: items[names[0]], 2: items[names[1]]}},
+        "decoder.layers": {"fc1.bias": {0: items[names[3]]}},
+        "models.de-en.decoder.layers": {"self_attn": {0: items[names[4]]}},
+        "": {"embed.weight": {0: items["embed.weight"]}, "3.weight": {0: items["3.weight"]}},
     }
 
 
-def test_scales_are_drawn_by_layer_for_each_stack_and_run():
-    figure = report_figures.scales_over_depth([RUN, BARE])
-    assert len(figure.axes) == 4
-    assert [axes.get_title() for axes in figure.axes] == ["first", "bare", "", ""]
-    for axes in figure.axes:
-        assert curves(axes) == {
-            "self_attn.q_proj.weight": [[0, 1, 2], [1.5, 1.25, 1.0]],
-            "fc1.weight": [[0, 1, 2], [1.5, 1.25, 1.0]],
-        }
-        assert axes.get_yscale() == "log"
+def drawn(panel: Panel) -> Axes:
+    (axes,) = report_figures.figure_of([panel]).axes
+    return axes
 
 
-def test_norms_and_shares_are_drawn_before_and_after():
-    axes = report_figures.norms_over_depth([RUN, BARE]).axes[0]
-    dashed, solid = (
-        [list(line.get_ydata()) for line in axes.lines if line.get_linestyle() == style]
-        for style in ("--", "-")
-    )
-    assert dashed == [[4.0, 4.0, 4.0]] * 2
-    assert solid == [[6.0, 5.0, 4.0]] * 2
-    (axes,) = report_figures.shares_over_depth([RUN]).axes
-    assert [list(line.get_ydata()) for line in axes.lines] == [[0.3] * 3, [0.0, 0.01, 0.02]]
-    # One of them is zero.
-    assert axes.get_yscale() == "symlog"
+def curves(axes: Axes, style: str = "-") -> dict[str, list[tuple[float, float]]]:
+    return {
+        str(line.get_label()): list(zip(*map(list, line.get_data()), strict=True))
+        for line in axes.lines
+        if line.get_linestyle() == style
+    }
+
+
+def test_scales_are_a_heat_map_for_each_stack_and_run():
+    panels = report_figures.scales([RUN, BARE])
+    assert [(panel.run, panel.title) for panel in panels] == [
+        *(("first", "encoder.layers"), ("first", "decoder.layers")),
+        *(("first", "outside the layers"), ("bare", "encoder.layers"), ("bare", "decoder.layers")),
+    ]
+    axes = drawn(panels[0])
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        *("self_attn.q_proj", "self_attn.q_proj.bias", "fc1")
+    ]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "1", "2"]
+    assert [text.get_text() for text in axes.texts] == ["1.50", "1.25", "1.00"] * 3
+
+
+def test_given_scales_are_in_italics_and_tensors_left_alone_are_not_shown():
+    blocks = [replace(block, scale=0.1, state="fixed") for block in BLOCKS[2:3]]
+    blocks += [replace(block, scale=1.0, state="norm gain") for block in BLOCKS[:1]]
+    (panel,) = report_figures.scale_panels(Scales(tuple(blocks), ""))
+    (text,) = drawn(panel).texts
+    assert (text.get_text(), text.get_style()) == ("0.10", "italic")
+    assert report_figures.scale_panels(Scales(tuple(blocks[1:]), "")) == []
+
+
+def test_branches_are_drawn_before_and_after():
+    (panel,) = report_figures.branches([RUN, BARE])
+    axes = drawn(panel)
+    assert list(curves(axes, "--").values()) == [[(0, 0.3), (1, 0.3), (2, 0.3)]]
+    # A logarithmic axis has no place for the first one, which is zero.
+    assert curves(axes) == {"ffn": [(0, report_figures.LEAST_SHARE), (1, 0.01), (2, 0.02)]}
 
 
 def test_iterations_are_drawn_with_gamma():
-    losses, norms = report_figures.iterations([RUN, BARE]).axes
-    assert curves(losses) == {
-        "before the trial step": [[1, 2, 3], [9.5, 9.25, 9.0]],
-        "after it, on the other batch": [[2, 3], [8.125, 7.5]],
-    }
-    drawn = curves(norms)
-    assert drawn["objective iteration"] == [[2, 3], [900.0, 800.0]]
-    assert drawn["constraint iteration"] == [[1], [2000.0]]
-    assert set(drawn["gamma = 1000"][1]) == {1000.0}
+    losses, norms = map(drawn, report_figures.iterations([RUN, BARE]))
+    assert curves(losses) == {"before the trial step": [(1, 9.5), (2, 9.25), (3, 9.0)]}
+    assert curves(losses, "--") == {"after it": [(2, 8.125), (3, 7.5)]}
+    points = curves(norms, "None")
+    assert points == {"objective": [(2, 900.0), (3, 800.0)], "constraint": [(1, 2000.0)]}
+    assert {y for _, y in curves(norms, "--")["gamma 1000"]} == {1000.0}
 
 
-def test_figures_without_data_are_left_out():
-    assert report_figures.norms_over_depth([BARE]) is None
-    assert report_figures.shares_over_depth([BARE]) is None
-    assert report_figures.iterations([BARE]) is None
-    flat = Scales((BlockScale("weight", (1,), 2.0, "learned"),), "gamma:off")
-    assert report_figures.scales_over_depth([Run("flat", flat, None)]) is None
+def test_iterations_without_gamma_have_no_norms():
+    run = replace(RUN, scales=replace(LEARNED, signature="gamma:off"))
+    assert [panel.title for panel in report_figures.iterations([run])] == ["loss"]
+
+
+def test_figures_without_data_are_empty():
+    assert report_figures.branches([BARE]) == report_figures.iterations([BARE]) == []
+
+
+def deep_run() -> Run:
+    """Twelve layers, tensors with long names, and every branch that fairseq's layers have."""
+    parts = ("self_attn", "encoder_attn", "ffn")
+    kinds = [f"{part}.{name}" for part in parts for name in ("out_proj.weight", "v_proj.bias")]
+    kinds.append("mixture.experts_of_the_feed_forward.lora_A.default.weight")
+    names = [f"decoder.layers.{i}.{kind}" for i in range(12) for kind in kinds]
+    blocks = tuple(BlockScale(name, (1,), 0.1 + i / 9, "learned") for i, name in enumerate(names))
+    shares = [f"decoder.layers.{i}.{part}" for i in range(12) for part in parts]
+    effect = Effect("gamma:1", (), tuple(Change(name, 0.2, 1e-5) for name in shares))
+    return Run("a/rather/long/folder/" * 4, Scales(blocks, "gamma:1", HISTORY), effect)
+
+
+@pytest.mark.parametrize("kind", report.FIGURES, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("runs", [[RUN], [RUN, deep_run()]], ids=["one", "two"])
+def test_texts_are_on_the_canvas_and_beside_each_other(monkeypatch, kind, runs):
+    panels = kind.panels(runs)
+    seen: list[Text] = []
+    draw = Text.draw
+    monkeypatch.setattr(Text, "draw", lambda self, *rest: (seen.append(self), draw(self, *rest)))
+    figures = [report_figures.figure_of([panel], titled=False) for panel in panels]
+    for figure in [report_figures.figure_of(panels), *figures]:
+        canvas = FigureCanvasAgg(figure)
+        seen.clear()
+        canvas.draw()
+        found = {text for text in seen if text.get_text() and text.get_visible()}
+        assert found
+        boxes = [(text.get_text(), text.get_window_extent(canvas.get_renderer())) for text in found]
+        for text, box in boxes:
+            union = figure.bbox.union([figure.bbox, box])
+            assert union.bounds == figure.bbox.bounds, text
+        for (one, box), (other, beside) in combinations(boxes, 2):
+            assert not box.overlaps(beside), (one, other)
+
+
+def test_no_two_series_look_alike():
+    for panel in [p for kind in report.FIGURES for p in kind.panels([RUN, deep_run()])]:
+        looks = [
+            (line.get_color(), line.get_marker(), line.get_linestyle(), line.get_fillstyle())
+            for line in drawn(panel).lines
+        ]
+        assert len(set(looks)) == len(looks), panel.title
+
+
+def test_a_branch_has_one_colour_in_all_panels():
+    shares = (*EFFECT.shares, *(Change(f"decoder.layers.0.{b}", 0.1, 0.1) for b in ("a", "ffn")))
+    panels = report_figures.branches([replace(RUN, effect=replace(EFFECT, shares=shares))])
+    colours = [{x.get_label(): x.get_color() for x in drawn(p).lines}["ffn"] for p in panels]
+    assert len(colours) == 2
+    assert len(set(colours)) == 1
 
 
 def test_dollar_signs_are_no_formulas():
-    run = replace(RUN, label="$x$_{2} $")
-    svg = report_figures.render(lambda: report_figures.iterations([run]), "iterations", "svg")
-    assert b"$x$_{2} $" in svg
+    blocks = tuple(replace(b, name=b.name.replace("fc1", "$x$_{2} $")) for b in BLOCKS)
+    panels = report_figures.scale_panels(Scales(blocks, ""))
+    assert b"$x$_{2} $" in report_figures.render(panels, "scales", "svg")
 
 
 # ---- The page.
@@ -187,7 +245,7 @@ def text() -> str:
 
 
 def test_the_page_needs_nothing_beside_it(text):
-    assert text.count("<svg") == 4
+    assert text.count("<svg") == 8
     assert not re.findall(r"<script|<link|@import|\ssrc=|url\((?!#)", text)
     assert all(target.startswith("#") for target in re.findall(r'href="([^"]*)"', text))
 
@@ -211,17 +269,17 @@ def test_names_are_text_and_not_markup():
     run = Run(name, Scales(blocks, f"seed:{name}", HISTORY), None)
     text = report.page([run], name)
     assert "<script" not in text
-    assert text.count("&lt;script&gt;") > 5
+    assert text.count("&lt;script&gt;") > 4
 
 
 def test_the_summary_has_scales_iterations_and_losses(text):
     text = re.sub(r"\s+", " ", text).replace("> <", "><")
     for row in (
         "<th>tensors with a learned scale</th><td>19 of 19</td><td>18 of 18</td>",
-        "<th>smallest of these scales</th><td>0.25 (embed.weight)</td><td>1 (",
+        "<th>smallest learned scale</th><td>0.25 (embed.weight)</td><td>1 (",
         "<th>iterations</th><td>3, 1 of them for the constraint</td><td>not recorded</td>",
-        "<th>loss before the trial step, first to last</th><td>9.500 to 9.000</td><td></td>",
-        "<th>loss after it</th><td>8.125 to 7.500</td><td></td>",
+        "<th>loss before the trial step</th><td>9.500 to 9.000</td><td></td>",
+        "<th>loss after the trial step</th><td>8.125 to 7.500</td><td></td>",
     ):
         assert row in text
 
@@ -235,16 +293,6 @@ def test_settings_in_which_runs_differ_come_first():
     ]
 
 
-def test_colours_say_which_way_and_how_far():
-    red, blue = report.colour_of(2.0), report.colour_of(0.5)
-    assert red.startswith("rgba(220, 60, 40,")
-    assert blue.startswith("rgba(50, 100, 230,")
-    strengths = [float(report.colour_of(s).split(", ")[3][:-1]) for s in (1, 0.5, 0.1, 0.01, 0)]
-    assert strengths[0] == 0
-    assert strengths == sorted(strengths)
-    assert strengths[-1] == strengths[-2] == 0.7
-
-
 # ---- The program.
 
 
@@ -252,7 +300,7 @@ def test_the_program_writes_page_and_pictures(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     save_run(tmp_path / "run", RUN)
     assert command.main(["report", "run", "--png", "pictures"]) == 0
-    names = ["scales", "iterations", "shares", "norms"]
+    names = ["scales", "branches", "iterations"]
     written = ["report.html", *(f"pictures/{name}.png" for name in names)]
     assert capsys.readouterr().out.split() == written
     assert "fairseq-gradinit report run --png pictures" in (tmp_path / "report.html").read_text()

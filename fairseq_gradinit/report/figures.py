@@ -1,4 +1,4 @@
-"""The figures of a report: each shows one thing of several runs, side by side.
+"""The figures of a report, as small panels that remain legible on a narrow screen.
 
 Needs matplotlib (`pip install 'fairseq-gradinit[plot]'`).
 """
@@ -6,160 +6,201 @@ Needs matplotlib (`pip install 'fairseq-gradinit[plot]'`).
 from __future__ import annotations
 
 import io
+import math
 import re
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from functools import partial
+from itertools import groupby, zip_longest
+from typing import Any, Literal, Protocol, TypeVar, cast
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from fairseq_gradinit.report.runs import Run
-from fairseq_gradinit.scales import Change
+from fairseq_gradinit.scales import BlockScale, Change, Scales
 
-COLOURS = [f"C{i}" for i in range(10)]
+COLOURS = ("#3d85c6", "#e07b1a", "#1f9e89", "#b5559b", "#8a8a8a")
+"""Visible on white and on black, and told apart by the colour-blind."""
 MARKERS = "os^DvPX*"
 INK = "#0a0b0c"
-"""Stands for the colour of the page's text in what matplotlib draws."""
+"""In an SVG it is replaced by the colour of the page's text."""
+LEAST_SHARE = 1e-9
+"""Shares below it are drawn there: a logarithmic axis has no place for zero."""
+
+CELL = 0.36, 0.2
+"""Of a heat map, in inches."""
+OUTSIDE = "outside the layers"
 
 _LAYER = re.compile(r"(?P<stack>(?:.*\.)?[^.\d]+)\.(?P<layer>\d+)\.(?P<kind>.+)")
 
 
 @dataclass(frozen=True)
-class Line:
-    """One kind of tensor over the layers of a stack, such as fc1.weight of encoder.layers.
+class Panel:
+    """One picture of a figure, of one run; sizes are in inches."""
 
-    Attributes:
-        points: (layer, value); a value that is not known is left out.
-    """
-
-    stack: str
-    kind: str
-    points: tuple[tuple[int, float], ...]
+    run: str
+    title: str
+    draw: Callable[[Axes], None]
+    width: float = 4.2
+    height: float = 2.9
 
 
-def lines_of(values: Sequence[tuple[str, float | None]]) -> list[Line]:
-    """What tensors of these names and values make; biases and single tensors make no line."""
-    found: dict[tuple[str, str], list[tuple[int, float]]] = {}
-    for name, value in values:
-        match = _LAYER.fullmatch(name)
-        if match and value is not None and "bias" not in name.rpartition(".")[2]:
-            place = match["stack"], match["kind"]
-            found.setdefault(place, []).append((int(match["layer"]), value))
-    return [Line(stack, kind, tuple(points)) for (stack, kind), points in found.items()]
+class Named(Protocol):
+    @property
+    def name(self) -> str: ...
 
 
-# ---- The figures.
+T = TypeVar("T", bound=Named)
+Stack = dict[str, dict[int, T]]
+"""For each kind of tensor or branch, such as fc1.weight, what there is of it by layer."""
 
 
-def scales_over_depth(runs: Sequence[Run]) -> Figure | None:
-    """The scale of every weight by layer and kind; None if no run has layers."""
-    return _over_depth(
-        runs,
-        lambda run: [([(b.name, b.scale) for b in run.scales.blocks], "-")],
-        "scale",
-    )
+def stacks_of(items: Iterable[T]) -> dict[str, Stack[T]]:
+    """Items by stack of layers, such as encoder.layers; those outside come last, under ""."""
+    found: dict[str, Stack[T]] = {}
+    for item in items:
+        match = _LAYER.fullmatch(item.name)
+        stack, layer, kind = match.groups() if match else ("", 0, item.name)
+        found.setdefault(stack, {}).setdefault(kind, {})[int(layer)] = item
+    return dict(sorted(found.items(), key=lambda entry: not entry[0]))
 
 
-def norms_over_depth(runs: Sequence[Run]) -> Figure | None:
-    """The l2 norm of every weight before (dashed) and after; None if no run has a record of it."""
-    return _over_depth(runs, lambda run: _before_and_after(run.norms), "l2 norm")
+# ---- The figures: those of one run follow each other.
 
 
-def shares_over_depth(runs: Sequence[Run]) -> Figure | None:
-    """The share of every branch before (dashed) and after; None if no run has a record of it."""
-    return _over_depth(runs, lambda run: _before_and_after(run.shares), "share of the variance")
+def scales(runs: Sequence[Run]) -> list[Panel]:
+    """A heat map for each run and stack: kinds of tensors down, layers across."""
+    return [panel for run in runs for panel in scale_panels(run.scales, run.label)]
 
 
-def iterations(runs: Sequence[Run]) -> Figure | None:
-    """Loss and gradient norm over the iterations; None if no run has a record of them."""
-    runs = [run for run in runs if run.scales.history]
-    if not runs:
-        return None
-    figure, grid = _panels(2, len(runs))
-    for run, (losses, norms) in zip(runs, zip(*grid, strict=True), strict=True):
-        losses.set_title(_plain(run.label), fontsize=9)
-        _draw_losses(losses, run)
-        _draw_gradient_norms(norms, run)
-    grid[0][0].set_ylabel("loss, nats per unit of sample size")
-    grid[1][0].set_ylabel("gradient norm")
-    return figure
+def scale_panels(of: Scales, label: str = "") -> list[Panel]:
+    """The heat maps of one run; kinds of tensors of which none was changed are left out."""
+    panels = []
+    for stack, kinds in stacks_of(of.blocks).items():
+        changed = {
+            kind: blocks
+            for kind, blocks in kinds.items()
+            if any(b.state == "learned" or b.scale != 1 for b in blocks.values())
+        }
+        if changed:
+            columns = max(2, len({layer for blocks in changed.values() for layer in blocks}))
+            width = 0.3 + 0.07 * max(map(len, changed)) + CELL[0] * columns
+            height = 0.5 + CELL[1] * len(changed)
+            draw = partial(_draw_scales, changed)
+            panels.append(Panel(label, stack or OUTSIDE, draw, width, height))
+    return panels
 
 
-def _draw_losses(axes: Axes, run: Run) -> None:
-    history = run.scales.history
-    axes.plot([i.index for i in history], [i.loss for i in history], label="before the trial step")
-    trials = [(i.index, i.trial_loss) for i in history if i.trial_loss is not None]
-    if trials:
-        axes.plot(*zip(*trials, strict=True), label="after it, on the other batch")
-    axes.legend(fontsize=8)
+def branches(runs: Sequence[Run]) -> list[Panel]:
+    """For each run and stack, the share of every branch before (dashed) and after."""
+    shares = [change for run in runs for change in run.shares]
+    values = [v for change in shares for v in (change.before, change.after) if v is not None]
+    if not values:
+        return []
+    stacks = [(run, *item) for run in runs for item in stacks_of(run.shares).items()]
+    order = list(dict.fromkeys(kind for _, _, kinds in stacks for kind in kinds))
+    limits = max(min(values), LEAST_SHARE) / 2, min(2 * max(values), 1.5)
+    draw = partial(_draw_branches, order, limits)
+    return [Panel(run.label, stack or OUTSIDE, partial(draw, k)) for run, stack, k in stacks]
 
 
-def _draw_gradient_norms(axes: Axes, run: Run) -> None:
-    history = run.scales.history
-    axes.plot([i.index for i in history], [i.grad_norm for i in history], color="0.5", lw=0.8)
-    for kind, colour in (("objective", "C0"), ("constraint", "C3")):
-        points = [(i.index, i.grad_norm) for i in history if i.kind == kind]
-        if points:
-            axes.plot(*zip(*points, strict=True), ".", color=colour, label=f"{kind} iteration")
-    if run.gamma is not None:
-        axes.axhline(run.gamma, color="C1", ls="--", label=f"gamma = {run.gamma:g}")
+def iterations(runs: Sequence[Run]) -> list[Panel]:
+    """For each run its losses and, if the gradient norm was bounded, that norm."""
+    panels = []
+    for run in (run for run in runs if run.scales.history):
+        panels.append(Panel(run.label, "loss", partial(_draw_losses, run.scales)))
+        if run.gamma is not None and math.isfinite(run.gamma):
+            draw = partial(_draw_norms, run.scales, run.gamma)
+            panels.append(Panel(run.label, "norm of the gradient", draw))
+    return panels
+
+
+def _draw_scales(rows: Mapping[str, Mapping[int, BlockScale]], axes: Axes) -> None:
+    layers = sorted({layer for blocks in rows.values() for layer in blocks})
+    grid = [
+        [math.log2(max(blocks[i].scale, 1e-3)) if i in blocks else math.nan for i in layers]
+        for blocks in rows.values()
+    ]
+    # The same colours in all runs; beyond a factor of 4 the number tells.
+    axes.pcolormesh(grid, cmap="RdBu_r", norm=Normalize(-2, 2, clip=True))
+    for y, blocks in enumerate(rows.values()):
+        for x, block in ((layers.index(i), block) for i, block in blocks.items()):
+            axes.text(
+                x + 0.5,
+                y + 0.5,
+                f"{block.scale:.2f}",
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="white" if abs(grid[y][x]) > 1.2 else "black",
+                style="normal" if block.state == "learned" else "italic",
+            )
+    axes.invert_yaxis()
+    names = [_plain(kind.removesuffix(".weight")) for kind in rows]
+    axes.set_yticks([y + 0.5 for y in range(len(rows))], names, fontsize=8)
+    axes.set_xticks([x + 0.5 for x in range(len(layers))], map(str, layers), fontsize=8)
+    axes.tick_params(length=0)
+    axes.set_box_aspect(CELL[1] * len(rows) / (CELL[0] * max(2, len(layers))))
+    axes.set_anchor("N")
+    if len(layers) > 1:
+        axes.set_xlabel("layer", fontsize=8)
+    else:
+        axes.set_xticks([])
+
+
+def _draw_branches(
+    order: Sequence[str],
+    limits: tuple[float, float],
+    kinds: Mapping[str, Mapping[int, Change]],
+    axes: Axes,
+) -> None:
+    for kind, changes in kinds.items():
+        i = order.index(kind)
+        plot = partial(axes.plot, c=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)])
+        plot(*_points({n: c.before for n, c in changes.items()}), ls="--", mfc="none", alpha=0.7)
+        plot(*_points({n: c.after for n, c in changes.items()}), label=_plain(kind))
     axes.set_yscale("log")
-    axes.set_xlabel("iteration")
-    axes.legend(fontsize=8)
-
-
-Curves = Sequence[tuple[Sequence[tuple[str, float | None]], str]]
-"""Values by the names of tensors, and the style of their lines."""
-
-
-def _before_and_after(changes: Sequence[Change]) -> Curves:
-    before = [(change.name, change.before) for change in changes]
-    return [(before, "--"), ([(change.name, change.after) for change in changes], "-")]
-
-
-def _over_depth(
-    runs: Sequence[Run], curves_of: Callable[[Run], Curves], ylabel: str
-) -> Figure | None:
-    """A column for each run and a row for each of the stacks of layers that there are."""
-    drawn = {
-        run.label: [(line, style) for values, style in curves_of(run) for line in lines_of(values)]
-        for run in runs
-    }
-    lines = [line for curves in drawn.values() for line, _ in curves]
-    if not lines:
-        return None
-    stacks = list(dict.fromkeys(line.stack for line in lines))
-    looks = _looks(lines)
-    figure, grid = _panels(len(stacks), len(drawn))
-    for (label, curves), column in zip(drawn.items(), zip(*grid, strict=True), strict=True):
-        column[0].set_title(_plain(label), fontsize=9)
-        for stack, axes in zip(stacks, column, strict=True):
-            for line, style in (one for one in curves if one[0].stack == stack):
-                _draw_line(axes, line, style, looks)
-        column[-1].set_xlabel("layer")
-    for stack, (first, *_) in zip(stacks, grid, strict=True):
-        first.set_ylabel(f"{_plain(stack)}\n{ylabel}")
-        values = [value for line in lines if line.stack == stack for _, value in line.points]
-        # What is zero has no place on a logarithmic axis.
-        first.set_yscale("log") if min(values) > 0 else first.set_yscale("symlog", linthresh=1e-3)
-    legends = [axes.get_legend_handles_labels() for row in grid for axes in row]
-    handles = {text: line for legend in legends for line, text in zip(*legend, strict=True)}
-    figure.legend(
-        list(handles.values()), list(handles), loc="outside lower center", ncols=4, fontsize=8
-    )
-    return figure
-
-
-def _draw_line(axes: Axes, line: Line, style: str, looks: dict[str, tuple[str, str]]) -> None:
-    colour, marker = looks[line.kind]
-    layers, values = zip(*line.points, strict=True)
-    hollow: dict[str, Any] = {"markerfacecolor": "none", "alpha": 0.6} if style == "--" else {}
-    label = None if style == "--" else _plain(line.kind)
-    axes.plot(layers, values, style, color=colour, marker=marker, ms=5, label=label, **hollow)
+    axes.set_ylim(*limits)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _label(axes, "layer", "share of the variance")
+
+
+def _points(shares: Mapping[int, float | None]) -> tuple[list[int], list[float]]:
+    known = {layer: max(share, LEAST_SHARE) for layer, share in shares.items() if share is not None}
+    return list(known), list(known.values())
+
+
+def _draw_losses(of: Scales, axes: Axes) -> None:
+    history = of.history
+    trials = [(i.index, i.trial_loss) for i in history if i.trial_loss is not None]
+    losses = [(i.index, i.loss) for i in history]
+    curves = {"before the trial step": losses, "after it": trials}
+    for (label, curve), colour, style in zip(curves.items(), COLOURS, ("-", "--"), strict=False):
+        if curve:
+            axes.plot(*zip(*curve, strict=True), style, c=colour, label=label)
+    _label(axes, "iteration", "loss, nats")
+
+
+def _draw_norms(of: Scales, gamma: float, axes: Axes) -> None:
+    for kind, colour, marker in zip(("objective", "constraint"), COLOURS, MARKERS, strict=False):
+        points = [(i.index, i.grad_norm) for i in of.history if i.kind == kind]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker, color=colour, ms=3, label=kind)
+    axes.axhline(gamma, color=COLOURS[-1], ls="--", label=f"gamma {gamma:g}")
+    axes.set_yscale("log")
+    _label(axes, "iteration", "norm of the gradient")
+
+
+def _label(axes: Axes, x: str, y: str) -> None:
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, fontsize=8, frameon=False)
 
 
 def _plain(text: str) -> str:
@@ -167,56 +208,52 @@ def _plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def _looks(lines: Sequence[Line]) -> dict[str, tuple[str, str]]:
-    """Colour and marker of each kind: those of one sublayer have a colour in common."""
-    members: dict[str, list[str]] = {}
-    for kind in dict.fromkeys(line.kind for line in lines):
-        members.setdefault(kind.partition(".")[0], []).append(kind)
-    return {
-        kind: (COLOURS[i % len(COLOURS)], MARKERS[j % len(MARKERS)])
-        for i, kinds in enumerate(members.values())
-        for j, kind in enumerate(kinds)
-    }
-
-
-def _panels(rows: int, columns: int) -> tuple[Figure, list[list[Axes]]]:
-    figure = Figure(figsize=(1.5 + 4.5 * columns, 1 + 2.8 * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False, sharex="col", sharey="row")
-    for axes in grid.flat:
-        axes.grid(alpha=0.3)
-    return figure, grid.tolist()
-
-
 # ---- As files.
 
 
-def render(
-    draw: Callable[[], Figure | None], name: str, format_: Literal["svg", "png"]
-) -> bytes | None:
-    """What `draw` draws: a PNG on white, or an SVG without background in the page's colour.
+def figure_of(panels: Sequence[Panel], titled: bool = True) -> Figure:
+    """The panels in a grid, with a row for each run."""
+    rows = [list(group) for _, group in groupby(panels, key=lambda panel: panel.run)]
+    widths = [max(p.width for p in column if p) for column in zip_longest(*rows)]
+    heights = [max(panel.height for panel in row) + 0.3 * titled for row in rows]
+    figure = Figure(figsize=(sum(widths), sum(heights)), layout="constrained")
+    grid = figure.subplots(
+        *(len(rows), len(widths)), squeeze=False, width_ratios=widths, height_ratios=heights
+    )
+    for row, line in zip(rows, grid, strict=True):
+        for axes, panel in zip_longest(line, row):
+            if panel is None:
+                axes.remove()
+            else:
+                panel.draw(axes)
+                if titled:
+                    text = f"{panel.run}: {panel.title}" if len(rows) > 1 else panel.title
+                    axes.set_title(_plain(textwrap.fill(text, int(9 * panel.width))), fontsize=9)
+    return figure
 
-    The same figures give the same bytes.
+
+def render(panels: Sequence[Panel], name: str, format_: Literal["svg", "png"]) -> bytes:
+    """A PNG on white with titles, or an SVG without background in the page's colour.
+
+    The same panels give the same bytes.
 
     Args:
         name: tells the parts of an SVG from those of others in one page.
     """
-    ink = "black" if format_ == "png" else INK
-    style: dict[str, Any] = {
-        **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor"), ink),
-        **dict.fromkeys(("xtick.color", "ytick.color", "legend.labelcolor"), ink),
+    svg = format_ == "svg"
+    ink = INK if svg else "black"
+    inked = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
+    style: Mapping[str, Any] = {
+        **dict.fromkeys((*inked, "legend.labelcolor"), ink),
         **{"svg.fonttype": "none", "svg.hashsalt": name},
-        "legend.framealpha": 0.0,
+        **(dict.fromkeys(("figure.facecolor", "axes.facecolor"), "none") if svg else {}),
     }
-    if format_ == "svg":
-        style |= dict.fromkeys(("figure.facecolor", "axes.facecolor"), "none")
     with matplotlib.rc_context(cast(Any, style)):
-        figure = draw()
-        if figure is None:
-            return None
         picture = io.BytesIO()
-        metadata = {"Date": None} if format_ == "svg" else {"Software": None}
+        metadata = {"Date": None} if svg else {"Software": None}
+        figure = figure_of(panels, titled=not svg)
         figure.savefig(picture, format=format_, dpi=120, metadata=metadata)
     content = picture.getvalue()
-    if format_ == "png":
+    if not svg:
         return content
     return content[content.index(b"<svg") :].replace(INK.encode(), b"currentColor")

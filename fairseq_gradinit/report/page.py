@@ -5,21 +5,22 @@ Needs jinja2 and matplotlib (`pip install 'fairseq-gradinit[plot]'`).
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import jinja2
 from markupsafe import Markup
-from matplotlib.figure import Figure
 
 from fairseq_gradinit import __version__
 from fairseq_gradinit.errors import GradInitError
-from fairseq_gradinit.report import figures as report_figures
+from fairseq_gradinit.report import figures
+from fairseq_gradinit.report.figures import Panel
 from fairseq_gradinit.report.runs import Run
-from fairseq_gradinit.scales import BlockScale, kinds_of_blocks
+from fairseq_gradinit.scales import BlockScale
 from fairseq_gradinit.storage import write_atomically
 
 
@@ -34,38 +35,31 @@ class FigureKind:
     name: str
     title: str
     caption: str
-    draw: Callable[[Sequence[Run]], Figure | None]
+    panels: Callable[[Sequence[Run]], list[Panel]]
 
 
 FIGURES = (
     FigureKind(
         "scales",
-        "Scales over depth",
-        "The factor on every weight matrix and LayerNorm gain, by layer. What was not learned is "
-        "drawn too: gains at 1, and branches of the encoder at the factor that they were given.",
-        report_figures.scales_over_depth,
+        "Scales",
+        "The factor on every tensor, by kind and layer: red is larger than 1, blue smaller. In "
+        "italics: given, not learned. Kinds of tensors that kept their values are left out.",
+        figures.scales,
+    ),
+    FigureKind(
+        "branches",
+        "Residual branches",
+        "What f(x) makes up of the variance of x + f(x), before (dashed) and after: how much a "
+        "sublayer depends on its own branch (Liu et al., EMNLP 2020, section 4).",
+        figures.branches,
     ),
     FigureKind(
         "iterations",
         "Iterations",
-        "The loss on a batch before the trial step and, on a batch that shares half of its "
-        "sentences, after it; and the norm of the gradient. An iteration whose norm is above gamma "
-        "descends the norm, the others the loss after the trial step.",
-        report_figures.iterations,
-    ),
-    FigureKind(
-        "shares",
-        "Residual branches",
-        "What f(x) makes up of the variance of x + f(x), before (dashed) and after: Admin's "
-        "measure of how much a sublayer depends on its own branch (Liu et al., EMNLP 2020, "
-        "section 4).",
-        report_figures.shares_over_depth,
-    ),
-    FigureKind(
-        "norms",
-        "Weight norms",
-        "The l2 norm of every weight matrix and LayerNorm gain, before (dashed) and after.",
-        report_figures.norms_over_depth,
+        "The loss on a batch before the trial step, and on another batch, which shares half of "
+        "its sentences, after it. Where the norm of the gradient is bounded by gamma, an iteration "
+        "above the bound descends the norm instead of the loss.",
+        figures.iterations,
     ),
 )
 
@@ -83,34 +77,12 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A cell of a table of scales; the colour is one of CSS."""
-
-    text: str
-    colour: str
-
-
-@dataclass(frozen=True)
-class HeatRow:
-    kind: str
-    cells: tuple[Cell, ...]
-
-
-@dataclass(frozen=True)
-class Heat:
-    """The table of a run's scales."""
-
-    label: str
-    rows: tuple[HeatRow, ...]
-
-
-@dataclass(frozen=True)
 class Drawn:
-    """A figure as the page shows it."""
+    """A figure as the page shows it: for each run its panels and their pictures."""
 
     title: str
     caption: str
-    svg: Markup
+    rows: dict[str, list[tuple[Panel, Markup]]]
 
 
 def page(runs: Sequence[Run], command: str) -> str:
@@ -127,8 +99,7 @@ def page(runs: Sequence[Run], command: str) -> str:
         version=__version__,
         runs=runs,
         summary=[Row(name, tuple(map(value, runs))) for name, value in SUMMARY.items()],
-        figures=list(_drawn(runs)),
-        heats=[_heat(run) for run in runs],
+        figures=[_drawn(kind, panels) for kind, panels in _figures(runs)],
         settings=settings_rows(runs),
     )
 
@@ -150,11 +121,9 @@ def save(runs: Sequence[Run], out: Path, png: Path | None, command: str) -> list
         png.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise GradInitError(f"cannot make the folder {png}: {error.strerror}") from error
-    for kind in FIGURES:
-        content = report_figures.render(partial(kind.draw, runs), kind.name, "png")
-        if content is not None:
-            written.append(png / f"{kind.name}.png")
-            write_atomically(written[-1], content)
+    for kind, panels in _figures(runs):
+        written.append(png / f"{kind.name}.png")
+        write_atomically(written[-1], figures.render(panels, kind.name, "png"))
     return written
 
 
@@ -166,12 +135,25 @@ def settings_rows(runs: Sequence[Run]) -> list[Row]:
     return sorted(rows, key=lambda row: not row.differs)
 
 
-def _drawn(runs: Sequence[Run]) -> Iterable[Drawn]:
+def _figures(runs: Sequence[Run]) -> Iterator[tuple[FigureKind, list[Panel]]]:
+    """The figures for which the runs have data."""
     for kind in FIGURES:
-        content = report_figures.render(partial(kind.draw, runs), kind.name, "svg")
-        if content is not None:
-            # matplotlib escapes the texts that it is given.
-            yield Drawn(kind.title, kind.caption, Markup(content.decode()))
+        panels = kind.panels(runs)
+        if panels:
+            yield kind, panels
+
+
+def _drawn(kind: FigureKind, panels: Sequence[Panel]) -> Drawn:
+    # matplotlib escapes the texts that it is given.
+    pictures = [
+        (panel, Markup(figures.render([panel], f"{kind.name}-{i}", "svg").decode()))
+        for i, panel in enumerate(panels)
+    ]
+    return Drawn(
+        kind.title,
+        kind.caption,
+        {run: list(row) for run, row in groupby(pictures, lambda pair: pair[0].run)},
+    )
 
 
 # ---- The summary.
@@ -200,7 +182,9 @@ def _learned(run: Run) -> list[BlockScale]:
 
 
 def _count(run: Run) -> str:
-    return f"{len(_learned(run))} of {len(run.scales.blocks)}"
+    counts = Counter(block.state for block in run.scales.blocks)
+    others = ", ".join(f"{n} {state}" for state, n in counts.items() if state != "learned")
+    return f"{counts['learned']} of {len(run.scales.blocks)}" + (f" ({others})" if others else "")
 
 
 def _extreme(choose: Callable[..., BlockScale], run: Run) -> str:
@@ -213,30 +197,10 @@ def _extreme(choose: Callable[..., BlockScale], run: Run) -> str:
 
 SUMMARY: dict[str, Callable[[Run], str]] = {
     "tensors with a learned scale": _count,
-    "smallest of these scales": partial(_extreme, min),
-    "largest": partial(_extreme, max),
+    "smallest learned scale": partial(_extreme, min),
+    "largest learned scale": partial(_extreme, max),
     "iterations": _iterations,
-    "loss before the trial step, first to last": _loss,
-    "loss after it": _trial_loss,
+    "loss before the trial step": _loss,
+    "loss after the trial step": _trial_loss,
     "LayerNorms centered": lambda run: "yes" if run.scales.centered else "no",
 }
-
-
-# ---- The table of scales.
-
-
-def _heat(run: Run) -> Heat:
-    rows = kinds_of_blocks(run.scales).items()
-    return Heat(run.label, tuple(HeatRow(kind, tuple(map(_cell, blocks))) for kind, blocks in rows))
-
-
-def _cell(block: BlockScale) -> Cell:
-    reason = "" if block.state == "learned" else f" {block.state}"
-    return Cell(f"{block.scale:.3g}{reason}", colour_of(block.scale))
-
-
-def colour_of(scale: float) -> str:
-    """Red above 1 and blue below, stronger the further away, and through it the page's own."""
-    distance = math.log2(max(scale, 2.0**-9))
-    strength = min(abs(distance) / 4, 1.0) * 0.7
-    return f"rgba({'220, 60, 40' if distance > 0 else '50, 100, 230'}, {strength:.2f})"

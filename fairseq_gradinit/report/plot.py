@@ -5,15 +5,14 @@ Needs matplotlib (`pip install 'fairseq-gradinit[plot]'`).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from fairseq_gradinit.scales import BlockScale, Scales, kinds_of_blocks
+from fairseq_gradinit.report.figures import scale_panels
+from fairseq_gradinit.scales import Scales
 
 Curve = Sequence[tuple[int, float]]
 
@@ -26,15 +25,16 @@ def save_picture(path: Path, curves: Mapping[str, Curve], scales: Scales) -> Non
         curves: for each run its (update, loss) pairs, losses in base 2 as fairseq logs them.
         scales: what GradInit learned.
     """
-    kinds = {
-        kind: blocks
-        for kind, blocks in kinds_of_blocks(scales).items()
-        if any(block.state == "learned" for block in blocks)
-    }
-    figure = Figure(figsize=(14, 2.5 + 0.23 * len(kinds)), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    draw_curves(left, curves)
-    draw_scales(right, kinds)
+    panels = scale_panels(scales)
+    heights = [panel.height + 0.3 for panel in panels]
+    width = max(panel.width for panel in panels)
+    figure = Figure(figsize=(8 + width, max(4.5, sum(heights))), layout="constrained")
+    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(8, width))[0]
+    draw_curves(left.subplots(), curves)
+    grid = right.subplots(len(panels), 1, squeeze=False, height_ratios=heights)
+    for (axes,), panel in zip(grid, panels, strict=True):
+        panel.draw(axes)
+        axes.set_title(f"scales, {panel.title}", fontsize=9)
     figure.savefig(path, dpi=120)
 
 
@@ -46,23 +46,3 @@ def draw_curves(axes: Axes, curves: Mapping[str, Curve]) -> None:
     axes.set_ylabel("training loss (base 2, label-smoothed)")
     axes.grid(alpha=0.3)
     axes.legend()
-
-
-def draw_scales(axes: Axes, kinds: Mapping[str, Sequence[BlockScale]]) -> None:
-    """A row for each kind of block, a column for each layer; colour and number are the scale."""
-    columns = max(len(blocks) for blocks in kinds.values())
-    grid = [
-        [math.log2(max(b.scale, 1e-3)) for b in blocks] + [math.nan] * (columns - len(blocks))
-        for blocks in kinds.values()
-    ]
-    reach = max(1.0, max(abs(value) for row in grid for value in row if not math.isnan(value)))
-    axes.imshow(grid, cmap="RdBu_r", norm=Normalize(-reach, reach), aspect="auto")
-    for y, blocks in enumerate(kinds.values()):
-        for x, block in enumerate(blocks):
-            colour = "white" if abs(grid[y][x]) > 0.6 * reach else "black"
-            label = f"{block.scale:.2f}"
-            axes.text(x, y, label, ha="center", va="center", fontsize=7, color=colour)
-    axes.set_yticks(range(len(kinds)), list(kinds), fontsize=7)
-    axes.set_xticks(range(columns), [str(layer) for layer in range(columns)])
-    axes.set_xlabel("layer")
-    axes.set_title("learned scales (red: larger than 1, blue: smaller)", fontsize=9)

@@ -29,10 +29,6 @@ class Run:
     effect: Effect | None
 
     @property
-    def norms(self) -> Sequence[Change]:
-        return self.effect.norms if self.effect else ()
-
-    @property
     def shares(self) -> Sequence[Change]:
         return self.effect.shares if self.effect else ()
 
