@@ -1,6 +1,8 @@
 """The exceptions that users of this package are meant to read."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 TERMINAL_ESCAPE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
 
@@ -16,3 +18,24 @@ class GradInitStopped(Exception):
 def said_by(error: Exception) -> str:
     """All that an exception of another library says, on one line; its class if it says nothing."""
     return " ".join(TERMINAL_ESCAPE.sub("", str(error)).split()) or type(error).__name__
+
+
+@contextmanager
+def needs_plot(what: str) -> Iterator[None]:
+    """Turn a missing package into the command that installs it.
+
+    Args:
+        what: what needs it, in the plural.
+
+    Raises:
+        GradInitError: a package of the extra "plot" is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name not in {"jinja2", "markupsafe", "matplotlib"}:
+            raise
+        raise GradInitError(
+            f"{error.name}, which {what} need, is not installed: run "
+            "`pip install 'fairseq-gradinit[plot]'`"
+        ) from error

@@ -17,11 +17,12 @@ from test_results import MACHINE, RUN
 
 from fairseq_gradinit.cli import command
 from fairseq_gradinit.errors import GradInitError
-from fairseq_gradinit.results import heat_map, tables
+from fairseq_gradinit.results import commands, heat_map, tables
 from fairseq_gradinit.results import records as results
 from fairseq_gradinit.results.heat_map import Panel, Point
 from fairseq_gradinit.results.records import RunRecord
 from fairseq_gradinit.results.tables import Published
+from fairseq_gradinit.scales import diff
 
 BASELINE = replace(
     RUN,
@@ -405,14 +406,22 @@ def test_mistakes_are_refused_in_one_sentence(kept, capsys, words, sentence) -> 
 
 @pytest.mark.parametrize(("words", "status"), [(["table", "f"], 1), (["diff", "a", "b"], 2)])
 def test_a_defect_does_not_end_as_a_finding(monkeypatch, capsys, words, status) -> None:
-    function = {"table": "print_tables", "diff": "print_diff"}[words[0]]
-
-    def broken(options):
+    def broken(*_):
         raise KeyError("of ours")
 
-    monkeypatch.setattr(command, function, broken)
+    monkeypatch.setattr(commands, "read_runs", broken)
+    monkeypatch.setattr(diff, "scales_file", broken)
     assert command.main(words) == status
     assert "KeyError: 'of ours'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", command.SUBCOMMANDS)
+def test_each_subcommand_explains_itself(capsys, name) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        command.main([name, "--help"])
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"usage: fairseq-gradinit {name} [")
+    assert "\n\noptions:\n" in printed
 
 
 def test_a_missing_matplotlib_is_answered_with_what_to_install(kept) -> None:

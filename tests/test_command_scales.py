@@ -53,11 +53,11 @@ def test_differences_are_printed(diff):
     assert diff(A, changed(0.75, 0.25, 1.0, signature="gradinit:0|seed:2|gamma:off")) == (
         1,
         [
-            "fc.weight  0.5  0.75  ratio 1.5",
-            "fc.bias  0  0.25",
             "setting seed  1  2",
             "setting eta  0.001  -",
             "setting gamma  -  off",
+            "fc.weight  0.5  0.75  ratio 1.5",
+            "fc.bias  0  0.25",
             "2 of 3 tensors differ",
         ],
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from argparse import Namespace
 from importlib.metadata import PackageNotFoundError
 from types import SimpleNamespace
 
@@ -32,11 +33,11 @@ def test_a_missing_fairseq_is_a_problem(monkeypatch, capsys):
 
     monkeypatch.setattr(doctor.importlib, "import_module", missing)
     monkeypatch.setattr(doctor, "_version", lambda name: None)
-    assert command.main(["doctor"]) == 1
+    assert doctor.print_findings(Namespace()) == 1
     printed = capsys.readouterr().out
     assert "problem fairseq is not installed: run `pip install 'fairseq-grad" in printed
     assert "problem the plugin cannot be loaded: " in printed
-    assert "note    matplotlib is not installed, for pictures of runs, checks and" in printed
+    assert "note    matplotlib is missing, which pictures need: `pip install " in printed
 
 
 def test_an_old_python_is_a_problem(monkeypatch):
@@ -57,7 +58,7 @@ def test_two_fairseqs_are_a_problem(monkeypatch):
 
     monkeypatch.setattr(doctor, "version", version)
     (problem,) = texts("problem")
-    assert problem.startswith("ve-fairseq and fairseq are both installed")
+    assert problem.startswith("ve-fairseq and fairseq are both installed, and share files")
 
 
 def test_a_fairseq_that_breaks_is_a_problem(monkeypatch):
@@ -76,8 +77,8 @@ def test_a_fairseq_that_breaks_is_a_problem(monkeypatch):
 
 def test_another_fairseq_is_a_note(monkeypatch):
     monkeypatch.setattr(doctor, "fairseq_distribution", lambda: ("fairseq", "0.12.2"))
-    assert "fairseq 0.12.2: tested is ve-fairseq 0.12.3" in texts("note")
-    assert not any(text.startswith("known of") for text in texts("note"))
+    assert "fairseq 0.12.2 is untested here; ve-fairseq 0.12.3 is tested" in texts("note")
+    assert not any(text.startswith("ve-fairseq:") for text in texts("note"))
 
 
 def test_beside_a_fairseq_that_runs_from_a_clone_the_user_dir_is_a_path(monkeypatch, tmp_path):

@@ -118,7 +118,7 @@ def test_printing_to_a_full_disk(inputs):
             )
         assert done.returncode == (2 if words[0] == "diff" else 1)
         assert done.stderr == (
-            "fairseq-gradinit: cannot print what there is to say: No space left on device\n"
+            "fairseq-gradinit: cannot write to standard output: No space left on device\n"
         )
 
 

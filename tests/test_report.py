@@ -21,6 +21,7 @@ from fairseq_gradinit.engine.history import Iteration
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.report import figures as report_figures
 from fairseq_gradinit.report import page as report
+from fairseq_gradinit.report.command import page_file
 from fairseq_gradinit.report.figures import Panel
 from fairseq_gradinit.report.runs import Run, read_runs
 from fairseq_gradinit.scales import effect
@@ -301,11 +302,29 @@ def test_the_program_writes_page_and_pictures(tmp_path, monkeypatch, capsys):
     save_run(tmp_path / "run", RUN)
     assert command.main(["report", "run", "--png", "pictures"]) == 0
     names = ["scales", "branches", "iterations"]
-    written = ["report.html", *(f"pictures/{name}.png" for name in names)]
+    written = ["run/report.html", *(f"pictures/{name}.png" for name in names)]
     assert capsys.readouterr().out.split() == written
-    assert "fairseq-gradinit report run --png pictures" in (tmp_path / "report.html").read_text()
+    assert "fairseq-gradinit report run --png pictures" in Path(written[0]).read_text()
     for path in written[1:]:
         assert (tmp_path / path).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("out", "runs", "page"),
+    [
+        (None, ["run"], "run/report.html"),
+        (None, ["run/scales.json"], "run/report.html"),
+        (None, ["run", "other"], "report.html"),
+        ("run", ["run"], "run/report.html"),
+        ("page", ["run"], "page.html"),
+        ("page.v2", ["run"], "page.v2.html"),
+        ("page.html", ["run"], "page.html"),
+    ],
+)
+def test_the_page_has_a_name_that_browsers_open(tmp_path, monkeypatch, out, runs, page):
+    monkeypatch.chdir(tmp_path)
+    Path("run").mkdir()
+    assert page_file(out and Path(out), [*map(Path, runs)]) == Path(page)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from fairseq_gradinit.check.records import Arm, Probe
 from fairseq_gradinit.check.verdict import EXIT_STATUS, Verdict, judge, sentence
-from fairseq_gradinit.errors import GradInitError
+from fairseq_gradinit.errors import GradInitError, needs_plot
 from fairseq_gradinit.results import Circumstances, current_circumstances
 from fairseq_gradinit.storage import write_atomically
 
@@ -63,8 +63,13 @@ class Report:
     verdicts: tuple[Verdict, ...]
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of the subcommand."""
+def add_check(parser: argparse.ArgumentParser) -> None:
+    """Make a parser that of `fairseq-gradinit check`."""
+    parser.description = (
+        "Make the first updates of a training without warmup, from the default initialisation and "
+        "from GradInit, at its learning rate and at multiples of it, and say whether it will hold. "
+        "Exit status: 0 it holds, 1 it does not, 3 cannot tell, 2 the check failed."
+    )
     parser.usage = f"{parser.prog} [OPTIONS] -- fairseq-train DATA ..."
     parser.add_argument(
         "--updates", type=_count, default=40, metavar="N", help="of each probe (default: 40)"
@@ -97,6 +102,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="COMMAND",
         help="the command line of the training in question; --gradinit options in it count",
     )
+    parser.set_defaults(run=run, trouble=2)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -123,7 +129,7 @@ def run(options: argparse.Namespace) -> int:
             report = Report(options.command, found, lr, verdict, tuple(probes), verdicts)
             save(report, options.out)
             shutil.copyfile(Path(folder) / SCALES, options.out / SCALES)
-            print(f"{options.out / PICTURE} shows it, {options.out / REPORT} has the numbers.")
+            print(f"picture: {options.out / PICTURE}\nnumbers: {options.out / REPORT}")
     (outcome,) = (judge(p).outcome for p in probes if p.arm == asked and p.lr == lr)
     return EXIT_STATUS[outcome]
 
@@ -152,45 +158,37 @@ def probe_all(options: argparse.Namespace, folder: Path) -> tuple[float, list[Pr
 
 # ---- What is printed and written.
 
-COLUMNS = (
-    *("lr", "start", "loss", "gradient norm", "largest step", "token share", "source bits"),
-    "training",
-)
-
 
 def table(probes: Sequence[Probe]) -> str:
-    """A line for each probe, from the lowest rate to the highest.
-
-    Its columns: the loss at first and at last; the highest norm of the gradient; the highest, over
-    the updates, of the median over the tensors of the size of an update over that of the weights;
-    the token-dependent share of the last layer of each side, at last; what trading sources costs.
-    """
-    rows = [COLUMNS, *map(_row, sorted(probes, key=lambda probe: probe.lr))]
+    """A line for each probe, from the lowest rate to the highest, and what the columns are."""
+    sides = list(dict.fromkeys(side for probe in probes for side in probe.last_layer_shares()))
+    rows = [_row(probe, sides) for probe in sorted(probes, key=lambda probe: probe.lr)]
+    rows.insert(0, ("lr", "start", "training", "loss", *sides, "source"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
+    lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
-    )
+    ]
+    if sides:
+        names = ", ".join(sides)
+        lines.append(f"\n{names}: share of the output that depends on the token, after the probe")
+    if any(row[-1] for row in rows[1:]):
+        lines.append("source: bits by which the loss grows when sentences trade sources")
+    return "\n".join(lines)
 
 
-def _row(probe: Probe) -> tuple[str, ...]:
-    shares = [f"{side} {curve[-1]:.2g}" for side, curve in probe.last_layer_shares().items()]
+def _row(probe: Probe, sides: Sequence[str]) -> tuple[str, ...]:
+    shares = probe.last_layer_shares()
     losses = [f"{look.loss:.2f}" for look in (*probe.looks[:1], *probe.looks[-1:])]
     bits = probe.looks[-1].source_bits if probe.looks else None
     return (
         f"{probe.lr:g}",
         probe.arm.title,
-        " to ".join(losses),
-        _highest([update.gradient_norm for update in probe.updates]),
-        _highest(probe.median_steps()),
-        ", ".join(shares),
-        "" if bits is None else f"{bits:.3f}",
         judge(probe).outcome,
+        " to ".join(losses),
+        *(f"{shares[side][-1]:.2g}" if side in shares else "" for side in sides),
+        "" if bits is None else f"{bits:.2f}",
     )
-
-
-def _highest(values: Sequence[float]) -> str:
-    return f"{max(values):.2g}" if values else ""
 
 
 def save(report: Report, folder: Path) -> None:
@@ -230,15 +228,10 @@ def _make_folder(folder: Path) -> None:
     Raises:
         GradInitError: it cannot be made, or there is no matplotlib to draw the picture in it.
     """
-    try:
+    with needs_plot("pictures"):
         from fairseq_gradinit.check import picture as check_picture  # noqa: F401
-
+    try:
         folder.mkdir(parents=True, exist_ok=True)
-    except ModuleNotFoundError as error:
-        raise GradInitError(
-            "matplotlib, which draws the picture, is not installed: leave out --out, or run "
-            "`pip install 'fairseq-gradinit[plot]'`"
-        ) from error
     except OSError as error:
         raise GradInitError(f"cannot make the folder {folder}: {error.strerror}") from error
 

@@ -24,7 +24,7 @@ class Arm:
     @property
     def title(self) -> str:
         start = "GradInit" if self.start == "gradinit" else "default"
-        return f"{start}, {'warmup' if self.warmup else 'no warmup'}"
+        return f"{start}, warmup" if self.warmup else start
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ class Verdict:
     """What a probe says about the training that it is the beginning of.
 
     Attributes:
-        reason: as it stands in a sentence after the outcome.
+        reason: as a sentence has it after the outcome.
     """
 
     outcome: Outcome
@@ -44,7 +44,7 @@ class Verdict:
 
 
 def judge(probe: Probe) -> Verdict:
-    """Say whether training goes on from where the probe ended.
+    """Say whether training continues from where the probe ended.
 
     Args:
         probe: with looks at its first and last update, unless it diverged.
@@ -59,8 +59,7 @@ def judge(probe: Probe) -> Verdict:
         if curve[-1] < COLLAPSED and curve[-1] < RECOVERING * min(curve):
             return Verdict(
                 "fails",
-                f"the output of the {side} is the same for all tokens "
-                f"(their share of it is {curve[-1]:.0e})",
+                f"the {side}'s output is the same for all tokens (token share {curve[-1]:.0e})",
             )
     if not shares:
         return Verdict("cannot tell", "the model has no `layers` whose outputs could be looked at")
@@ -68,7 +67,7 @@ def judge(probe: Probe) -> Verdict:
         if curve[-1] < ALIVE:
             return Verdict(
                 "cannot tell",
-                f"little of the output of the {side} depends on the token ({curve[-1]:.1e})",
+                f"little of the {side}'s output depends on the token (share {curve[-1]:.1e})",
             )
     if last.source_bits is not None and last.source_bits < SOURCE_BITS:
         return Verdict(
@@ -95,7 +94,7 @@ def highest_holding(probes: Iterable[Probe], arm: Arm) -> float | None:
 
 
 def sentence(probes: Sequence[Probe], lr: float, arm: Arm) -> str:
-    """What the check comes to, for a user.
+    """The result of the check, for a user.
 
     Args:
         lr: the learning rate that was asked about.
@@ -108,7 +107,7 @@ def sentence(probes: Sequence[Probe], lr: float, arm: Arm) -> str:
     text += verdict.reason
     best = highest_holding(probes, arm)
     if best is not None and best != lr:
-        text += f"; of the rates tried, the highest at which it holds is {best:g}"
+        text += f"; the highest rate tried that holds is {best:g}"
     elif verdict.outcome != "holds":
-        text += "; it holds for sure at none of the rates tried"
+        text += "; no rate tried is certain to hold"
     return f"{text}."

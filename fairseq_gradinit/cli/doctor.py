@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import os
 import sys
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -24,20 +26,42 @@ OLDEST_TORCH = (2, 6)
 TESTED_FAIRSEQ = ("ve-fairseq", "0.12.3")
 
 EXTRAS = {
-    "matplotlib": ("plot", "pictures of runs, checks and reports"),
+    "matplotlib": ("plot", "pictures"),
     "jinja2": ("plot", "reports"),
     "sacrebleu": ("quickstart", "scores"),
-    "sentencepiece": ("data", "data preparation"),
-    "sacremoses": ("data", "data preparation"),
+    "sentencepiece": ("data", "corpora"),
+    "sacremoses": ("data", "corpora"),
 }
 """What is used for some things only: its extra, and what for."""
 
 KNOWN_OF_TESTED_FAIRSEQ = (
-    "--required-batch-size-multiple 8, its default, silently drops sentences: give 1",
+    "--required-batch-size-multiple 8, its default, drops sentences silently: give 1",
     "--sample-break-mode eos crashes with NumPy 2",
-    "several processes on CPUs cannot be started by torchrun (docs/distributed.md has what works)",
+    "torchrun cannot start several processes on CPUs: see docs/distributed.md",
     "--lr-scheduler inverse_sqrt with --warmup-updates 0 divides by zero: use polynomial_decay",
 )
+
+
+def add_doctor(parser: ArgumentParser) -> None:
+    """Make a parser that of `fairseq-gradinit doctor`."""
+    parser.description = (
+        "Print the versions of what GradInit needs, and what is known not to work with them. Exit "
+        "status: 1 if something keeps it from working."
+    )
+    parser.set_defaults(run=print_findings)
+
+
+def print_findings(options: Namespace) -> int:
+    """Print what was found; returns 1 if there is a problem."""
+    # While it is imported, fairseq tells of optional packages that it does without.
+    logging.disable(logging.INFO)
+    try:
+        found = list(findings())
+    finally:
+        logging.disable(logging.NOTSET)
+    for finding in found:
+        print(f"{finding.level:7} {finding.text}")
+    return int(any(finding.level == "problem" for finding in found))
 
 
 @dataclass(frozen=True)
@@ -103,8 +127,8 @@ def _fairseq() -> Iterator[Finding]:
     if len(installed) > 1:
         yield Finding(
             "problem",
-            f"{' and '.join(installed)} are both installed, and own the same files: uninstall "
-            "both, and install one again",
+            f"{' and '.join(installed)} are both installed, and share files: uninstall both, "
+            "then install one",
         )
     try:
         importlib.import_module("fairseq")
@@ -119,9 +143,11 @@ def _fairseq() -> Iterator[Finding]:
     if found == TESTED_FAIRSEQ:
         yield Finding("ok", f"{name} {number}")
         for known in KNOWN_OF_TESTED_FAIRSEQ:
-            yield Finding("note", f"known of {name} {number}: {known}")
+            yield Finding("note", f"{name}: {known}")
     else:
-        yield Finding("note", f"{name} {number}: tested is {' '.join(TESTED_FAIRSEQ)}")
+        yield Finding(
+            "note", f"{name} {number} is untested here; {' '.join(TESTED_FAIRSEQ)} is tested"
+        )
 
 
 def _plugin() -> Iterator[Finding]:
@@ -149,16 +175,14 @@ def user_dir() -> str:
 
 
 def _extras() -> Iterator[Finding]:
+    numbers = {name: _version(name) for name in EXTRAS}
+    found = ", ".join(f"{name} {number}" for name, number in numbers.items() if number)
+    if found:
+        yield Finding("ok", found)
     for name, (extra, purpose) in EXTRAS.items():
-        number = _version(name)
-        if number:
-            yield Finding("ok", f"{name} {number}")
-        else:
-            yield Finding(
-                "note",
-                f"{name} is not installed, for {purpose}: "
-                f"`pip install 'fairseq-gradinit[{extra}]'`",
-            )
+        if not numbers[name]:
+            install = f"`pip install 'fairseq-gradinit[{extra}]'`"
+            yield Finding("note", f"{name} is missing, which {purpose} need: {install}")
 
 
 def _cores() -> Iterator[Finding]:

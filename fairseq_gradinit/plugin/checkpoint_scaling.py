@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,43 @@ from torch import Tensor, nn
 from fairseq_gradinit.engine import Block
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.plugin.safe_loading import read_checkpoint
-from fairseq_gradinit.scales import Scales
+from fairseq_gradinit.scales import Scales, scales_file
 from fairseq_gradinit.storage import write_atomically
 
 logger = logging.getLogger(__name__)
 
 CRITERION = "criterion."
 """What the names of a criterion's tensors begin with in a scales file."""
+
+
+def add_apply(parser: ArgumentParser) -> None:
+    """Make a parser that of `fairseq-gradinit apply`."""
+    parser.description = (
+        "Write a copy of a checkpoint whose weights are multiplied by the scales, for trainers "
+        "that do not load the plugin. LayerNorms are not centered: that takes training data."
+    )
+    parser.add_argument(
+        "scales", type=Path, metavar="SCALES", help="the --save-dir of a run, or a scales file"
+    )
+    parser.add_argument(
+        "checkpoint",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="of fairseq, with the initial weights; or a file with a model's state dict",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="NEW.pt")
+    parser.set_defaults(run=apply_scales)
+
+
+def apply_scales(options: Namespace) -> None:
+    """Write the copy.
+
+    Raises:
+        GradInitError: a file cannot be used, or the scales do not fit.
+    """
+    scales = Scales.load(scales_file(options.scales))
+    count = scale_checkpoint(scales, options.checkpoint, options.out)
+    print(f"{options.out}: {count} tensors multiplied by their scales")
 
 
 def scale_checkpoint(scales: Scales, checkpoint: Path, out: Path) -> int:

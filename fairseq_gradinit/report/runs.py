@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fairseq_gradinit.errors import GradInitError
-from fairseq_gradinit.scales import Change, Effect, Scales
-from fairseq_gradinit.scales import effect as effects
-from fairseq_gradinit.scales import file as scales_files
+from fairseq_gradinit.scales import EFFECT_FILE, Change, Effect, Scales, scales_file
 
 logger = logging.getLogger(__name__)
 
@@ -56,27 +54,9 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     return [_read(path, file) for path, file in zip(paths, files, strict=True)]
 
 
-def scales_file(path: Path) -> Path:
-    """The scales file that a path stands for.
-
-    Raises:
-        GradInitError: a folder has none.
-    """
-    if not path.is_dir():
-        return path
-    places = [path / scales_files.SCALES_FILE, path / "checkpoints" / scales_files.SCALES_FILE]
-    for place in places:
-        if place.exists():
-            return place
-    raise GradInitError(
-        f"there is no {scales_files.SCALES_FILE} in {path} or its folder checkpoints: give the "
-        "--save-dir of a run with --gradinit that has learned its scales, or a scales file"
-    )
-
-
 def _read(path: Path, file: Path) -> Run:
     scales = Scales.load(file)
-    beside = file.with_name(effects.EFFECT_FILE)
+    beside = file.with_name(EFFECT_FILE)
     effect = Effect.load(beside) if beside.exists() else None
     if effect is not None and effect.signature != scales.signature:
         logger.warning("%s is of other scales than %s: left out", beside, file)

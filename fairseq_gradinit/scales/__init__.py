@@ -13,6 +13,7 @@ from fairseq_gradinit.scales.file import (
     BlockScale,
     Scales,
     kinds_of_blocks,
+    scales_file,
     size_changes,
     some,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "differing_settings",
     "effect_between",
     "kinds_of_blocks",
+    "scales_file",
     "size_changes",
     "some",
 ]

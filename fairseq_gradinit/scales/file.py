@@ -212,6 +212,24 @@ def size_changes(learned: Scales, applied: Scales) -> str | None:
     return some(changes) if changes else None
 
 
+def scales_file(path: Path) -> Path:
+    """The scales file that a path stands for.
+
+    Raises:
+        GradInitError: a folder has none.
+    """
+    if not path.is_dir():
+        return path
+    places = [path / SCALES_FILE, path / "checkpoints" / SCALES_FILE]
+    for place in places:
+        if place.exists():
+            return place
+    raise GradInitError(
+        f"there is no {SCALES_FILE} in {path} or its folder checkpoints: give the "
+        "--save-dir of a run with --gradinit that has learned its scales, or a scales file"
+    )
+
+
 def _short(name: str) -> str:
     return name if len(name) <= 100 else f"{name[:97]}..."
 
