@@ -37,6 +37,8 @@ def test_lines_of_iterations(told):
     for line, row in zip(lines, scales_document(told)["history"], strict=True):
         columns = dict(re.findall(r"(\w+)=([^,\s]+)", line))
         assert (columns["kind"], columns["gamma"]) == ("objective", "off")
+        # A terminal of 80 columns cuts the rest off a progress bar.
+        assert list(columns)[:2] == ["trial_loss", "loss"]
         assert float(columns["gnorm"]) == round(row["grad_norm"], 2)
         for name, digits in {"loss": 4, "trial_loss": 4, "min_scale": 3, "max_scale": 3}.items():
             assert float(columns[name]) == round(row[name], digits)

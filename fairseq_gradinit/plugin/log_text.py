@@ -15,18 +15,17 @@ from fairseq_gradinit.versions import fairseq_distribution
 
 
 def iteration_stats(iteration: Iteration, gamma: float) -> dict[str, Any]:
-    """One iteration as the values of one log line."""
-    stats: dict[str, Any] = {
-        "kind": iteration.kind,
+    """One iteration as the values of one log line; a progress bar has room for the first two."""
+    trial = {} if iteration.trial_loss is None else {"trial_loss": round(iteration.trial_loss, 4)}
+    return {
+        **trial,
+        "loss": round(iteration.loss, 4),
+        "min_scale": round(iteration.min_scale, 3),
+        "max_scale": round(iteration.max_scale, 3),
         "gnorm": round(iteration.grad_norm, 2),
         "gamma": gamma if math.isfinite(gamma) else "off",
-        "loss": round(iteration.loss, 4),
+        "kind": iteration.kind,
     }
-    if iteration.trial_loss is not None:
-        stats["trial_loss"] = round(iteration.trial_loss, 4)
-    stats["min_scale"] = round(iteration.min_scale, 3)
-    stats["max_scale"] = round(iteration.max_scale, 3)
-    return stats
 
 
 def scale_table(scales: Scales) -> list[str]:
