@@ -216,7 +216,9 @@ def figure_of(panels: Sequence[Panel], titled: bool = True) -> Figure:
     rows = [list(group) for _, group in groupby(panels, key=lambda panel: panel.run)]
     widths = [max(p.width for p in column if p) for column in zip_longest(*rows)]
     heights = [max(panel.height for panel in row) + 0.3 * titled for row in rows]
-    figure = Figure(figsize=(sum(widths), sum(heights)), layout="constrained")
+    figure = Figure(figsize=(sum(widths), sum(heights)))
+    # Room for browsers, whose letters may be wider than matplotlib's.
+    figure.set_layout_engine("constrained", w_pad=0.15)
     grid = figure.subplots(
         *(len(rows), len(widths)), squeeze=False, width_ratios=widths, height_ratios=heights
     )
@@ -228,7 +230,7 @@ def figure_of(panels: Sequence[Panel], titled: bool = True) -> Figure:
                 panel.draw(axes)
                 if titled:
                     text = f"{panel.run}: {panel.title}" if len(rows) > 1 else panel.title
-                    axes.set_title(_plain(textwrap.fill(text, int(9 * panel.width))), fontsize=9)
+                    axes.set_title(_plain(textwrap.fill(text, int(8 * panel.width))), fontsize=9)
     return figure
 
 
