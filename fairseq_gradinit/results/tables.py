@@ -71,12 +71,12 @@ def markdown_rows(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 @dataclass(frozen=True)
 class Published:
-    """A figure of a paper, to stand beside the runs of a recipe.
+    """A figure of a paper, shown beside the runs of a recipe.
 
     Attributes:
         corpus, recipe: of the runs.
         metric: what it is, such as "tokenised BLEU".
-        source: where it stands, with a link, such as "https://arxiv.org/abs/2102.08098, Table 4".
+        source: where it was published, such as "https://arxiv.org/abs/2102.08098, Table 4".
     """
 
     corpus: str
@@ -108,9 +108,11 @@ def _published(entry: object, name: str) -> Published:
     try:
         figure = parse(Published, entry)
     except ValueError as error:
-        raise GradInitError(f"{name} is not a published figure ({error}): mend it") from error
+        raise GradInitError(f"{name} is not a published figure ({error}): fix it") from error
     if not LINK.search(figure.source):
-        raise GradInitError(f"{name} has no link in its source: say where the figure stands")
+        raise GradInitError(
+            f"{name} has no link in its source: name the place where it was published"
+        )
     return figure
 
 
