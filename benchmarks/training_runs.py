@@ -24,7 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from record import REPOSITORY, circumstances
+from record import REPOSITORY, current_circumstances
 
 from fairseq_gradinit.results import curve
 from fairseq_gradinit.storage import append_line, read_lines
@@ -325,7 +325,11 @@ class Runner:
 
 def _circumstances() -> dict[str, Any]:
     """Those of a run: it has one thread, and does not depend on how this program was called."""
-    found = {**circumstances(), "threads": 1, "fairseq": f"ve-fairseq {version('ve-fairseq')}"}
+    found = {
+        **current_circumstances(),
+        "threads": 1,
+        "fairseq": f"ve-fairseq {version('ve-fairseq')}",
+    }
     del found["command"]
     return found
 
