@@ -9,16 +9,15 @@ import pickle
 import re
 import struct
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import average_checkpoints
 import numpy as np
 import pytest
 import resume
 import torch
-from conftest import GRADINIT, PLUGIN, Training, run_command, train_here, usual_options
+from conftest import train_here, usual_options
 from fairseq.data.dictionary import Dictionary
 from fairseq.logging import meters
 from omegaconf import OmegaConf
@@ -70,19 +69,13 @@ def metrics() -> list[Any]:
     return found.state_dict()
 
 
-def labels() -> Dictionary:
-    found = Dictionary()
-    found.add_symbol("yes", n=3)
-    return found
-
-
 @pytest.mark.parametrize("name", NAMES, ids=bytes.decode)
 @pytest.mark.parametrize(
     "number",
     [
-        *(np.float64(0.1), np.float32(0.1), np.float16(0.1), np.int64(-3), np.uint8(3)),
-        *(np.bool_(True), np.array([3, 1]), np.array(0.5), np.array([[True], [False]])),
-        *(np.asfortranarray(np.arange(6.0).reshape(2, 3)), np.array([1, 256], ">i2")),
+        *(np.float64(0.1), np.float16(0.1), np.int64(-3), np.bool_(True), np.array([3, 1])),
+        *(np.array(0.5), np.array([[True], [False]]), np.array([1, 256], ">i2")),
+        np.asfortranarray(np.arange(6.0).reshape(2, 3)),
     ],
     ids=repr,
 )
@@ -151,8 +144,6 @@ def dtype(code: object, fields: object = None, flags: int = 0) -> Reduced:
 
 ADDRESS = struct.pack("<q", 0x41414141)
 SCALAR = np.float64(1).__reduce__()[0]
-
-
 OTHERS = {
     "system": Reduced(os.system, ("touch made",)),
     "exec": Reduced(exec, ("open('made', 'w')",)),
@@ -192,21 +183,19 @@ def test_an_array_is_filled_once():
         read.__setstate__(np.zeros(1).__reduce__()[2])
 
 
-# ---- Files that cannot be read.
+# ---- Programs.
 
 
-@pytest.fixture
-def untrusted(tmp_path, monkeypatch) -> Path:
+def test_an_untrusted_checkpoint_is_named_in_one_line_and_not_taken_for_a_broken_one(
+    tmp_path, monkeypatch, capsys
+):
     """The last checkpoint of a run, whole, with an object of a class of the user's own."""
     monkeypatch.chdir(tmp_path)
     torch.save({"optimizer_history": [{"num_updates": 2}]}, "checkpoint_1_2.pt")
     torch.save({"task_state": Path("x")}, "checkpoint_last.pt")
-    return Path("checkpoint_last.pt")
-
-
-def test_what_torch_says_is_on_one_line(untrusted, capsys):
+    before = Path("checkpoint_last.pt").read_bytes()
     Scales((BlockScale("fc.weight", (2, 2), 0.5, "learned"),), "gradinit:0").save(Path("a.json"))
-    assert command.main(["apply", "a.json", str(untrusted), "--out", "new.pt"]) == 1
+    assert command.main(["apply", "a.json", "checkpoint_last.pt", "--out", "new.pt"]) == 1
     error = capsys.readouterr().err
     assert error.startswith("fairseq-gradinit: cannot read the checkpoint checkpoint_last.pt: Weig")
     assert "two options, do those steps only if you trust the source of the checkpoint. " in error
@@ -214,13 +203,9 @@ def test_what_torch_says_is_on_one_line(untrusted, capsys):
     assert error.endswith(".html.\n")
     assert error.count("\n") == 1
     assert not re.search(r"[\x1b\t]|  ", error)
-
-
-def test_an_untrusted_checkpoint_is_not_taken_for_a_broken_one(untrusted, capsys):
-    before = untrusted.read_bytes()
     assert resume.main(["."]) == 1
     assert "Unsupported global: GLOBAL pathlib.PosixPath" in capsys.readouterr().err
-    assert untrusted.read_bytes() == before
+    assert Path("checkpoint_last.pt").read_bytes() == before
 
 
 def test_fairseq_is_imported_where_a_checkpoint_needs_it(tmp_path):
@@ -234,118 +219,19 @@ def test_fairseq_is_imported_where_a_checkpoint_needs_it(tmp_path):
         torch.serialization.add_safe_globals(trusted)
 
 
-# ---- Runs.
-
-EVAL_BLEU = [
-    *("--eval-bleu", "--eval-bleu-detok", "space", "--eval-bleu-remove-bpe"),
-    *("--eval-bleu-args", '{"beam": 1, "max_len_a": 1.2, "max_len_b": 10}'),
-    *("--best-checkpoint-metric", "bleu", "--maximize-best-checkpoint-metric"),
-]
-ONE_LAYER = ["--encoder-layers", "1", "--decoder-layers", "1"]
-
-
-def train_until(updates: int, data: Path, save_dir: Path, *options: object) -> Training:
-    """Train, or resume, a small model."""
+def test_a_run_with_eval_bleu_is_resumed(corpus, tmp_path):
+    """BLEU's counts in the checkpoint are arrays of numpy."""
+    options = [
+        *("--eval-bleu", "--eval-bleu-detok", "space", "--eval-bleu-remove-bpe"),
+        *("--eval-bleu-args", '{"beam": 1, "max_len_a": 1.2, "max_len_b": 10}'),
+        *("--best-checkpoint-metric", "bleu", "--maximize-best-checkpoint-metric"),
+    ]
     base = usual_options("--disable-validation", "--max-update")
-    run = train_here(data, save_dir, *options, "--max-update", updates, base=base)
-    assert run.code == 0, run.output
-    return run
-
-
-@pytest.fixture
-def one_update_with_eval_bleu(corpus, tmp_path) -> Path:
-    train_until(1, corpus.translation, tmp_path, *ONE_LAYER, *EVAL_BLEU)
-    return tmp_path
-
-
-def test_a_run_with_eval_bleu_is_resumed(corpus, one_update_with_eval_bleu):
-    save_dir = one_update_with_eval_bleu
-    run = train_until(2, corpus.translation, save_dir, *ONE_LAYER, *EVAL_BLEU)
-    assert len(run.updates) == 1
-    metrics = read_checkpoint(save_dir / "checkpoint_last.pt")["extra_state"]["metrics"]["valid"]
+    for update in ("1", "2"):
+        run = train_here(corpus.translation, tmp_path, *options, "--max-update", update, base=base)
+        assert run.code == 0, run.output
+        assert len(run.updates) == 1
+    metrics = read_checkpoint(tmp_path / "checkpoint_last.pt")["extra_state"]["metrics"]["valid"]
     (counts,) = [state["sum"] for _, name, _, state in metrics if name == "_bleu_counts"]
     assert isinstance(counts, np.ndarray)
     assert counts.shape == (4,)
-
-
-BLOCKS = ["--tokens-per-sample", "16"]
-DIRECTIONS = ["--lang-pairs", "de-en,en-de"]
-LANGUAGES = ["--langs", "de,en"]
-SMOOTHED = ["--criterion", "label_smoothed_cross_entropy", "--label-smoothing", "0.1"]
-
-
-def sizes(*sides: str) -> list[str]:
-    numbers = {"layers": 1, "embed-dim": 32, "ffn-embed-dim": 64, "attention-heads": 2}
-    return [f"--{side}-{name}={number}" for side in sides for name, number in numbers.items()]
-
-
-BOTH = sizes("encoder", "decoder")
-TRANSLATED = {
-    "translation": (["--task", "translation"], ["--arch", "transformer", *SMOOTHED, *EVAL_BLEU]),
-    "multilingual_translation": (
-        ["--task", "multilingual_translation", *DIRECTIONS],
-        ["--arch", "multilingual_transformer", *SMOOTHED],
-    ),
-    "translation_multi_simple_epoch": (
-        ["--task", "translation_multi_simple_epoch", *LANGUAGES, *DIRECTIONS],
-        ["--arch", "transformer", "--enable-reservsed-directions-shared-datasets", *SMOOTHED],
-    ),
-    "translation_lev": (
-        ["--task", "translation_lev", "--noise", "random_delete"],
-        ["--arch", "levenshtein_transformer", "--criterion", "nat_loss"],
-    ),
-}
-
-
-def scaled_average(data: Path, folder: Path, options: Sequence[str]) -> Path:
-    """A checkpoint that was read by all programs: to resume, to average, to apply scales to it."""
-    base = usual_options(
-        *("--arch", *(word.partition("=")[0] for word in BOTH)),
-        *("--disable-validation", "--criterion", "--label-smoothing"),
-    )
-    base = [*base, *PLUGIN, *GRADINIT, "--save-interval-updates", "2"]
-    for updates in ("4", "6"):
-        run = train_here(data, folder, *options, "--max-update", updates, base=base)
-        assert run.code == 0, run.output[-2000:]
-    assert len(run.updates) == 2
-    average, scaled = (folder / name for name in ("average.pt", "scaled.pt"))
-    assert average_checkpoints.main([str(folder), "--last", "2", "--output", str(average)]) == 0
-    assert command.main(["apply", str(folder), str(average), "--out", str(scaled)]) == 0
-    return scaled
-
-
-def evaluate(program: str, data: Path, checkpoint: Path, *options: str) -> str:
-    common = ["--path", checkpoint, "--cpu", "--max-tokens", "400", *PLUGIN]
-    done = run_command(program, data, *common, *options)
-    assert done.code == 0, done.output[-2000:]
-    return done.output
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("task", "training"), TRANSLATED.values(), ids=TRANSLATED)
-def test_checkpoints_that_translate(corpus, tmp_path, task, training):
-    checkpoint = scaled_average(corpus.translation, tmp_path, [*task, *training, *BOTH])
-    direction = ["-s", "de", "-t", "en", "--gen-subset", "valid", "--max-len-b", "9"]
-    printed = evaluate("fairseq-generate", corpus.translation, checkpoint, *task, *direction)
-    assert len(re.findall(r"^H-\d+\t-\d", printed, re.MULTILINE)) == 40
-
-
-@pytest.mark.slow
-def test_checkpoints_that_denoise(corpus, tmp_path):
-    task = ["--task", "denoising", *BLOCKS, "--mask", "0.3"]
-    options = [*task, "--arch", "bart_base", "--criterion", "cross_entropy", *BOTH]
-    checkpoint = scaled_average(corpus.language_model, tmp_path, options)
-    printed = evaluate("fairseq-validate", corpus.language_model, checkpoint, *task)
-    (loss,) = re.findall(r"\| valid \| .*\| loss (\S+)", printed)
-    assert 3.0 < float(loss) < 9.0
-
-
-@pytest.mark.slow
-def test_checkpoints_that_model_language(corpus, tmp_path):
-    task = ["--task", "language_modeling", *BLOCKS]
-    options = [*task, "--arch", "transformer_lm", "--criterion", "cross_entropy", *sizes("decoder")]
-    checkpoint = scaled_average(corpus.language_model, tmp_path, options)
-    options = [*task, "--gen-subset", "valid"]
-    printed = evaluate("fairseq-eval-lm", corpus.language_model, checkpoint, *options)
-    (perplexity,) = re.findall(r"Perplexity: (\S+)", printed)
-    assert 8.0 < float(perplexity) < 200.0

@@ -8,22 +8,21 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import average_checkpoints
 import prepare
 import pytest
-import resume
 import torch
-from conftest import BIN, GRADINIT, SCALES_ALONE, train_here
+from conftest import BIN, GRADINIT, SCALES_ALONE, Training, train_here
 from dataprep import pipeline
 from test_data_prep_pipeline import instant_fairseq  # noqa: F401
 from test_report import RUN as SHOWN
 from test_report import save_run
 from test_results import RUN
+from test_train import same
 
 from fairseq_gradinit.cli import command
 from fairseq_gradinit.errors import GradInitError
@@ -33,39 +32,31 @@ pytestmark = pytest.mark.slow
 
 NOBODY = 65534
 TRAINING = [*GRADINIT, *SCALES_ALONE, "--max-update", "1", "--no-save"]
-SMALLER = [*TRAINING, "--encoder-layers", "1", "--decoder-layers", "1"]
 NUMBERS = ["numbers", "--source-lang", "de", "--target-lang", "en", "--workers", "1"]
 
 
-@pytest.mark.parametrize("first", ["state", "scales"])
-def test_a_full_disk_keeps_what_an_earlier_gradinit_left(corpus, disk, first):
-    options = [*SMALLER, "--gradinit-save-interval", "1" if first == "state" else "0"]
-    assert train_here(corpus.translation, disk.folder / "run", *options).code == 0
+def test_a_full_disk_keeps_an_earlier_gradinit_and_the_run_resumes_when_there_is_room(corpus, disk):
+    def training(*options: str) -> Training:
+        return train_here(corpus.translation, disk.folder / "run", *TRAINING, *options)
+
+    expected = training().weights
     before = disk.contents()
-    disk.fill()
-    run = train_here(corpus.translation, disk.folder / "run", *options, "--seed", "5")
-    assert f"gradinit_{first}.json: No space left on device; choose a folder" in run.error()
-    assert not run.batches
-    assert disk.contents() == before
-
-
-FITTING = ("gradinit_state.json", "gradinit_scales.json")
-
-
-def test_gradinit_resumes_when_there_is_room_again(corpus, disk, tmp_path):
-    """There is room for state and scales, and not for the file of their effect."""
-    whole = train_here(corpus.translation, tmp_path / "run", *TRAINING)
-    pages = [-(-(tmp_path / "run" / name).stat().st_size // 4096) for name in FITTING]
-    disk.fill(leave=4 * sum(pages))
-    run = train_here(corpus.translation, disk.folder / "run", *TRAINING)
-    assert "gradinit_effect.json: No space left on device" in run.error()
-    assert not run.batches
+    for interval, name in (("0", "scales"), ("1", "state")):
+        disk.fill()
+        run = training("--seed", "5", "--gradinit-save-interval", interval)
+        assert f"gradinit_{name}.json: No space left on device; choose a folder" in run.error()
+        assert not run.batches
+        assert disk.contents() == before
+    # There is room for state and scales, and not for the file of their effect.
+    shutil.rmtree(disk.folder / "run")
+    sizes = (len(before[f"run/gradinit_{name}.json"]) for name in ("state", "scales"))
+    disk.fill(leave=4 * sum(-(-size // 4096) for size in sizes))
+    assert "gradinit_effect.json: No space left on device" in training().error()
     (disk.folder / "filler").unlink()
-    run = train_here(corpus.translation, disk.folder / "run", *TRAINING)
+    run = training()
     assert run.code == 0, run.output
-    assert all(torch.equal(tensor, run.weights[name]) for name, tensor in whole.weights.items())
-    for path in (tmp_path / "run").iterdir():
-        assert (disk.folder / "run" / path.name).exists()
+    assert same(run.weights, expected)
+    assert disk.contents().keys() == before.keys()
 
 
 @pytest.fixture
@@ -74,9 +65,8 @@ def inputs(tmp_path: Path) -> Path:
     folder = save_run(tmp_path / "inputs", SHOWN)
     append_run(folder / "results.jsonl", RUN)
     model = {"encoder.weight": torch.ones(60, 60), "embed.weight": torch.ones(9, 4)}
-    history = [{"num_updates": 2}]
     for update in (1, 2):
-        state = {"model": model, "optimizer_history": history}
+        state = {"model": model, "optimizer_history": [{"num_updates": 2}]}
         torch.save(state, folder / f"checkpoint_1_{update}.pt")
     return folder
 
@@ -107,16 +97,13 @@ def test_programs_on_a_full_disk(disk, inputs, capsys):
 
 def test_printing_to_a_full_disk(inputs):
     """Also where what is printed is less than a buffer holds."""
-    for words in (["table", inputs / "results.jsonl"], ["diff", inputs, inputs]):
+    for words, code in ((["table", inputs / "results.jsonl"], 1), (["diff", inputs, inputs], 2)):
         with Path("/dev/full").open("w") as full:
             done = subprocess.run(
                 [BIN / "fairseq-gradinit", *words],
-                stdout=full,
-                stderr=subprocess.PIPE,
-                text=True,
-                check=False,
+                **{"stdout": full, "stderr": subprocess.PIPE, "text": True, "check": False},
             )
-        assert done.returncode == (2 if words[0] == "diff" else 1)
+        assert done.returncode == code
         assert done.stderr == (
             "fairseq-gradinit: cannot write to standard output: No space left on device\n"
         )
@@ -136,88 +123,58 @@ def test_a_line_of_results_on_a_full_disk(disk):
     assert read_runs([file]) == [*kept, replace(RUN, seed=100)]
 
 
-def test_a_torn_checkpoint_on_a_full_disk_is_mended_when_there_is_room(disk, inputs, capsys):
-    folder = Path(shutil.copytree(inputs, disk.folder / "run"))
-    last = folder / "checkpoint_last.pt"
-    last.write_bytes((folder / "checkpoint_1_2.pt").read_bytes()[:1000])
-    before = disk.contents()
-    disk.fill()
-    assert resume.main([str(folder)]) == 1
-    assert f"cannot write {last}: No space left on device" in capsys.readouterr().err
-    assert disk.contents() == before
-    (disk.folder / "filler").unlink()
-    assert resume.main([str(folder)]) == 0
-    assert last.read_bytes() == (folder / "checkpoint_1_2.pt").read_bytes()
-
-
 @pytest.mark.usefixtures("instant_fairseq")
 def test_preparation_on_a_disk_that_fills_up(disk, tmp_path, monkeypatch, capsys):
-    """At any step; what a step before has finished is kept, and the same command goes on."""
+    """At any step; what a step before has finished is kept, and the same command resumes."""
     monkeypatch.setattr(pipeline, "require_space", lambda *_: None)
-    assert prepare.main([*NUMBERS, "--out", str(tmp_path / "whole")]) == 0
+    whole = tmp_path / "whole"
+    assert prepare.main([*NUMBERS, "--out", str(whole)]) == 0
     done = []
     for kib in (8, 200, 400):
         disk.resize(kib)
-        assert prepare.main([*NUMBERS, "--out", str(disk.folder / "numbers")]) == 1
+        assert prepare.main([*NUMBERS, "--out", str(disk.folder)]) == 1
         error = capsys.readouterr().err.splitlines()[-1]
         assert error.startswith("prepare.py: error: ")
         assert "No space left on device" in error
-        done.append(sorted(path.parent.name for path in disk.folder.glob("numbers/*/step.json")))
+        done.append(sorted(path.parent.name for path in disk.folder.glob("*/step.json")))
     assert done == [[], ["text"], ["text", "tokens"]]
     disk.resize(4096)
-    assert prepare.main([*NUMBERS, "--out", str(disk.folder / "numbers")]) == 0
-    assert {
-        name.removeprefix("numbers/"): content
-        for name, content in disk.contents().items()
-        if not name.endswith("manifest.json")
-    } == {
-        str(path.relative_to(tmp_path / "whole")): path.read_bytes()
-        for path in (tmp_path / "whole").rglob("*")
-        if path.is_file() and path.name != "manifest.json"
-    }
+    assert prepare.main([*NUMBERS, "--out", str(disk.folder)]) == 0
+    paths = (path for path in whole.rglob("*") if path.is_file())
+    expected = {str(path.relative_to(whole)): path.read_bytes() for path in paths}
+    found = disk.contents()
+    assert found.pop("manifest.json") != expected.pop("manifest.json")
+    assert found == expected
 
 
-@pytest.fixture
-def shared() -> Iterator[Path]:
-    """A folder that every user can look into, unlike those of pytest."""
+def test_a_folder_that_may_only_be_read(corpus, inputs, capsys):
+    # Every user can look into such a folder, unlike those of pytest.
     with tempfile.TemporaryDirectory() as name:
-        Path(name).chmod(0o755)
-        yield Path(name)
-
-
-@contextmanager
-def ordinary_user() -> Iterator[None]:
-    """What stands in it is done with the rights of a user who is not root."""
-    user = os.geteuid()
-    if user == 0:
-        os.seteuid(NOBODY)
-    try:
-        yield
-    finally:
-        os.seteuid(user)
-
-
-def test_a_folder_that_may_only_be_read(corpus, inputs, shared, capsys):
-    data = shutil.copytree(corpus.translation, shared / "data")
-    read = Path(shutil.copytree(inputs, shared / "inputs"))
-    kept = shared / "kept"
-    kept.mkdir()
-    programs = writers(read, kept)
-    # Also to have everything imported: Python itself may lie where only root can read.
-    assert not any(write() for write in programs.values())
-    append_run(kept / "results.jsonl", RUN)
-    assert train_here(data, kept, *SMALLER).code == 0
-    before = {path: path.read_bytes() for path in kept.iterdir()}
-    kept.chmod(0o555)
-    with ordinary_user():
-        for name, write in programs.items():
-            assert write() == 1
-            assert f"cannot write {kept / name}: Permission denied" in capsys.readouterr().err
-        with pytest.raises(GradInitError, match=r"cannot append to .*: Permission denied; choose"):
-            append_run(kept / "results.jsonl", RUN)
-        assert prepare.main([*NUMBERS, "--out", str(kept / "numbers")]) == 1
-        assert "Permission denied" in capsys.readouterr().err.splitlines()[-1]
-        run = train_here(data, kept, *SMALLER, "--seed", "5")
-        assert f"cannot write to --save-dir {kept}: Permission denied; " in run.error()
-    kept.chmod(0o755)
-    assert {path: path.read_bytes() for path in kept.iterdir()} == before
+        (shared := Path(name)).chmod(0o755)
+        data = shutil.copytree(corpus.translation, shared / "data")
+        read = Path(shutil.copytree(inputs, shared / "inputs"))
+        (kept := shared / "kept").mkdir()
+        programs = writers(read, kept)
+        # Also to have everything imported: Python itself may lie where only root can read.
+        assert not any(write() for write in programs.values())
+        append_run(kept / "results.jsonl", RUN)
+        assert train_here(data, kept, *TRAINING).code == 0
+        before = {path: path.read_bytes() for path in kept.iterdir()}
+        kept.chmod(0o555)
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(NOBODY)
+        try:
+            for name, write in programs.items():
+                assert write() == 1
+                assert f"cannot write {kept / name}: Permission denied" in capsys.readouterr().err
+            with pytest.raises(GradInitError, match=r"cannot append to .*: Permission denied; "):
+                append_run(kept / "results.jsonl", RUN)
+            assert prepare.main([*NUMBERS, "--out", str(kept / "numbers")]) == 1
+            assert "Permission denied" in capsys.readouterr().err.splitlines()[-1]
+            run = train_here(data, kept, *TRAINING, "--seed", "5")
+            assert f"cannot write to --save-dir {kept}: Permission denied; " in run.error()
+        finally:
+            os.seteuid(user)
+            kept.chmod(0o755)
+        assert {path: path.read_bytes() for path in kept.iterdir()} == before
