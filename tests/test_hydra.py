@@ -10,9 +10,8 @@ from pathlib import Path
 import fairseq
 import fairseq_cli.hydra_train as program
 import pytest
-import torch
 import yaml
-from conftest import ROOT, Outcome, run_command
+from conftest import OWN_USER_DIR, PLUGIN, ROOT, Outcome, run_command, run_here
 from fairseq import distributed_utils
 from fairseq.dataclass.initialize import hydra_init
 from fairseq.tasks import TASK_DATACLASS_REGISTRY
@@ -23,14 +22,10 @@ from fairseq_gradinit import __version__
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.plugin import hook
 from fairseq_gradinit.plugin.options import GradInitOptions, Plan, make_plan, read_options
+from fairseq_gradinit.plugin.safe_loading import read_checkpoint
 from fairseq_gradinit.plugin.schemes.options import read_scheme
 
-MODEL = {
-    "decoder_embed_dim": 32,
-    "decoder_ffn_embed_dim": 64,
-    "decoder_layers": 2,
-    "decoder_attention_heads": 2,
-}
+MODEL = {"layers": 2, "embed_dim": 32, "ffn_embed_dim": 64, "attention_heads": 2}
 REST = {
     "criterion": {"_name": "cross_entropy"},
     "optimizer": {"_name": "adam"},
@@ -45,21 +40,17 @@ REST = {
     },
     "distributed_training": {"distributed_world_size": 1},
 }
-COMMON = {
-    "user_dir": "fairseq_gradinit",
-    "cpu": True,
-    "log_format": "simple",
-    "log_interval": 1,
-}
+COMMON = {"user_dir": "fairseq_gradinit", "cpu": True, "log_format": "simple", "log_interval": 1}
 
 
-def configuration(data: Path, save_dir: Path) -> dict:
+def configuration(data: Path, save_dir: Path, **common: object) -> dict:
     task = {"_name": "language_modeling", "data": str(data), "tokens_per_sample": 16}
     task |= {"gradinit": True, "gradinit_iterations": 3, "gradinit_norm_gains": "learned"}
+    model = {f"decoder_{name}": size for name, size in MODEL.items()}
     return {
         "task": task,
-        "model": {"_name": "transformer_lm", **MODEL},
-        "common": COMMON,
+        "model": {"_name": "transformer_lm", **model},
+        "common": {**COMMON, **common},
         "checkpoint": {"save_dir": str(save_dir)},
         **REST,
     }
@@ -81,29 +72,19 @@ def hydra(*arguments: str, folder: Path, cwd: Path | str = "/") -> Outcome:
     return run_command("fairseq-hydra-train", *words, cwd=cwd)
 
 
-def check(outcome: Outcome, save_dir: Path) -> None:
-    assert outcome.code == 0, outcome.output
-    assert len(outcome.lines("gradinit: ")) >= 3
-    assert f"signature: gradinit:{__version__}" in outcome.output
-    assert "norm-gains:learned" in outcome.output
-    task = torch.load(save_dir / "checkpoint_last.pt", weights_only=True)["cfg"]["task"]
-    assert (task["gradinit"], task["gradinit_iterations"]) == (True, 3)
-
-
-def in_a_file(task: str, folder: Path) -> tuple[Path, list[str]]:
+def in_a_file(task: str, folder: Path, defaults: bool = False) -> tuple[Path, list[str]]:
     """The folder of a configuration, and what a command line adds: here all is in a file."""
     text = yaml.safe_dump({**REST, "checkpoint": {"save_dir": str(folder)}, "common": COMMON})
-    indented = "".join(f"  {line}\n" for line in ["_name: translation", *task.splitlines()])
-    (folder / "run.yaml").write_text(f"# @package _group_\n{text}task:\n{indented}")
+    lines = task.splitlines() if defaults else ["_name: translation", *task.splitlines()]
+    text = f"{text}task:\n" + "".join(f"  {line}\n" for line in lines)
+    begin = "defaults:\n- task: translation\n- _self_" if defaults else "# @package _group_"
+    (folder / "run.yaml").write_text(f"{begin}\n{text}")
     return folder, []
 
 
 def in_a_file_with_a_list_of_defaults(task: str, folder: Path) -> tuple[Path, list[str]]:
     """Here hydra itself puts the task's configuration together, with its types."""
-    in_a_file(task, folder)
-    text = (folder / "run.yaml").read_text().replace("  _name: translation\n", "")
-    (folder / "run.yaml").write_text(f"defaults:\n- task: translation\n- _self_\n{text}")
-    return folder, []
+    return in_a_file(task, folder, defaults=True)
 
 
 def on_the_command_line(task: str, folder: Path) -> tuple[Path, list[str]]:
@@ -239,46 +220,60 @@ def test_what_is_no_value_of_an_option_is_named(written, sentence):
 # fairseq's hydra changes the folder before it trains: the clone, where the name of the user dir
 # is also that of a folder, is the hard case.
 @pytest.mark.slow
-@pytest.mark.parametrize("cwd", ["/", ROOT])
-def test_options_on_the_command_line(corpus, tmp_path, cwd):
-    options = overrides(configuration(corpus.language_model, tmp_path / "save"))
-    check(hydra(*options, folder=tmp_path / "hydra", cwd=cwd), tmp_path / "save")
-
-
-@pytest.mark.slow
-def test_options_on_the_command_line_with_a_user_dir_of_ones_own(corpus, tmp_path):
-    document = configuration(corpus.language_model, tmp_path)
-    document["common"] = {**COMMON, "user_dir": str(ROOT / "tests" / "own_user_dir")}
-    check(hydra(*overrides(document), folder=tmp_path / "hydra"), tmp_path)
-
-
-@pytest.mark.slow
-def test_everything_in_a_file(corpus, tmp_path):
-    document = configuration(corpus.language_model, tmp_path / "save")
+@pytest.mark.parametrize(
+    ("cwd", "user_dir", "in_file"),
+    [
+        *(("/", "fairseq_gradinit", False), (ROOT, "fairseq_gradinit", False)),
+        *(("/", OWN_USER_DIR[1], False), (ROOT, "fairseq_gradinit", True)),
+    ],
+)
+def test_a_run_with_its_options_on_the_command_line_or_in_a_file(
+    corpus, tmp_path, cwd, user_dir, in_file
+):
+    document = configuration(corpus.language_model, tmp_path / "save", user_dir=user_dir)
     document["task"] |= {"gradinit_centering": False, "gradinit_betas": [0.8, 0.95]}
-    (tmp_path / "run.yaml").write_text("# @package _group_\n" + yaml.safe_dump(document))
-    options = ["--config-dir", str(tmp_path), "--config-name", "run"]
-    outcome = hydra(*options, folder=tmp_path / "hydra", cwd=ROOT)
-    check(outcome, tmp_path / "save")
-    assert "|betas:0.8,0.95|" in outcome.output
+    words = overrides(document)
+    if in_file:
+        (tmp_path / "run.yaml").write_text("# @package _group_\n" + yaml.safe_dump(document))
+        words = ["--config-dir", str(tmp_path), "--config-name", "run"]
+    outcome = hydra(*words, folder=tmp_path / "hydra", cwd=cwd)
+    assert outcome.code == 0, outcome.output
+    assert len(outcome.lines("gradinit: ")) >= 3
+    for part in (f"signature: gradinit:{__version__}", "norm-gains:learned", "|betas:0.8,0.95|"):
+        assert part in outcome.output
     assert "|centering:off|" in outcome.output
+    task = read_checkpoint(tmp_path / "save" / "checkpoint_last.pt")["cfg"]["task"]
+    assert (task["gradinit"], task["gradinit_iterations"]) == (True, 3)
 
 
 @pytest.mark.slow
-def test_a_mistake_is_one_sentence(corpus, tmp_path):
-    options = overrides(configuration(corpus.language_model, tmp_path / "save"))
-    outcome = hydra(*options, "task.gradinit_centering=3", folder=tmp_path / "hydra")
+def test_mistakes_and_stock_configurations(corpus, tmp_path):
+    """Without our user dir the plugin stays out of hydra's way."""
+    document = configuration(corpus.language_model, tmp_path / "save")
+    wrong = [*overrides(document), "task.gradinit_centering=3"]
+    outcome = hydra(*wrong, folder=tmp_path / "hydra")
     assert outcome.code == 1
     assert "GradInit: --gradinit-centering must be one of on, off, not 3" in outcome.output
     assert "Traceback" not in outcome.output
-
-
-@pytest.mark.slow
-def test_stock_configurations_are_composed_as_before(corpus, tmp_path):
-    """Without our user dir the plugin stays out of hydra's way."""
-    document = configuration(corpus.language_model, tmp_path / "save")
-    document["common"] = {k: v for k, v in COMMON.items() if k != "user_dir"}
-    del document["task"]["gradinit"]
+    del document["common"]["user_dir"], document["task"]["gradinit"]
     outcome = hydra(*overrides(document), folder=tmp_path / "hydra")
     assert outcome.code == 1
     assert "Key 'gradinit_iterations' not in" in outcome.output
+
+
+@pytest.mark.slow
+def test_a_scheme_that_changes_the_architecture(corpus, tmp_path):
+    wanted = configuration(corpus.language_model, tmp_path / "checkpoints")
+    wanted["task"] = {k: v for k, v in wanted["task"].items() if not k.startswith("gradinit")}
+    words = overrides(wanted | {"task": wanted["task"] | {"init_scheme": "admin"}})
+    trained = hydra(*words, folder=tmp_path)
+    assert trained.code == 0, trained.output
+    assert len(trained.updates) == 2
+    assert trained.lines("--init-scheme admin applied")
+    again = hydra(*words, "optimization.max_update=3", folder=tmp_path)
+    assert again.code == 0, again.output
+    assert len(again.updates) == 1
+    options = [*PLUGIN, "--gen-subset", "valid", "--cpu", "--max-tokens", "400"]
+    options += ["--path", tmp_path / "checkpoints" / "checkpoint_last.pt"]
+    evaluated = run_here("fairseq-eval-lm", corpus.language_model, *options)
+    assert evaluated.lines("Perplexity:"), evaluated.output

@@ -19,8 +19,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BIN, ENVIRONMENT, GRADINIT, PLUGIN, ROOT, Outcome, run_command, usual_options
+from conftest import (
+    BIN,
+    ENVIRONMENT,
+    GRADINIT,
+    PLUGIN,
+    ROOT,
+    Outcome,
+    run_command,
+    train_here,
+    usual_options,
+)
 from rank import draw_pairs, learn, make_learner, model_and_loss
+from test_train import same, scales_in
 from tiny import SPOILERS, in_ranks
 
 from fairseq_gradinit.engine.blocks import collect_blocks
@@ -31,22 +42,22 @@ from fairseq_gradinit.engine.processes import OneProcess, Processes
 from fairseq_gradinit.engine.state import StateFile, _digest
 from fairseq_gradinit.errors import GradInitError, GradInitStopped
 from fairseq_gradinit.plugin.safe_loading import read_checkpoint
+from fairseq_gradinit.scales.file import SCALES_FILE, Scales
 
 RANK = Path(__file__).with_name("rank.py")
 
 # ---- The engine.
 
 
-@pytest.fixture(scope="module")
-def alone() -> dict[str, list]:
-    return learn(OneProcess())
-
-
-def require_same_scales(together: Sequence[dict[str, list]], alone: dict[str, list]) -> None:
-    """Of every kind of run that `learn` has."""
-    assert all(found == together[0] for found in together)
-    assert together[0].keys() == alone.keys()
-    for name, (scales, losses, kinds) in together[0].items():
+@pytest.mark.slow
+def test_processes_over_gloo_agree_with_one(tmp_path):
+    done = run_command("torchrun", "--standalone", "--nproc-per-node", 2, RANK, tmp_path)
+    assert done.code == 0, done.output
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first == second
+    alone = learn(OneProcess())
+    assert first.keys() == alone.keys()
+    for name, (scales, losses, kinds) in first.items():
         # Rounding to bfloat16 depends on the rows that are rounded together; finite differences
         # magnify the rounding of fp32 by one over their length.
         tolerance = {"bf16": 1e-2, "constraint, differences": 2e-3}.get(name, 1e-5)
@@ -55,42 +66,19 @@ def require_same_scales(together: Sequence[dict[str, list]], alone: dict[str, li
                 torch.tensor(found), torch.tensor(expected), rtol=tolerance, atol=tolerance
             )
         assert kinds == alone[name][2]
-    assert "constraint" in alone["constraint, exact"][2]
-    assert "constraint" in alone["constraint, differences"][2]
+        assert ("constraint" in kinds) == ("constraint" in name)
 
 
-@pytest.mark.parametrize("count", [2, 3])
-def test_processes_agree_with_one_on_all_the_data(count, alone):
-    """Also when the shares differ in size, and when the third of three processes has none."""
-    require_same_scales(in_ranks(count, learn), alone)
-
-
-@pytest.mark.slow
-def test_processes_over_gloo_agree_with_one(alone, tmp_path):
-    words = ("--standalone", "--nproc-per-node", 2, RANK, tmp_path)
-    done = run_command("torchrun", *words)
-    assert done.code == 0, done.output
-    require_same_scales(
-        [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)], alone
-    )
-
-
-def test_other_initial_weights_are_an_error():
-    def start(processes: Processes) -> None:
-        make_learner(processes, {}, seed=3 + processes.rank)
-
-    with pytest.raises(GradInitError, match=r"different initial weights, first for 0\.weight"):
-        in_ranks(2, start)
-
-
-def test_other_settings_are_an_error():
-    def run(processes: Processes) -> None:
-        learner = make_learner(processes, {"lr": 0.01 * (1 + processes.rank)})
+def test_other_initial_weights_or_settings_are_an_error():
+    def run(processes: Processes, seed: int, lr: float) -> None:
+        learner = make_learner(processes, {"lr": lr}, seed=seed)
         for pair in draw_pairs(processes):
             learner.step(pair)
 
+    with pytest.raises(GradInitError, match=r"different initial weights, first for 0\.weight"):
+        in_ranks(2, lambda processes: run(processes, processes.rank, 0.01))
     with pytest.raises(GradInitError, match=r"different scales, first for 0\.weight"):
-        in_ranks(2, run)
+        in_ranks(2, lambda processes: run(processes, 3, 0.01 * (1 + processes.rank)))
 
 
 @pytest.mark.parametrize("kind", SPOILERS)
@@ -233,14 +221,6 @@ def train_on_two_ranks(
     return [Outcome(rank.wait(), log.read_text()) for rank, log in zip(ranks, logs, strict=True)]
 
 
-def read_scales(save_dir: Path) -> dict:
-    return json.loads((save_dir / "gradinit_scales.json").read_text())
-
-
-def weights(save_dir: Path) -> dict[str, torch.Tensor]:
-    return read_checkpoint(save_dir / "checkpoint_last.pt")["model"]
-
-
 @pytest.fixture(scope="module")
 def two(corpus, tmp_path_factory) -> tuple[Path, list[Outcome]]:
     """Two ranks that nothing happens to."""
@@ -256,16 +236,9 @@ def test_two_ranks_of_fairseq_learn_what_one_learns_with_twice_the_micro_batches
 ):
     folder, ranks = two
     assert len(ranks[0].updates) == 2
-    one = run_command(
-        "fairseq-train",
-        *(corpus.translation, *usual_options("--max-update"), *PLUGIN, *LEARNING),
-        *("--save-dir", tmp_path, "--update-freq", "2", "--max-update", "2"),
-    )
-    assert one.code == 0, one.output
-    found, expected = (
-        torch.tensor([block["scale"] for block in read_scales(path)["blocks"]])
-        for path in (folder, tmp_path)
-    )
+    options = [*LEARNING, "--update-freq", "2", "--max-update", "2"]
+    one = train_here(corpus.translation, tmp_path, *options, base=usual_options("--max-update"))
+    found, expected = (torch.tensor([*scales_in(path).values()]) for path in (folder, tmp_path))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert "|micro-batches:1|processes:2|" in ranks[0].output
     assert "|micro-batches:2|processes:1|" in one.output
@@ -281,17 +254,25 @@ def test_a_rank_killed_or_stalled_ends_both_and_the_same_command_resumes(corpus,
         good, bad = train_on_two_ranks(corpus.translation, tmp_path, *FAULTY, harm=harm)
         assert (good.code, bad.code) == (1, code), good.output + bad.output
         assert "process 0 of 2 lost the others in all_reduce: " in good.error()
-        assert not (tmp_path / "gradinit_scales.json").exists()
+        assert not (tmp_path / SCALES_FILE).exists()
     assert "process 1 of 2 lost the others in all_reduce: " in bad.error()
     assert "Timed out waiting 5000ms" in good.error()
     ended = train_on_two_ranks(corpus.translation, tmp_path)
     assert [rank.code for rank in ended] == [0, 0], ended[0].output + ended[1].output
-    (line,) = ended[0].lines("going on after iteration ")
+    (line,) = ended[0].lines("after iteration ")
     assert 3 < int(re.search(r"iteration (\d+) of", line)[1]) < ITERATIONS
     folder, ranks = two
     assert ended[0].updates == ranks[0].updates
-    assert read_scales(tmp_path) == read_scales(folder)
-    assert len(read_scales(tmp_path)["history"]) == ITERATIONS
-    found, expected = weights(tmp_path), weights(folder)
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in found)
+    found, expected = (Scales.load(path / SCALES_FILE) for path in (tmp_path, folder))
+    assert found == expected
+    assert len(found.history) == ITERATIONS
+    last = (read_checkpoint(path / "checkpoint_last.pt")["model"] for path in (tmp_path, folder))
+    assert same(*last)
+
+
+@pytest.mark.slow
+def test_two_ranks_initialised_by_admin_train_as_one(corpus, tmp_path):
+    """fairseq itself stops ranks whose gradients have different norms."""
+    ranks = train_on_two_ranks(corpus.translation, tmp_path, how=("--init-scheme", "admin"))
+    assert [outcome.code for outcome in ranks] == [0, 0], ranks[0].output + ranks[1].output
+    assert len(ranks[0].updates) == 2
