@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -34,21 +36,14 @@ from workload import (
     Seconds,
     Size,
     Workload,
-    constraint,
     interleaved_seconds,
-    learner_of,
-    objective,
+    iteration,
     peak_memory,
-    plain_constraint,
-    plain_learner_of,
-    plain_objective,
     seconds_for,
-    settings,
-    training,
+    training_step,
 )
 
 from fairseq_gradinit.engine import GradInitConfig, ProcessGroup
-from fairseq_gradinit.engine.history import IterationKind
 
 PARTS = ("cost", "scaling", "processes")
 TINY = Size(1, 16, 32, 2, vocabulary=50, sentences=4, length=6)
@@ -69,31 +64,21 @@ GAMMA_SHARE = 0.8
 PROCESSES = 2
 
 
-@dataclass(frozen=True)
-class Cost:
-    seconds: Seconds
-    bytes: int
-
-
 def contenders_for(workload: Workload) -> dict[str, Contender]:
+    violated = ALWAYS_VIOLATED
     return {
-        STEP: training(workload),
-        OBJECTIVE: objective(workload),
-        DIFFERENCES: constraint(workload, "finite-difference"),
-        EXACT: constraint(workload, "exact"),
-        PLAIN_OBJECTIVE: plain_objective(workload),
-        PLAIN_CONSTRAINT: plain_constraint(workload),
+        STEP: partial(training_step, workload),
+        OBJECTIVE: partial(iteration, workload, workload.config()),
+        DIFFERENCES: partial(iteration, workload, workload.config(violated, "finite-difference")),
+        EXACT: partial(iteration, workload, workload.config(violated, "exact")),
+        PLAIN_OBJECTIVE: partial(iteration, workload, workload.config(), plain=True),
+        PLAIN_CONSTRAINT: partial(iteration, workload, workload.config(violated), plain=True),
     }
 
 
-def within(value: float, limit: float | None) -> str:
-    """`value` with the verdict on it, for a target of at most `limit`."""
-    return f"{value:.2f}" if limit is None or value <= limit else f"{value:.2f}, **missed**"
-
-
-def reaching(value: float, limit: float) -> str:
-    """`value` with the verdict on it, for a target of at least `limit`."""
-    return f"{value:.2f}" if value >= limit else f"{value:.2f}, **missed**"
+def judged(value: float, *, most: float = math.inf, least: float = -math.inf) -> str:
+    """`value` with the verdict on it."""
+    return f"{value:.2f}" if least <= value <= most else f"{value:.2f}, **missed**"
 
 
 def describe(workload: Workload) -> str:
@@ -105,19 +90,6 @@ def describe(workload: Workload) -> str:
 
 
 # ---- The iterations, and whole runs.
-
-
-@dataclass(frozen=True)
-class Run:
-    """A whole run: its time, and the kinds of its iterations."""
-
-    seconds: float
-    kinds: Sequence[IterationKind]
-
-    @property
-    def mix(self) -> str:
-        objective, constraint = (self.kinds.count(kind) for kind in ("objective", "constraint"))
-        return f"{objective} objective and {constraint} constraint iterations"
 
 
 def measure_iterations(device: str, quick: bool) -> list[Table]:
@@ -134,98 +106,86 @@ def measure_iterations(device: str, quick: bool) -> list[Table]:
         contenders = contenders_for(workload)
         memory = {name: peak_memory(new, device) for name, new in contenders.items()}
         seconds = interleaved_seconds(contenders, schedule, device)
-        costs = {name: Cost(seconds[name], memory[name]) for name in contenders}
-        tables += [iteration_table(workload, costs)]
-        tables += [run_table(workload, costs, whole_runs(workload, iterations))]
+        tables.append(iteration_table(workload, seconds, memory))
+        tables.append(run_table(workload, seconds, memory, *whole_runs(workload, iterations)))
     return tables
 
 
-def whole_runs(workload: Workload, iterations: int) -> dict[str, Run]:
-    """Runs that take their iterations in turn, so that all see the same machine."""
-    with learner_of(workload, settings(workload)) as learner:
+def whole_runs(workload: Workload, iterations: int) -> tuple[dict[str, float], dict[str, str]]:
+    """Times and kinds of iterations of runs that take turns, so that all see the same machine."""
+    with workload.learner(workload.config()) as learner:
         learner.step(workload.pair())
         learner.flush()
         gamma = GAMMA_SHARE * learner.history[0].grad_norm
     lr = GradInitConfig.lr
-    ways = {"finite differences": "finite-difference", "double backward": "exact"}
     with ExitStack() as stack:
+        plain = stack.enter_context(workload.plain_learner(workload.config(gamma, lr=lr)))
         ours = {
-            name: stack.enter_context(learner_of(workload, settings(workload, gamma, way, lr)))
-            for name, way in ways.items()
+            name: stack.enter_context(workload.learner(workload.config(gamma, way, lr)))
+            for name, way in ((DIFFERENCES, "finite-difference"), (EXACT, "exact"))
         }
-        plain = stack.enter_context(plain_learner_of(workload, settings(workload, gamma, lr=lr)))
         learners = {"plain": plain, **ours}
         seconds = dict.fromkeys(learners, 0.0)
         for pair in map(workload.pair, range(iterations)):
             for name, learner in learners.items():
-                seconds[name] += seconds_for(
-                    lambda do=learner.step, pair=pair: do(pair), workload.device
-                )
+                seconds[name] += seconds_for(partial(learner.step, pair), workload.device)
         for learner in ours.values():
             learner.flush()
-        kinds = {name: [i.kind for i in learner.history] for name, learner in ours.items()}
-        kinds["plain"] = plain.kinds
-        return {name: Run(seconds[name], kinds[name]) for name in learners}
+    kinds = {name: [i.kind for i in learner.history] for name, learner in ours.items()}
+    mixes = {
+        name: f"{found.count('objective')} objective and {found.count('constraint')} constraint "
+        "iterations"
+        for name, found in {"plain": plain.kinds, **kinds}.items()
+    }
+    return seconds, mixes
 
 
-def iteration_table(workload: Workload, costs: dict[str, Cost]) -> Table:
+def iteration_table(
+    workload: Workload, seconds: Mapping[str, Seconds], memory: Mapping[str, int]
+) -> Table:
     """Time and memory of every contender, absolute and in training steps."""
-    step = costs[STEP]
     rows = []
-    for name, cost in costs.items():
-        spread = f"{1e3 * cost.seconds.lowest:.4g} to {1e3 * cost.seconds.highest:.4g}"
-        time, memory = TIME_TARGETS.get(name), MEMORY_TARGETS.get(name)
-        rows.append(
-            [
-                name,
-                f"{1e3 * cost.seconds.median:.4g} ({spread})",
-                within(cost.seconds.median / step.seconds.median, time),
-                "" if time is None else f"at most {time}",
-                f"{cost.bytes / 2**20:.4g}",
-                within(cost.bytes / step.bytes, memory),
-                "" if memory is None else f"at most {memory}",
-            ]
-        )
+    for name, time in seconds.items():
+        spread = f"{1e3 * time.lowest:.4g} to {1e3 * time.highest:.4g}"
+        row = [name, f"{1e3 * time.median:.4g} ({spread})"]
+        for value, step, targets, more in (
+            (time.median, seconds[STEP].median, TIME_TARGETS, [f"{memory[name] / 2**20:.4g}"]),
+            (memory[name], memory[STEP], MEMORY_TARGETS, []),
+        ):
+            limit = f"at most {targets[name]}" if name in targets else ""
+            row += [judged(value / step, most=targets.get(name, math.inf)), limit, *more]
+        rows.append(row)
     header = ["", "ms (lowest to highest)", "of a step", "target", "peak MiB", "of training"]
     return Table(f"Iterations, {describe(workload)}", [*header, "target"], rows)
 
 
-def run_table(workload: Workload, costs: dict[str, Cost], runs: dict[str, Run]) -> Table:
+def run_table(
+    workload: Workload,
+    iterations: Mapping[str, Seconds],
+    memory: Mapping[str, int],
+    runs: Mapping[str, float],
+    mixes: Mapping[str, str],
+) -> Table:
     """Whole runs against the plain form."""
-    plain, differences, exact = (
-        runs[name] for name in ("plain", "finite differences", "double backward")
-    )
-    seconds = {name: cost.seconds.median for name, cost in costs.items()}
-    memory = max(costs[OBJECTIVE].bytes, costs[DIFFERENCES].bytes)
-    memory /= max(costs[PLAIN_OBJECTIVE].bytes, costs[PLAIN_CONSTRAINT].bytes)
+    exact = f"{runs['plain'] / runs[EXACT]:.2f}"
+    differences = judged(runs["plain"] / runs[DIFFERENCES], least=SPEEDUP_TARGET)
+    objective = iterations[PLAIN_OBJECTIVE].median / iterations[OBJECTIVE].median
+    constraint = iterations[PLAIN_CONSTRAINT].median / iterations[DIFFERENCES].median
+    share = max(memory[OBJECTIVE], memory[DIFFERENCES])
+    share /= max(memory[PLAIN_OBJECTIVE], memory[PLAIN_CONSTRAINT])
+    speedup = f"at least {SPEEDUP_TARGET}"
     rows = [
-        [
-            f"faster with finite differences ({differences.mix}), times",
-            reaching(plain.seconds / differences.seconds, SPEEDUP_TARGET),
-            f"at least {SPEEDUP_TARGET}",
-        ],
-        [
-            f"faster with double backward ({exact.mix}), times",
-            f"{plain.seconds / exact.seconds:.2f}",
-            "",
-        ],
-        [
-            "the same, all iterations objective, times",
-            f"{seconds[PLAIN_OBJECTIVE] / seconds[OBJECTIVE]:.2f}",
-            "",
-        ],
-        [
-            "the same, all iterations constraint, times",
-            f"{seconds[PLAIN_CONSTRAINT] / seconds[DIFFERENCES]:.2f}",
-            "",
-        ],
+        [f"faster with finite differences ({mixes[DIFFERENCES]}), times", differences, speedup],
+        [f"faster with double backward ({mixes[EXACT]}), times", exact, ""],
+        ["the same, all iterations objective, times", f"{objective:.2f}", ""],
+        ["the same, all iterations constraint, times", f"{constraint:.2f}", ""],
         [
             "memory with finite differences, of plain",
-            within(memory, MEMORY_TARGET),
+            judged(share, most=MEMORY_TARGET),
             f"at most {MEMORY_TARGET}",
         ],
     ]
-    title = f"Whole runs against the plain form ({plain.mix}), {describe(workload)}"
+    title = f"Whole runs against the plain form ({mixes['plain']}), {describe(workload)}"
     return Table(title, ["", "measured", "target"], rows)
 
 
@@ -234,33 +194,12 @@ def run_table(workload: Workload, costs: dict[str, Cost], runs: dict[str, Run]) 
 
 @dataclass(frozen=True)
 class Axis:
-    """One way to grow.
-
-    Attributes:
-        unit: of `position`.
-        position: of a size on the axis that growth should be linear along.
-    """
+    """One way to grow; `positions` of the sizes are where growth should be linear along."""
 
     name: str
     unit: str
-    position: Callable[[Size], float]
-    sizes: Sequence[Size]
-
-
-@dataclass(frozen=True)
-class Line:
-    """What one contender takes along one axis.
-
-    Attributes:
-        positions: on the axis, one for each size.
-        seconds: median times.
-    """
-
-    axis: Axis
-    contender: str
     positions: Sequence[float]
-    seconds: Sequence[float]
-    bytes: Sequence[int]
+    sizes: Sequence[Size]
 
 
 def axes_for(device: str, quick: bool) -> list[Axis]:
@@ -272,45 +211,34 @@ def axes_for(device: str, quick: bool) -> list[Axis]:
         base = Size(6, 512, 2048, 8, vocabulary=10_000, sentences=64, length=32)
         widths, batches = (256, 512, 768, 1024), (32, 64, 128, 256)
     ratio = base.feed_forward // base.width
-    wider = [replace(base, width=width, feed_forward=ratio * width) for width in widths]
     deeper = [replace(base, layers=layers) for layers in depths]
+    wider = [replace(base, width=width, feed_forward=ratio * width) for width in widths]
     larger = [replace(base, sentences=sentences) for sentences in batches]
+    # As matrix products grow, when the width changes.
+    parameters = [sum(p.numel() for p in Workload(size).model().parameters()) for size in wider]
     return [
-        Axis("depth", "layers", lambda size: 2.0 * size.layers, deeper),
-        # As matrix products grow, when the width changes.
-        Axis("width", "million parameters", parameters_of, wider),
-        Axis("batch", "sentences", lambda size: float(size.sentences), larger),
+        Axis("depth", "layers", [2.0 * layers for layers in depths], deeper),
+        Axis("width", "million parameters", [count / 1e6 for count in parameters], wider),
+        Axis("batch", "sentences", [float(sentences) for sentences in batches], larger),
     ]
 
 
-def parameters_of(size: Size) -> float:
-    return sum(p.numel() for p in Workload(size).model().parameters()) / 1e6
+Quantities = Mapping[tuple[Size, str], float]
 
 
-def measure_growth(device: str, quick: bool) -> list[Line]:
-    schedule = Schedule(3, 7, calls=5) if device == "cuda" else Schedule(1, 7)
-    if quick:
-        schedule = Schedule(1, 2)
-    axes = axes_for(device, quick)
+def measure_growth(axes: Sequence[Axis], device: str, quick: bool) -> tuple[Quantities, Quantities]:
+    """Median seconds and bytes of every size and contender."""
+    schedule = Schedule(3, 7, calls=5) if device == "cuda" else Schedule(1, 2 if quick else 7)
     # The axes have a size in common.
     sizes = dict.fromkeys(size for axis in axes for size in axis.sizes)
     contenders = {
-        (size, name): new
+        (size, name): contenders_for(Workload(size, device))[name]
         for size in sizes
-        for name, new in contenders_for(Workload(size, device)).items()
-        if name in GROWING
+        for name in GROWING
     }
     memory = {key: peak_memory(new, device) for key, new in contenders.items()}
     seconds = interleaved_seconds(contenders, schedule, device)
-    return [
-        Line(
-            *(axis, name, [axis.position(size) for size in axis.sizes]),
-            seconds=[seconds[size, name].median for size in axis.sizes],
-            bytes=[memory[size, name] for size in axis.sizes],
-        )
-        for axis in axes
-        for name in GROWING
-    ]
+    return {key: found.median for key, found in seconds.items()}, memory
 
 
 def straight(positions: Sequence[float], values: Sequence[float]) -> np.ndarray:
@@ -323,48 +251,36 @@ def departure(positions: Sequence[float], values: Sequence[float]) -> float:
     return float(np.abs(straight(positions, values) - values).max() / max(values))
 
 
-def growth_table(lines: Sequence[Line]) -> Table:
+def growth_table(axes: Sequence[Axis], *quantities: Quantities) -> Table:
     rows = []
-    steps = {line.axis.name: line for line in lines if line.contender == STEP}
-    for line in lines:
-        axis, step, at = line.axis, steps[line.axis.name], line.positions
-        rows.append(
-            [
-                f"{axis.name}, {at[0]:.3g} to {at[-1]:.3g} {axis.unit}",
-                line.contender,
-                f"{departure(at, line.seconds):.1%}",
-                _ratios(line.seconds, step.seconds),
-                f"{departure(at, line.bytes):.1%}",
-                _ratios(line.bytes, step.bytes),
-            ]
-        )
+    for axis in axes:
+        at = axis.positions
+        for name in GROWING:
+            row = [f"{axis.name}, {at[0]:.3g} to {at[-1]:.3g} {axis.unit}", name]
+            for of in quantities:
+                values = [of[size, name] for size in axis.sizes]
+                ratios = [of[size, name] / of[size, STEP] for size in axis.sizes]
+                row += [f"{departure(at, values):.1%}", ", ".join(f"{r:.2f}" for r in ratios)]
+            rows.append(row)
     header = ["", "", "time off a line", "of a step", "memory off a line", "of training"]
     return Table("Growth with depth, width and batch", header, rows)
 
 
-def _ratios(values: Sequence[float], steps: Sequence[float]) -> str:
-    return ", ".join(f"{value / step:.2f}" for value, step in zip(values, steps, strict=True))
-
-
-def save_picture(lines: Sequence[Line], path: Path) -> None:
+def save_picture(path: Path, axes: Sequence[Axis], *quantities: Quantities) -> None:
     """Time above, memory below, one column for each axis; dashed are the least-squares lines."""
     figure = Figure(figsize=(12, 6))
     panels = figure.subplots(2, 3)
-    columns = {
-        line.axis.name: column
-        for line, column in zip(lines[:: len(GROWING)], panels.T, strict=True)
-    }
-    for line in lines:
-        values = (1e3 * np.array(line.seconds), np.array(line.bytes) / 2**20)
-        for panel, quantity in zip(columns[line.axis.name], values, strict=True):
-            fit = straight(line.positions, quantity)
-            (dashed,) = panel.plot(line.positions, fit, "--", linewidth=0.8)
-            colour = dashed.get_color()
-            panel.plot(line.positions, quantity, "o", color=colour, label=line.contender)
+    for axis, column in zip(axes, panels.T, strict=True):
+        for panel, of, unit in zip(column, quantities, (1e-3, 2**20), strict=True):
+            for name in GROWING:
+                values = [of[size, name] / unit for size in axis.sizes]
+                fit = straight(axis.positions, values)
+                (dashed,) = panel.plot(axis.positions, fit, "--", linewidth=0.8)
+                panel.plot(axis.positions, values, "o", color=dashed.get_color(), label=name)
             panel.set_xlim(left=0)
             panel.set_ylim(bottom=0)
-        columns[line.axis.name][0].set_title(line.axis.name)
-        columns[line.axis.name][1].set_xlabel(line.axis.unit)
+        column[0].set_title(axis.name)
+        column[1].set_xlabel(axis.unit)
     panels[0, 0].set_ylabel("ms")
     panels[1, 0].set_ylabel("peak MiB")
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="lower center", ncol=len(GROWING))
@@ -372,65 +288,37 @@ def save_picture(lines: Sequence[Line], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-# ---- Two processes, with a core each.
-
-
-@dataclass(frozen=True)
-class Times:
-    """Median seconds of one iteration of rank 0; a process always has as many sentences.
-
-    Attributes:
-        alone: while the other process waits.
-        unconnected: while the other process does the same for itself. What that loses, the machine
-            loses and not GradInit.
-        together: of one GradInit that the processes share, which sum their gradients over gloo.
-    """
-
-    kind: str
-    alone: float
-    unconnected: float
-    together: float
-
-
-def times_of(kind: str, workload: Workload, config: GradInitConfig, schedule: Schedule) -> Times:
-    """Called by every process; what rank 0 returns counts."""
-    rank = torch.distributed.get_rank()
-    pair = workload.pair(seed=rank)
-    times: dict[str, list[float]] = {"alone": [], "unconnected": [], "together": []}
-    with (
-        learner_of(workload, config) as own,
-        learner_of(workload, config, ProcessGroup()) as shared,
-    ):
-
-        def take(name: str, step: Callable[[], None]) -> None:
-            torch.distributed.barrier()
-            times[name].append(seconds_for(step, workload.device, schedule.calls))
-
-        for _ in range(schedule.warmup + schedule.repetitions):
-            if rank == 0:
-                take("alone", lambda: own.step(pair))
-            else:
-                torch.distributed.barrier()
-            take("unconnected", lambda: own.step(pair))
-            take("together", lambda: shared.step(pair))
-    medians = {name: median(t[schedule.warmup :]) for name, t in times.items() if t}
-    return Times(kind, medians.get("alone", 0.0), medians["unconnected"], medians["together"])
+# ---- Two processes, with a core each; a process always has as many sentences.
 
 
 def worker(rank: int, folder: str, workload: Workload, schedule: Schedule) -> None:
+    """Rank 0 writes its median seconds of an iteration, for both kinds of iterations:
+
+    - while the other process waits;
+    - while it does the same for itself: what that loses, the machine loses and not GradInit;
+    - of one GradInit that the processes share, which sum their gradients over gloo.
+    """
     torch.set_num_threads(1)
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[rank % len(cores)]})
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=PROCESSES
     )
-    configs = {
-        "objective": settings(workload),
-        DIFFERENCES: settings(workload, ALWAYS_VIOLATED, "finite-difference"),
-    }
-    found = [times_of(kind, workload, config, schedule) for kind, config in configs.items()]
+    pair = workload.pair(seed=rank)
+    found = []
+    for config in (workload.config(), workload.config(ALWAYS_VIOLATED, "finite-difference")):
+        with workload.learner(config) as own, workload.learner(config, ProcessGroup()) as shared:
+            steps = [partial(learner.step, pair) for learner in (own, own, shared)]
+            if rank != 0:
+                steps[0] = list
+            times: list[list[float]] = [[], [], []]
+            for _ in range(schedule.warmup + schedule.repetitions):
+                for step, taken in zip(steps, times, strict=True):
+                    torch.distributed.barrier()
+                    taken.append(seconds_for(step, workload.device, schedule.calls))
+            found.append([median(taken[schedule.warmup :]) for taken in times])
     if rank == 0:
-        Path(folder, "times.json").write_text(json.dumps([*map(asdict, found)]), encoding="utf-8")
+        Path(folder, "times.json").write_text(json.dumps(found), encoding="utf-8")
     torch.distributed.destroy_process_group()
 
 
@@ -442,14 +330,13 @@ def measure_processes(quick: bool) -> Table:
         found = json.loads(Path(folder, "times.json").read_text(encoding="utf-8"))
     rows = [
         [
-            times.kind,
-            f"{1e3 * times.alone:.4g}",
-            f"{1e3 * times.together:.4g}",
-            reaching(times.alone / times.together, EFFICIENCY_TARGET),
-            f"at least {EFFICIENCY_TARGET}",
-            f"{times.alone / times.unconnected:.2f}",
+            *(kind, f"{1e3 * alone:.4g}", f"{1e3 * together:.4g}"),
+            *(judged(alone / together, least=EFFICIENCY_TARGET), f"at least {EFFICIENCY_TARGET}"),
+            f"{alone / unconnected:.2f}",
         ]
-        for times in (Times(**row) for row in found)
+        for kind, (alone, unconnected, together) in zip(
+            ("objective", DIFFERENCES), found, strict=True
+        )
     ]
     title = (
         f"Two processes against one, {size.layers}+{size.layers} layers, d={size.width}, "
@@ -490,9 +377,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         elif options.part == "processes":
             tables = [measure_processes(options.quick)]
         else:
-            lines = measure_growth(options.device, options.quick)
-            tables = [growth_table(lines)]
-            save_picture(lines, path.with_suffix(".png"))
+            axes = axes_for(options.device, options.quick)
+            measured = measure_growth(axes, options.device, options.quick)
+            tables = [growth_table(axes, *measured)]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_picture(path.with_suffix(".png"), axes, *measured)
         write(path, {"tables": [*map(asdict, tables)]})
     print(kept_tables(options.results), end="")
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import TypeVar
 
@@ -39,12 +40,7 @@ ALWAYS_VIOLATED = 1e-30
 
 @dataclass(frozen=True)
 class Size:
-    """Sizes of the model and of a batch.
-
-    Attributes:
-        layers: in the encoder; the decoder has as many.
-        length: of every sentence, on both sides.
-    """
+    """Sizes of the model and of a batch: `layers` on each side, all sentences of one `length`."""
 
     layers: int
     width: int
@@ -68,14 +64,9 @@ class Translator(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(size.vocabulary, size.width)
         self.positions = nn.Embedding(size.length, size.width)
+        depths = (size.layers, size.layers)
         self.transformer = nn.Transformer(
-            size.width,
-            size.heads,
-            size.layers,
-            size.layers,
-            size.feed_forward,
-            dropout=0.0,
-            batch_first=True,
+            size.width, size.heads, *depths, size.feed_forward, dropout=0.0, batch_first=True
         )
         nn.init.normal_(self.embedding.weight, std=size.width**-0.5)
         nn.init.normal_(self.positions.weight, std=size.width**-0.5)
@@ -118,15 +109,37 @@ class Workload:
         first, second = (Batch(source[part, 1:], target[part]) for part in rows)
         return BatchPair([first], [second])
 
-    def loss_in_precision(self, model: Translator) -> LossFunction:
+    def autocast_loss(self, model: Translator) -> LossFunction:
         """`loss_of`, for those who leave the precision to the loss."""
-        loss = loss_of(model)
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16")(
+            loss_of(model)
+        )
 
-        def autocast(batch: Batch) -> tuple[Tensor, Tensor | float]:
-            with torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16"):
-                return loss(batch)
+    def config(
+        self, gamma: float = math.inf, second_order: SecondOrder = "auto", lr: float = 1e-4
+    ) -> GradInitConfig:
+        """A small `lr` keeps the model where it is, however often an iteration is repeated."""
+        return GradInitConfig(
+            eta=ETA, lr=lr, gamma=gamma, second_order=second_order, precision=self.precision
+        )
 
-        return autocast
+    @contextmanager
+    def learner(
+        self, config: GradInitConfig, processes: Processes | None = None
+    ) -> Iterator[ScaleLearner]:
+        """The engine on a new model."""
+        model = self.model()
+        with deterministic(model):
+            blocks = collect_blocks({"": model}, config.norm_gains)
+            yield ScaleLearner(blocks, loss_of(model), config, processes)
+
+    @contextmanager
+    def plain_learner(self, config: GradInitConfig) -> Iterator[PlainGradInit]:
+        """The baseline on a new model."""
+        model = self.model()
+        with deterministic(model):
+            blocks = collect_blocks({"": model}, config.norm_gains)
+            yield PlainGradInit(blocks, self.autocast_loss(model), config)
 
 
 def loss_of(model: Translator) -> LossFunction:
@@ -147,92 +160,29 @@ Contender = Callable[[], AbstractContextManager[Callable[[], None]]]
 """Sets up something to measure; the value of the context runs it once."""
 
 
-def training(workload: Workload) -> Contender:
-    """One training step: forward, backward, Adam."""
+@contextmanager
+def training_step(workload: Workload) -> Iterator[Callable[[], None]]:
+    """Forward, backward, Adam."""
+    model = workload.model()
+    loss, pair = workload.autocast_loss(model), workload.pair()
+    adam = torch.optim.Adam(model.parameters(), lr=ETA)
 
-    @contextmanager
-    def contender() -> Iterator[Callable[[], None]]:
-        model = workload.model()
-        loss, pair = workload.loss_in_precision(model), workload.pair()
-        adam = torch.optim.Adam(model.parameters(), lr=ETA)
+    def run() -> None:
+        total, count = loss(pair.first[0])
+        (total / count).backward()
+        adam.step()
+        adam.zero_grad(set_to_none=True)
 
-        def run() -> None:
-            total, count = loss(pair.first[0])
-            (total / count).backward()
-            adam.step()
-            adam.zero_grad(set_to_none=True)
-
-        yield run
-
-    return contender
+    yield run
 
 
 @contextmanager
-def learner_of(
-    workload: Workload, config: GradInitConfig, processes: Processes | None = None
-) -> Iterator[ScaleLearner]:
-    """The engine on a new model of `workload`."""
-    model = workload.model()
-    with deterministic(model):
-        blocks = collect_blocks({"": model}, config.norm_gains)
-        yield ScaleLearner(blocks, loss_of(model), config, processes)
-
-
-@contextmanager
-def plain_learner_of(workload: Workload, config: GradInitConfig) -> Iterator[PlainGradInit]:
-    """The baseline on a new model of `workload`."""
-    model = workload.model()
-    with deterministic(model):
-        blocks = collect_blocks({"": model}, config.norm_gains)
-        yield PlainGradInit(blocks, workload.loss_in_precision(model), config)
-
-
-def settings(
-    workload: Workload,
-    gamma: float = math.inf,
-    second_order: SecondOrder = "auto",
-    lr: float = 1e-4,
-) -> GradInitConfig:
-    """A small `lr` keeps the model where it is, however often an iteration is repeated."""
-    return GradInitConfig(
-        eta=ETA, lr=lr, gamma=gamma, second_order=second_order, precision=workload.precision
-    )
-
-
-def objective(workload: Workload) -> Contender:
-    return _iterating(learner_of, workload, settings(workload))
-
-
-def constraint(workload: Workload, second_order: SecondOrder) -> Contender:
-    config = settings(workload, ALWAYS_VIOLATED, second_order)
-    return _iterating(learner_of, workload, config)
-
-
-def plain_objective(workload: Workload) -> Contender:
-    return _iterating(plain_learner_of, workload, settings(workload))
-
-
-def plain_constraint(workload: Workload) -> Contender:
-    return _iterating(plain_learner_of, workload, settings(workload, ALWAYS_VIOLATED))
-
-
-LearnerOf = Callable[
-    [Workload, GradInitConfig], AbstractContextManager[ScaleLearner | PlainGradInit]
-]
-
-
-def _iterating(make: LearnerOf, workload: Workload, config: GradInitConfig) -> Contender:
-    @contextmanager
-    def contender() -> Iterator[Callable[[], None]]:
-        pair = workload.pair()
-        with make(workload, config) as learner:
-
-            def run() -> None:
-                learner.step(pair)
-
-            yield run
-
-    return contender
+def iteration(
+    workload: Workload, config: GradInitConfig, plain: bool = False
+) -> Iterator[Callable[[], None]]:
+    """One iteration of the engine, or of the baseline."""
+    with (workload.plain_learner if plain else workload.learner)(config) as learner:
+        yield partial(learner.step, workload.pair())
 
 
 @dataclass(frozen=True)
@@ -262,11 +212,7 @@ def seconds_for(run: Callable[[], object], device: str, calls: int = 1) -> float
 
 @dataclass(frozen=True)
 class Schedule:
-    """How often to measure.
-
-    Attributes:
-        calls: in a row, as one measurement. More than one lets a GPU run ahead as it would.
-    """
+    """How often to measure; `calls` in a row are one, which lets a GPU run ahead as it would."""
 
     warmup: int
     repetitions: int
@@ -294,7 +240,7 @@ def interleaved_seconds(
 def peak_memory(contender: Contender, device: str) -> int:
     """Most bytes of tensors alive at once from the set-up of the model to the end of two calls.
 
-    Two, because the state of an optimizer comes to be at the end of the first.
+    Two, because the state of an optimizer is made at the end of the first.
     """
 
     def life() -> None:
@@ -304,11 +250,14 @@ def peak_memory(contender: Contender, device: str) -> int:
             wait_for(device)
 
     gc.collect()
-    return _cuda_peak(life) if device == "cuda" else _cpu_peak(life)
-
-
-def _cpu_peak(life: Callable[[], None]) -> int:
-    """From the profiler's list of all allocations and frees: exact, and the same on every run."""
+    if device == "cuda":
+        life()  # What libraries allocate once, and keep, is in what was there before.
+        gc.collect()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        life()
+        return torch.cuda.max_memory_allocated() - before
+    # From the profiler's list of all allocations and frees: exact, and the same on every run.
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
@@ -319,12 +268,3 @@ def _cpu_peak(life: Callable[[], None]) -> int:
         alive += event.nbytes()
         peak = max(peak, alive)
     return peak
-
-
-def _cuda_peak(life: Callable[[], None]) -> int:
-    life()  # The workspaces that libraries allocate once, and keep, are in what was there before.
-    gc.collect()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    life()
-    return torch.cuda.max_memory_allocated() - before
