@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
-from itertools import chain, islice
+from itertools import chain, islice, product
 from pathlib import Path
 from statistics import fmean
 
@@ -107,7 +107,7 @@ class Run:
 
     @property
     def setting(self) -> tuple[str, str, str]:
-        """What a run with GradInit and one without have in common: a row of the tables."""
+        """A row of the tables."""
         return self.optimizer, self.net, self.start
 
 
@@ -162,21 +162,20 @@ class ResidualBlock(nn.Module):
         return functional.relu(self.shortcut(images) + self.body(images))
 
 
-def plain_net() -> nn.Module:
-    """18 convolutions and a linear layer; VGG's recipe without normalisation."""
+def plain_net() -> list[nn.Module]:
+    """18 convolutions; VGG's recipe without normalisation."""
     layers: list[nn.Module] = []
     channels = 1
     for stage, width in enumerate(WIDTHS):
-        if stage:
-            layers.append(nn.MaxPool2d(2))
+        layers += [nn.MaxPool2d(2)] if stage else []
         for _ in range(6):
             layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
             channels = width
-    return nn.Sequential(*layers, *_head(channels))
+    return layers
 
 
-def residual_net(normalised: bool) -> nn.Module:
-    """A convolution, 15 residual blocks, and a linear layer."""
+def residual_net(normalised: bool) -> list[nn.Module]:
+    """A convolution and 15 residual blocks."""
     channels = WIDTHS[0]
     layers: list[nn.Module] = [nn.Conv2d(1, channels, 3, padding=1), nn.ReLU()]
     for stage, width in enumerate(WIDTHS):
@@ -184,14 +183,10 @@ def residual_net(normalised: bool) -> nn.Module:
             stride = 2 if stage and not block else 1
             layers.append(ResidualBlock(channels, width, stride, normalised))
             channels = width
-    return nn.Sequential(*layers, *_head(channels))
+    return layers
 
 
-def _head(channels: int) -> list[nn.Module]:
-    return [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, CLASSES)]
-
-
-NETS: dict[str, Callable[[], nn.Module]] = {
+NETS: dict[str, Callable[[], list[nn.Module]]] = {
     "plain": plain_net,
     "residual": partial(residual_net, normalised=False),
     "residual, BatchNorm": partial(residual_net, normalised=True),
@@ -202,26 +197,19 @@ UNNORMALISED = ("plain", "residual")
 def settings() -> list[tuple[str, str, str]]:
     return [
         (optimizer, net, start)
-        for optimizer in ("SGD", "Adam")
-        for net in NETS
-        for start in (("default", "Kaiming") if net in UNNORMALISED else ("default",))
+        for optimizer, net, start in product(("SGD", "Adam"), NETS, ("default", "Kaiming"))
+        if start == "default" or net in UNNORMALISED
     ]
 
 
 def new_net(name: str, start: str, seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    net = NETS[name]()
-    if start == "Kaiming":
-        net.apply(_kaiming)
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    net = nn.Sequential(*NETS[name](), *head, nn.Linear(WIDTHS[-1], CLASSES))
+    if start == "Kaiming":  # The baseline of the paper: He et al. 2015, and zero biases.
+        for parameter in net.parameters():
+            (nn.init.kaiming_normal_ if parameter.dim() > 1 else nn.init.zeros_)(parameter)
     return net.to(memory_format=torch.channels_last)  # a tenth faster on CPUs
-
-
-def _kaiming(module: nn.Module) -> None:
-    """The baseline of the paper: He et al. 2015 for the weights, and zero biases."""
-    if isinstance(module, nn.Conv2d | nn.Linear):
-        nn.init.kaiming_normal_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 def batches(images: int, size: int, seed: int) -> Iterator[Tensor]:
@@ -235,9 +223,9 @@ def batches(images: int, size: int, seed: int) -> Iterator[Tensor]:
 def run_gradinit(
     net: nn.Module, data: Digits, case: Run, iterations: int
 ) -> tuple[list[Iteration], float]:
-    """Scale the weights of `net`; returns what the iterations did, and their processor time.
+    """Scale the weights of `net`; returns the iterations and their processor time.
 
-    The constants are the same for all nets; docs/digits.md says why.
+    docs/digits.md gives the reasons for the constants, which are the same for all nets.
     """
 
     def loss(indices: Tensor) -> tuple[Tensor, int]:
@@ -246,17 +234,11 @@ def run_gradinit(
 
     sgd = case.optimizer == "SGD"
     config = GradInitConfig(
-        eta=case.rate,
-        target="sgd-normalized" if sgd else "adam",
+        **{"eta": case.rate, "target": "sgd-normalized" if sgd else "adam"},
         # A bound on the l1 norm, which is Adam's, would have to be another for every net.
         gamma=1.0 if sgd else math.inf,
-        iterations=iterations,
-        lr=0.03,
-        betas=(0.9, 0.98),
-        min_scale=0.01,
-        min_bias_scale=0.0,
-        max_scale=100.0,
-        norm_gains="learned",
+        **{"iterations": iterations, "lr": 0.03, "betas": (0.9, 0.98), "norm_gains": "learned"},
+        **{"min_scale": 0.01, "min_bias_scale": 0.0, "max_scale": 100.0},
     )
     half = BATCH // 2
     # Batches of its own, so that training sees the same ones with GradInit as without.
@@ -279,10 +261,9 @@ def run(case: Run, effort: Effort) -> Run:
     # A process's first optimizer imports torch's compiler: seconds that are not GradInit's.
     kind = torch.optim.Adam if case.optimizer == "Adam" else partial(torch.optim.SGD, momentum=0.9)
     optimizer = kind(net.parameters(), case.rate)
-    history: list[Iteration] = []
-    seconds = 0.0
-    if case.gradinit:
-        history, seconds = run_gradinit(net, data, case, effort.iterations)
+    history, seconds = (
+        run_gradinit(net, data, case, effort.iterations) if case.gradinit else ([], 0)
+    )
     start_loss = training_loss(net, data)
     drawn = batches(len(data.classes), BATCH, case.seed)
     clip = 1.0 if case.optimizer == "SGD" and case.net in UNNORMALISED else math.inf
@@ -292,27 +273,27 @@ def run(case: Run, effort: Effort) -> Run:
     per_update = (time.process_time() - began) / max(1, len(losses))
     first_epoch_loss = training_loss(net, data)
     losses += train_on(islice(drawn, data.updates_per_epoch * (case.epochs - 1)))
+    learning: dict[str, float] | None = None
+    if history:
+        objective = sum(iteration.kind == "objective" for iteration in history)
+        learning = {
+            **{"objective": objective, "constraint": len(history) - objective},
+            "updates": round(seconds / per_update, 1),
+            **{"min_scale": history[-1].min_scale, "max_scale": history[-1].max_scale},
+        }
     return replace(
         case,
         weights=weights,
-        curve=averages(losses),
+        curve=[
+            round(fmean(losses[i : i + AVERAGED]), 5)
+            for i in range(0, len(losses) - AVERAGED + 1, AVERAGED)
+        ],
         start_loss=start_loss,
         first_epoch_loss=first_epoch_loss,
         last_loss=training_loss(net, data),
         accuracy=test_accuracy(net, data),
-        learning=summary(history, seconds / per_update) if history else None,
+        learning=learning,
     )
-
-
-def summary(history: Sequence[Iteration], updates: float) -> dict[str, float]:
-    objective = sum(iteration.kind == "objective" for iteration in history)
-    return {
-        "objective": objective,
-        "constraint": len(history) - objective,
-        "updates": round(updates, 1),
-        "min_scale": history[-1].min_scale,
-        "max_scale": history[-1].max_scale,
-    }
 
 
 def digest(net: nn.Module) -> str:
@@ -361,37 +342,29 @@ def test_accuracy(net: nn.Module, data: Digits) -> float:
     return round(correct.float().mean().item(), 5)
 
 
-def averages(losses: Sequence[float]) -> list[float]:
-    starts = range(0, len(losses) - AVERAGED + 1, AVERAGED)
-    return [round(fmean(losses[i : i + AVERAGED]), 5) for i in starts]
-
-
 # ---- All runs, and what they show. The runs of a side differ in their seeds alone.
 
 
 def measure(effort: Effort) -> list[Run]:
     runs: list[Run] = []
     for setting in settings():
-        all_of = partial(side, setting, effort)
+
+        def side(rate: float, gradinit: bool, more: int = 0, setting=setting) -> list[Run]:
+            """Run all seeds, for `more` epochs than usual."""
+            cases = (
+                Run(*setting, rate, seed, gradinit, effort.epochs + more)
+                for seed in range(1, effort.seeds + 1)
+            )
+            return [run(case, effort) for case in cases]
+
         rates = effort.rates[setting[0]]
-        without = [all_of(rate, gradinit=False) for rate in rates]
-        gradinit = [all_of(rate, gradinit=True) for rate in rates]
-        cost = fmean(run.learning["updates"] for run in best(gradinit))
+        without, gradinit = ([side(rate, on) for rate in rates] for on in (False, True))
+        cost = fmean(each.learning["updates"] for each in best(gradinit))
         more = math.ceil(cost / digits(effort.train_images).updates_per_epoch)
-        longer = all_of(best(without)[0].rate, gradinit=False, more=more)
+        longer = side(best(without)[0].rate, False, more)
         runs += chain(*without, *gradinit, longer)
         print("done:", *setting, file=sys.stderr, flush=True)
     return runs
-
-
-def side(
-    setting: tuple[str, str, str], effort: Effort, rate: float, *, gradinit: bool, more: int = 0
-) -> list[Run]:
-    """Run all seeds, for `more` epochs than usual."""
-    seeds = range(1, effort.seeds + 1)
-    return [
-        run(Run(*setting, rate, seed, gradinit, effort.epochs + more), effort) for seed in seeds
-    ]
 
 
 @dataclass(frozen=True)
@@ -447,8 +420,8 @@ def tables(found: Sequence[Comparison]) -> list[Table]:
         sides = best(each.without), best(each.gradinit)
         cells = [cell for side in sides for cell in (f"{side[0].rate:g}", *outcome(side))]
         at_best.append([*each.setting, *cells])
-        costs.append([*each.setting, *cost(sides[1]), str(each.longer[0].epochs)])
-        costs[-1].append(accuracy(each.longer))
+        longer = str(each.longer[0].epochs), accuracy(each.longer)
+        costs.append([*each.setting, *cost(sides[1]), *longer])
         for without, gradinit in zip(each.without, each.gradinit, strict=True):
             rate = f"{without[0].rate:g}"
             every.append([*each.setting, rate, *outcome(without), *outcome(gradinit)])
@@ -465,9 +438,7 @@ def tables(found: Sequence[Comparison]) -> list[Table]:
 
 def cost(side: Sequence[Run]) -> tuple[str, str, str]:
     """The cells of a table that say what GradInit did and took."""
-    total = {
-        name: [run.learning[name] for run in side if run.learning] for name in side[0].learning
-    }
+    total = {name: [run.learning[name] for run in side] for name in side[0].learning}
     constraint = sum(total["constraint"])
     return (
         f"{fmean(total['updates']):.0f}",
