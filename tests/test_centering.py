@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import copy
-import json
-import threading
-from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import GRADINIT, train_here
+from conftest import GRADINIT, Training, train_here
 from test_train import STANDSTILL, same, scales_in
+from tiny import in_ranks
 from torch import nn
 
 from fairseq_gradinit.engine.centering import center_layer_norms, layer_norm_biases
+from fairseq_gradinit.engine.processes import OneProcess
 from fairseq_gradinit.errors import GradInitError
+from fairseq_gradinit.scales.file import SCALES_FILE, Scales
 
 OFF = ["--gradinit-centering", "off"]
 
@@ -59,42 +60,36 @@ def outputs(model: nn.Module, norm: nn.Module, batches: list[torch.Tensor]) -> t
     return torch.cat(found).detach()
 
 
-def test_outputs_average_to_zero_over_all_tokens(model, batches):
+def assert_centered_as_by_definition(model, norms, batches, tolerance=1e-12) -> None:
+    expected = copy.deepcopy(model)
+    for norm in map(expected.get_submodule, norms):
+        norm.bias.data.zero_()
+        norm.bias.data = -outputs(expected, norm, batches).mean(0)
+    assert center_layer_norms([model], model, batches) == len(norms)
+    for name in norms:
+        found, bias = model.get_submodule(name).bias, expected.get_submodule(name).bias
+        assert bias.abs().max() > 0.01
+        torch.testing.assert_close(found, bias, rtol=tolerance, atol=tolerance)
+
+
+def test_outputs_average_to_zero_whatever_the_biases_were(model, batches):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    own = vars(model.first)["forward"] = lambda x: nn.Linear.forward(model.first, x)
     assert outputs(model, model.norm_2, batches).mean(0).abs().max() > 0.1
     assert center_layer_norms([model], model, batches) == 2
     for norm in (model.norm_1, model.norm_2):
         assert outputs(model, norm, batches).mean(0).abs().max() < 1e-12
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert changed == {"norm_1.bias", "norm_2.bias"}
-
-
-def test_biases_before_have_no_influence(model, batches):
-    center_layer_norms([model], model, batches)
-    once = [model.norm_1.bias.detach().clone(), model.norm_2.bias.detach().clone()]
+    # It has its forward methods back.
+    assert [m for m in model.modules() if "forward" in vars(m)] == [model.first]
+    assert vars(model.first)["forward"] is own
+    again = copy.deepcopy(model)
     with torch.no_grad():
-        model.norm_1.bias.add_(3.0)
-        model.norm_2.bias.fill_(-1.0)
-    center_layer_norms([model], model, batches)
-    assert torch.equal(model.norm_1.bias, once[0])
-    assert torch.equal(model.norm_2.bias, once[1])
-
-
-def sequentially(model: nn.Module, norms: list[nn.LayerNorm], batches: list[torch.Tensor]) -> None:
-    """What centering is by definition."""
-    for norm in norms:
-        norm.bias.data.zero_()
-        norm.bias.data = -outputs(model, norm, batches).mean(0)
-
-
-def assert_centered_as_by_definition(model, norms, batches, tolerance=1e-12) -> None:
-    expected = copy.deepcopy(model)
-    sequentially(expected, [expected.get_submodule(name) for name in norms], batches)
-    assert center_layer_norms([model], model, batches) == len(norms)
-    for name in norms:
-        found, bias = model.get_submodule(name).bias, expected.get_submodule(name).bias
-        assert bias.abs().max() > 0.01
-        torch.testing.assert_close(found, bias, rtol=tolerance, atol=tolerance)
+        again.norm_1.bias.add_(3.0)
+        again.norm_2.bias.fill_(-1.0)
+    center_layer_norms([again], again, batches)
+    assert all(map(torch.equal, again.parameters(), model.parameters()))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("double", 1e-12), ("float", 1e-6)])
@@ -137,81 +132,43 @@ def test_each_pass_through_a_layer_norm_counts(batches):
     assert_centered_as_by_definition(Twice().double(), ["shared", "last"], batches)
 
 
-class Mixing(nn.Module):
-    """Leaves what it saw to another module, which needs it after the first LayerNorm."""
+class Calling(nn.Module):
+    """What a module does to its input with what another module has left to it."""
 
-    def __init__(self, seen: list) -> None:
+    def __init__(self, seen: list, act) -> None:
         super().__init__()
-        self.seen = seen
+        self.seen, self.act = seen, act
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.seen[:] = [x.mean(), *self.seen[1:]]
-        return x * 2.0
+        return self.act(x, self.seen)
 
 
-class Reading(Mixing):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * self.seen[0].abs()
+def leave(x: torch.Tensor, seen: list) -> torch.Tensor:
+    seen[:] = [x.mean(), *seen[1:]]
+    return x * 2.0
 
 
-class Taking(Mixing):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * self.seen.pop().abs()
+ACTS = {
+    "read": lambda x, seen: x * seen[0].abs(),
+    "take": lambda x, seen: x * seen.pop().abs(),
+    "in place": lambda x, seen: x.add_(1.0),
+}
 
 
-class InPlace(Mixing):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.add_(1.0)
-
-
-@pytest.mark.parametrize("kind", [Reading, Taking, InPlace])
-def test_modules_that_cannot_be_replayed_are_centered_all_the_same(kind, batches):
+@pytest.mark.parametrize("act", ACTS.values(), ids=ACTS)
+def test_modules_that_cannot_be_replayed_are_centered_all_the_same(act, batches):
     torch.manual_seed(0)
-    seen = []
+    seen: list = []
     model = nn.Sequential(
-        *(nn.Linear(6, 6), Mixing(seen), nn.LayerNorm(6)),
-        *(kind(seen), nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 6), nn.LayerNorm(6)),
+        *(nn.Linear(6, 6), Calling(seen, leave), nn.LayerNorm(6)),
+        *(Calling(seen, act), nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 6), nn.LayerNorm(6)),
     ).double()
     assert_centered_as_by_definition(model, ["2", "5", "7"], batches)
 
 
-def test_model_has_its_forward_methods_back(model, batches):
-    own = vars(model.first)["forward"] = lambda x: nn.Linear.forward(model.first, x)
-    center_layer_norms([model], model, batches)
-    assert [m for m in model.modules() if "forward" in vars(m)] == [model.first]
-    assert vars(model.first)["forward"] is own
-
-
-class Threads:
-    """Processes that are threads of this one."""
-
-    def __init__(self, count: int, rank: int = 0, shared: tuple | None = None) -> None:
-        self.count, self.rank = count, rank
-        self.barrier, self.given = shared or (threading.Barrier(count, timeout=60), [None] * count)
-        self.calls = 0
-
-    def all(self) -> list[Threads]:
-        shared = self.barrier, self.given
-        return [Threads(self.count, rank, shared) for rank in range(self.count)]
-
-    def _exchange(self, tensor, combine) -> None:
-        self.calls += 1
-        self.given[self.rank] = tensor.clone()
-        self.barrier.wait()
-        result = combine(torch.stack(self.given))
-        self.barrier.wait()
-        tensor.copy_(result)
-
-    def sum_(self, tensors) -> None:
-        for tensor in tensors:
-            self._exchange(tensor, lambda given: given.sum(0))
-
-    def max_(self, tensor) -> None:
-        self._exchange(tensor, lambda given: given.amax(0))
-
-
 @pytest.mark.parametrize("make", [Residual, Twice])
 def test_processes_share_the_batches(make, batches):
+    """Also more processes than there are batches."""
     torch.manual_seed(0)
     alone = make().double()
 
@@ -220,14 +177,10 @@ def test_processes_share_the_batches(make, batches):
         center_layer_norms([model], model, batches, processes)
         return [bias.detach() for bias in layer_norm_biases([model])]
 
-    # More than there are batches.
-    ranks = Threads(4).all()
-    with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(center, ranks))
-    assert len({process.calls for process in ranks}) == 1
-    for other in found[1:]:
-        assert all(map(torch.equal, found[0], other))
-    torch.testing.assert_close(found[0], center(None), rtol=1e-12, atol=1e-12)
+    first, *others = in_ranks(4, center)
+    for other in others:
+        assert all(map(torch.equal, first, other))
+    torch.testing.assert_close(first, center(OneProcess()), rtol=1e-12, atol=1e-12)
 
 
 def test_output_that_is_not_finite(model, batches):
@@ -235,88 +188,6 @@ def test_output_that_is_not_finite(model, batches):
         model.first.weight[0, 0] = torch.inf
     with pytest.raises(GradInitError, match="the output of norm_1 is not finite before training"):
         center_layer_norms([model], model, batches)
-
-
-@pytest.fixture(scope="module")
-def centered(corpus, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("centered")
-    return folder, train_here(corpus.translation, folder, *GRADINIT, *STANDSTILL)
-
-
-def biases(weights: dict) -> dict:
-    return {n: w for n, w in weights.items() if n.endswith("layer_norm.bias")}
-
-
-def test_a_run_centers_every_layer_norm_before_and_after_learning(centered):
-    _, run = centered
-    assert run.code == 0, run.output
-    assert len(run.lines("centered the outputs of 5 LayerNorms on 32 sentences")) == 2
-    assert len(biases(run.first)) == 5
-    assert all(bias.any() for bias in biases(run.first).values())
-    assert not any(bias.any() for bias in biases(run.initial).values())
-    assert "|centering:on|" in run.output
-
-
-def test_centering_can_be_switched_off(corpus, tmp_path):
-    run = train_here(corpus.translation, tmp_path, *GRADINIT, *STANDSTILL, *OFF)
-    assert run.code == 0, run.output
-    assert not any(bias.any() for bias in biases(run.first).values())
-    assert "|centering:off|" in run.output
-    assert not run.lines("centered the outputs")
-
-
-@pytest.mark.slow
-def test_scales_that_were_learned_without_centering(corpus, tmp_path):
-    run = train_here(corpus.translation, tmp_path, *GRADINIT, *STANDSTILL, *OFF)
-    file = ["--gradinit", "--gradinit-scales", tmp_path / "gradinit_scales.json", *STANDSTILL]
-    again = train_here(corpus.translation, tmp_path / "again", *file)
-    assert same(again.first, run.first)
-    asked = train_here(corpus.translation, tmp_path / "asked", *file, "--gradinit-centering", "on")
-    assert len(asked.lines("centered the outputs of 5 LayerNorms")) == 1
-    assert_saved_scales_give_the_same(asked, corpus, tmp_path / "asked", "on")
-
-
-def assert_saved_scales_give_the_same(run, corpus, folder, centering: str) -> None:
-    path = folder / "gradinit_scales.json"
-    assert f"|centering:{centering}|" in json.loads(path.read_text())["signature"]
-    file = ["--gradinit", "--gradinit-scales", path, *STANDSTILL]
-    again = train_here(corpus.translation, folder / "again", *file)
-    assert again.code == 0, again.output
-    assert same(again.first, run.first)
-
-
-@pytest.mark.slow
-def test_scales_that_were_applied_without_centering_are_saved_as_such(centered, corpus, tmp_path):
-    folder, _ = centered
-    file = ["--gradinit", "--gradinit-scales", folder / "gradinit_scales.json", *STANDSTILL, *OFF]
-    run = train_here(corpus.translation, tmp_path, *file)
-    assert run.code == 0, run.output
-    assert not any(bias.any() for bias in biases(run.first).values())
-    assert_saved_scales_give_the_same(run, corpus, tmp_path, "off")
-
-
-def test_scales_from_a_file_are_centered_to_the_same_weights(centered, corpus, tmp_path):
-    folder, run = centered
-    options = ["--gradinit-preset", "paper", "--gradinit-max-tokens", "900"]
-    file = ["--gradinit", "--gradinit-scales", folder / "gradinit_scales.json", *STANDSTILL]
-    again = train_here(corpus.translation, tmp_path, *file, *options)
-    assert again.code == 0, again.output
-    assert same(again.first, run.first)
-    assert scales_in(tmp_path) == scales_in(folder)
-
-
-@pytest.mark.slow
-def test_gains_of_layer_norms_can_be_learned_beside_centering(corpus, tmp_path):
-    options = [*GRADINIT, *STANDSTILL, "--gradinit-norm-gains", "learned"]
-    run = train_here(corpus.translation, tmp_path, *options)
-    assert run.code == 0, run.output
-    rows = json.loads((tmp_path / "gradinit_scales.json").read_text())["blocks"]
-    states = {
-        (row["name"].rpartition(".")[2], row["state"])
-        for row in rows
-        if "layer_norm" in row["name"]
-    }
-    assert states == {("weight", "learned"), ("bias", "centered")}
 
 
 def test_a_module_that_is_called_so_and_has_other_outputs_is_left_alone():
@@ -333,3 +204,67 @@ def test_a_module_that_is_called_so_and_has_other_outputs_is_left_alone():
     x = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
     assert center_layer_norms([model], lambda batch: norm(cell(batch)[0] + 1), [x]) == 1
     assert torch.equal(cell.bias, torch.ones(3))
+
+
+# ---- Runs of fairseq-train.
+
+
+@pytest.fixture(scope="module")
+def centered(corpus, tmp_path_factory) -> tuple[Path, Training]:
+    folder = tmp_path_factory.mktemp("centered")
+    return folder, train_here(corpus.translation, folder, *GRADINIT, *STANDSTILL)
+
+
+def biases(weights: dict) -> list[torch.Tensor]:
+    return [w for n, w in weights.items() if n.endswith("layer_norm.bias")]
+
+
+def test_a_run_centers_every_layer_norm_before_and_after_learning(centered):
+    _, run = centered
+    assert len(run.lines("centered the outputs of 5 LayerNorms on 32 sentences")) == 2
+    assert len(biases(run.first)) == 5
+    assert all(bias.any() for bias in biases(run.first))
+    assert not any(bias.any() for bias in biases(run.initial))
+    assert "|centering:on|" in run.output
+
+
+def test_scales_from_a_file_are_centered_to_the_same_weights(centered, corpus, tmp_path):
+    folder, run = centered
+    options = ["--gradinit-preset", "paper", "--gradinit-max-tokens", "900", *STANDSTILL]
+    options += ["--gradinit", "--gradinit-scales", folder / SCALES_FILE]
+    again = train_here(corpus.translation, tmp_path, *options)
+    assert same(again.first, run.first)
+    assert scales_in(tmp_path) == scales_in(folder)
+
+
+def test_centering_can_be_switched_off(corpus, tmp_path):
+    run = train_here(corpus.translation, tmp_path, *GRADINIT, *STANDSTILL, *OFF)
+    assert not any(bias.any() for bias in biases(run.first))
+    assert "|centering:off|" in run.output
+    assert not run.lines("centered the outputs")
+
+
+@pytest.mark.slow
+def test_a_scales_file_says_whether_it_was_applied_with_centering(centered, corpus, tmp_path):
+    """Learned with it and applied without, and the other way round."""
+    plain = train_here(corpus.translation, tmp_path / "plain", *GRADINIT, *STANDSTILL, *OFF)
+
+    def applied(source: Path, name: str, *options: str) -> Training:
+        file = ["--gradinit", "--gradinit-scales", source / SCALES_FILE, *STANDSTILL]
+        return train_here(corpus.translation, tmp_path / name, *file, *options)
+
+    assert same(applied(tmp_path / "plain", "again").first, plain.first)
+    for source, name in ((centered[0], "off"), (tmp_path / "plain", "on")):
+        run = applied(source, name, "--gradinit-centering", name)
+        assert any(bias.any() for bias in biases(run.first)) == (name == "on")
+        assert f"|centering:{name}|" in Scales.load(tmp_path / name / SCALES_FILE).signature
+        assert same(applied(tmp_path / name, f"{name} again").first, run.first)
+
+
+@pytest.mark.slow
+def test_gains_of_layer_norms_can_be_learned_beside_centering(corpus, tmp_path):
+    options = [*GRADINIT, *STANDSTILL, "--gradinit-norm-gains", "learned"]
+    train_here(corpus.translation, tmp_path, *options)
+    blocks = Scales.load(tmp_path / SCALES_FILE).blocks
+    states = {(b.name.rpartition(".")[2], b.state) for b in blocks if "layer_norm" in b.name}
+    assert states == {("weight", "learned"), ("bias", "centered")}

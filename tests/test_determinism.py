@@ -23,24 +23,26 @@ def model() -> nn.Module:
 
 
 def test_dropout_is_off_inside_and_back_after(model):
+    """And tasks cannot switch the mode of the model."""
     x = torch.randn(8, 4)
     model[3].eval()
     with deterministic(model):
         assert torch.equal(model(x), model(x))
         assert not model[2].training
-    assert [m.training for m in model.modules()] == [True] * 4 + [False] * 2
-    assert not torch.equal(model(x), model(x))
-
-
-def test_tasks_cannot_switch_the_mode_of_the_model(model):
-    x = torch.randn(8, 4)
-    with deterministic(model):
         assert model.train() is model
         assert torch.equal(model.train()(x), model(x))
         model.eval()
         assert model[1].training
+    assert [m.training for m in model.modules()] == [True] * 4 + [False] * 2
+    assert not torch.equal(model(x), model(x))
     assert "train" not in vars(model)
     assert not model.eval().training
+    lstm = nn.LSTM(3, 3, num_layers=2, dropout=0.7)
+    x = torch.randn(5, 2, 3)
+    with deterministic(lstm):
+        assert lstm.training
+        assert torch.equal(lstm(x)[0], lstm(x)[0])
+    assert lstm.dropout == 0.7
 
 
 def test_batch_norm_uses_the_batch_and_its_statistics_come_back(model):
@@ -52,27 +54,27 @@ def test_batch_norm_uses_the_batch_and_its_statistics_come_back(model):
     assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
 
 
-def test_recurrent_layers_lose_their_dropout_but_stay_in_training_mode():
-    lstm = nn.LSTM(3, 3, num_layers=2, dropout=0.7)
-    x = torch.randn(5, 2, 3)
-    with deterministic(lstm):
-        assert lstm.training
-        assert torch.equal(lstm(x)[0], lstm(x)[0])
-    assert lstm.dropout == 0.7
-
-
 def draw() -> tuple[float, float, float]:
     return random.random(), float(np.random.rand()), float(torch.rand(()))
 
 
-def test_random_numbers_go_on_as_if_nothing_had_happened(model):
+def seed() -> None:
     torch.manual_seed(1), np.random.seed(1), random.seed(1)
+
+
+@pytest.mark.parametrize("error", [False, True])
+def test_random_numbers_continue_as_if_nothing_had_happened(model, error):
+    seed()
     expected = draw()
-    torch.manual_seed(1), np.random.seed(1), random.seed(1)
-    with deterministic(model):
+    seed()
+    with contextlib.suppress(ZeroDivisionError), deterministic(model):
         assert draw() == expected
         draw()
+        if error:
+            raise ZeroDivisionError
     assert draw() == expected
+    assert all(m.training for m in model.modules())
+    assert "train" not in vars(model)
 
 
 class Stateful(nn.Module):
@@ -140,14 +142,3 @@ def test_parameters_may_change_inside_whoever_else_holds_them():
     assert module.view.tolist() == [3.0]
     assert module.weights[0] is module.weight
     assert handle.id in module._forward_hooks
-
-
-def test_everything_comes_back_after_an_error(model):
-    torch.manual_seed(1), np.random.seed(1), random.seed(1)
-    expected = draw()
-    torch.manual_seed(1), np.random.seed(1), random.seed(1)
-    with contextlib.suppress(ZeroDivisionError), deterministic(model):
-        raise ZeroDivisionError(draw())
-    assert draw() == expected
-    assert all(m.training for m in model.modules())
-    assert "train" not in vars(model)

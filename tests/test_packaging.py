@@ -12,6 +12,7 @@ import tarfile
 import tomllib
 import zipfile
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from unittest import mock
 
@@ -102,21 +103,15 @@ def built(tmp_path_factory) -> tuple[Path, Path]:
     return sdist, wheel
 
 
-@pytest.fixture(scope="module")
-def installed(built, tmp_path_factory) -> Path:
-    """A folder such as site-packages, with a fairseq and a plain installation of the wheel."""
-    site = tmp_path_factory.mktemp("site-packages")
-    with zipfile.ZipFile(built[1]) as archive:
-        archive.extractall(site)
+@pytest.mark.slow
+def test_sdist_and_wheel_hold_what_they_should_and_serve_as_a_user_dir(built, tmp_path):
+    """In a folder such as site-packages, with a fairseq and a plain installation of the wheel."""
+    sdist, wheel = built
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
     for name in ("fairseq", "fairseq_cli"):
         stock = find_spec(name).submodule_search_locations[0]
-        shutil.copytree(stock, site / name, copy_function=os.symlink)
-    return site
-
-
-@pytest.mark.slow
-def test_sdist_and_wheel_hold_what_they_should_and_nothing_else(built, installed):
-    sdist, wheel = built
+        shutil.copytree(stock, tmp_path / name, copy_function=os.symlink)
     with zipfile.ZipFile(wheel) as archive:
         modules = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert modules == {
@@ -130,17 +125,13 @@ def test_sdist_and_wheel_hold_what_they_should_and_nothing_else(built, installed
     others = {name for name in inside if not name.startswith((*PACKAGES, "fairseq_gradinit.egg"))}
     assert others == {*SOURCE_FILES, "PKG-INFO", "setup.cfg"}
     assert modules <= inside
-    (info,) = installed.glob("*.dist-info")
+    (info,) = tmp_path.glob("*.dist-info")
     text = (info / "METADATA").read_text()
     assert f"\nVersion: {fairseq_gradinit.__version__}\n" in text
     assert "\nLicense-Expression: MIT\n" in text
     assert "\nProvides-Extra: fairseq\n" in text
     assert not any(line.startswith("Requires-Dist: fairseq") for line in text.splitlines())
     assert (info / "licenses" / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
-
-
-@pytest.mark.slow
-def test_user_dir_after_a_plain_installation(installed):
     code = (
         "import sys; from fairseq_cli.train import cli_main\n"
         "sys.argv = ['fairseq-train', '--user-dir', 'fairseq_gradinit', '--help']\n"
@@ -148,11 +139,11 @@ def test_user_dir_after_a_plain_installation(installed):
         "except SystemExit: pass\n"
         "import fairseq_gradinit; print('FROM', fairseq_gradinit.__file__)"
     )
-    done = python(code, PYTHONPATH=str(installed))
+    done = python(code, PYTHONPATH=str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert "--gradinit-iterations" in done.stdout
     found = Path(done.stdout.rpartition("FROM ")[2].strip())
-    assert found.resolve() == installed / "fairseq_gradinit" / "__init__.py"
+    assert found.resolve() == tmp_path / "fairseq_gradinit" / "__init__.py"
 
 
 @pytest.mark.parametrize(
@@ -165,35 +156,24 @@ def test_the_extra_never_replaces_a_fairseq_that_is_there(installed_name, brings
         info = tmp_path / f"{installed_name.replace('-', '_')}-0.12.3.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(f"Name: {installed_name}\nVersion: 0.12.3\n")
-    with (
-        mock.patch("setuptools.setup") as setup,
-        mock.patch("sysconfig.get_path", return_value=str(tmp_path)),
-    ):
-        runpy.run_path(str(ROOT / "setup.py"))
-    extra = setup.call_args.kwargs["extras_require"]["fairseq"]
+    with mock.patch("sysconfig.get_path", return_value=str(tmp_path)):
+        extra = extras()["fairseq"]
     assert [requirement.split(">")[0] for requirement in extra] == ["ve-fairseq"] * brings_one
 
 
-def requirements() -> dict[str, Requirement]:
+def extras() -> dict[str, list[str]]:
     with mock.patch("setuptools.setup") as setup:
         runpy.run_path(str(ROOT / "setup.py"))
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    lists = [project["dependencies"], *setup.call_args.kwargs["extras_require"].values()]
-    return {canonicalize_name(r.name): r for texts in lists for r in map(Requirement, texts)}
+    return setup.call_args.kwargs["extras_require"]
 
 
-def pinned() -> dict[str, str]:
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
-    pairs = [line.split("==") for line in lines if not line.startswith("#")]
-    return {canonicalize_name(name): version for name, version in pairs}
-
-
-def test_every_dependency_is_bounded_on_both_sides_around_the_tested_version():
-    for name, requirement in requirements().items():
-        assert {s.operator for s in requirement.specifier} == {">=", "<"}, name
-        assert requirement.specifier.contains(pinned()[name]), name
-
-
-def test_the_changelog_names_the_version():
+def test_every_dependency_is_bounded_around_the_tested_version_and_the_changelog_has_ours():
     version = re.escape(fairseq_gradinit.__version__)
     assert re.search(rf"^(## \[)?{version}\b", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pairs = [line.split("==") for line in lines if not line.startswith("#")]
+    pinned = {canonicalize_name(name): version for name, version in pairs}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for requirement in map(Requirement, chain(project["dependencies"], *extras().values())):
+        assert {s.operator for s in requirement.specifier} == {">=", "<"}, requirement
+        assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)])

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from conftest import train_here
-from scheme_models import build, outputs
+from scheme_models import build, outputs, wide_weights
 
 from fairseq_gradinit.plugin.schemes.deepnorm import constants
 
@@ -33,42 +33,27 @@ def test_the_constants_of_the_paper(layers, encoder, decoder):
 
 def test_a_layer_weighs_its_shortcuts_by_alpha():
     model = build("transformer_deepnorm", encoder_layers=3, decoder_layers=2)
-    values = constants(3, 2)
     x = torch.randn(5, 3, 32, generator=torch.Generator().manual_seed(1))
-    layer, alpha = model.encoder.layers[1], values["encoder"].alpha
-    h = layer.self_attn_layer_norm(alpha * x + layer.self_attn(x, x, x)[0])
-    expected = layer.final_layer_norm(alpha * h + layer.fc2(torch.relu(layer.fc1(h))))
-    torch.testing.assert_close(layer(x, None), expected)
-    layer, alpha = model.decoder.layers[1], values["decoder"].alpha
-    h = layer.self_attn_layer_norm(alpha * x + layer.self_attn(x, x, x)[0])
-    h = layer.encoder_attn_layer_norm(alpha * h + layer.encoder_attn(h, x, x)[0])
-    expected = layer.final_layer_norm(alpha * h + layer.fc2(torch.relu(layer.fc1(h))))
-    torch.testing.assert_close(layer(x, encoder_out=x)[0], expected)
+    for side, value in constants(3, 2).items():
+        layer, alpha = model.get_submodule(side).layers[1], value.alpha
+        h = layer.self_attn_layer_norm(alpha * x + layer.self_attn(x, x, x)[0])
+        if side == "decoder":
+            h = layer.encoder_attn_layer_norm(alpha * h + layer.encoder_attn(h, x, x)[0])
+        expected = layer.final_layer_norm(alpha * h + layer.fc2(torch.relu(layer.fc1(h))))
+        found = layer(x, None) if side == "encoder" else layer(x, encoder_out=x)[0]
+        torch.testing.assert_close(found, expected)
+    model = build("transformer_lm_deepnorm", decoder_layers=8)
+    assert model.decoder.layers[0].shortcuts.ffn.item() == 2.0
 
 
 def test_gains_are_beta_for_values_and_feed_forward_and_1_for_queries_and_keys():
-    model = build(
-        "transformer_deepnorm",
-        decoder_layers=3,
-        encoder_embed_dim=128,
-        decoder_embed_dim=128,
-        encoder_ffn_embed_dim=512,
-        decoder_ffn_embed_dim=512,
-    )
     values = constants(2, 3)
-    checked = 0
-    for name, weight in model.named_parameters():
-        if ".layers." in name and weight.dim() == 2:
-            gain = 1.0 if ("q_proj" in name or "k_proj" in name) else values[name[:7]].beta
-            expected = gain * (2 / sum(weight.shape)) ** 0.5
-            assert weight.std().item() == pytest.approx(expected, rel=0.05), name
-            checked += 1
-    assert checked == 2 * 6 + 3 * 10
-
-
-def test_a_decoder_alone_has_constants_of_its_own():
-    model = build("transformer_lm_deepnorm", decoder_layers=8)
-    assert model.decoder.layers[0].shortcuts.ffn.item() == 2.0
+    weights = wide_weights("transformer_deepnorm")
+    assert len(weights) == 2 * 6 + 3 * 10
+    for name, weight in weights.items():
+        gain = 1.0 if ("q_proj" in name or "k_proj" in name) else values[name[:7]].beta
+        expected = gain * (2 / sum(weight.shape)) ** 0.5
+        assert weight.std().item() == pytest.approx(expected, rel=0.05), name
 
 
 def test_an_error_in_the_middle_of_a_layer_leaves_no_trace():

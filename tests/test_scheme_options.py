@@ -9,7 +9,6 @@ from conftest import (
     PLUGIN,
     ROOT,
     SCALES_ALONE,
-    SMALL_MODEL,
     Training,
     run_here,
     train_here,
@@ -17,63 +16,40 @@ from conftest import (
 )
 from scheme_models import build
 from test_options import configuration, parsed
+from test_tasks import TASKS, USUAL
 
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.plugin.schemes.options import SCHEMES, read_scheme
 
-WITH_ARCHITECTURE = ("deepnorm", "t-fixup", "admin")
 
-
-def require_pre_ln(run: Training) -> None:
-    model = run.trainer.get_model()
-    assert type(model).__name__ == "TransformerModel"
-    assert model.encoder.layers[0].normalize_before
-    assert model.decoder.layers[0].normalize_before
-    assert {"encoder.layer_norm.weight", "decoder.layer_norm.weight"} <= model.state_dict().keys()
-
-
-def require_zero_branches(run: Training) -> None:
-    name = "decoder.layers.0.encoder_attn.out_proj.weight"
-    assert run.initial[name].any()
-    assert not run.first[name].any()
-    assert run.weights[name].any()
-
-
-def require_deepnorm(run: Training) -> None:
-    model = run.trainer.get_model()
-    assert type(model).__name__ == "transformer_deepnorm"
-    assert f"{model.encoder.layers[0].fc1.in_features}" in SMALL_MODEL
-    constants = dict(model.named_buffers())
-    assert constants["encoder.layers.0.shortcuts.ffn"] != 1.0
-    assert not [name for name in run.weights if "shortcuts" in name]
-
-
-def require_t_fixup(run: Training) -> None:
-    assert type(run.trainer.get_model()).__name__ == "transformer_t_fixup"
-    assert not [name for name in run.weights if "norm" in name]
-
-
-def require_admin(run: Training) -> None:
-    assert type(run.trainer.get_model()).__name__ == "transformer_admin"
-    (line,) = run.lines("omega of the decoder's ")
-    logged = [float(word) for word in line.rpartition(": ")[2].split()]
-    names = [name for name in run.first if name.startswith("decoder") and "shortcuts" in name]
-    for omega, name in zip(logged, names, strict=True):
-        assert (run.first[name] == run.first[name][0]).all()
-        assert run.first[name][0].item() == pytest.approx(omega, rel=0.01)
-        assert not torch.equal(run.weights[name], run.first[name])
-    assert logged == sorted(logged)
-    assert logged[0] == 1.0
-    assert logged[-1] > 1.0
-
-
-REQUIRED = {
-    "pre-ln": require_pre_ln,
-    "zero-branches": require_zero_branches,
-    "deepnorm": require_deepnorm,
-    "t-fixup": require_t_fixup,
-    "admin": require_admin,
-}
+def require_applied(name: str, run: Training) -> None:
+    """What each of the schemes shows in a trained model."""
+    model, shortcuts = run.trainer.get_model(), [n for n in run.first if "decoder" in n]
+    shortcuts = [n for n in shortcuts if "shortcuts" in n]
+    if name == "pre-ln":
+        assert model.encoder.layers[0].normalize_before
+        assert model.decoder.layers[0].normalize_before
+        assert model.encoder.layer_norm is not None
+        assert model.decoder.layer_norm is not None
+    elif name == "zero-branches":
+        last = "decoder.layers.0.encoder_attn.out_proj.weight"
+        assert run.initial[last].any()
+        assert not run.first[last].any()
+        assert run.weights[last].any()
+    elif name == "deepnorm":
+        assert model.encoder.layers[0].shortcuts.ffn != 1.0
+        assert not shortcuts
+    elif name == "t-fixup":
+        assert not [n for n in run.weights if "norm" in n]
+    else:
+        (line,) = run.lines("omega of the decoder's ")
+        logged = [float(word) for word in line.rpartition(": ")[2].split()]
+        for omega, n in zip(logged, shortcuts, strict=True):
+            assert (run.first[n] == run.first[n][0]).all()
+            assert run.first[n][0].item() == pytest.approx(omega, rel=0.01)
+            assert not torch.equal(run.weights[n], run.first[n])
+        assert logged == sorted(logged)
+        assert logged[0] == 1.0 < logged[-1]
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -84,7 +60,7 @@ def test_a_scheme_trains_without_warmup_and_is_not_applied_again_when_resumed(
     first = train_here(corpus.translation, tmp_path, *options, "--max-update", "2")
     assert first.code == 0, first.output
     assert len(first.updates) == 2
-    REQUIRED[name](first)
+    require_applied(name, first)
     second = train_here(corpus.translation, tmp_path, *options, "--max-update", "3")
     assert second.code == 0, second.output
     assert len(second.updates) == 1
@@ -94,56 +70,30 @@ def test_a_scheme_trains_without_warmup_and_is_not_applied_again_when_resumed(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SCHEMES)
-def test_a_scheme_trains_with_warmup_and_with_sgd(corpus, tmp_path, name):
+def test_a_scheme_in_other_runs(corpus, tmp_path, name):
+    """With warmup and SGD; in half precision as a CPU can; as a language model; in translation."""
+
+    def trained(*options: str, data=corpus.translation, base=()) -> Training:
+        words = ["--init-scheme", name, *options, "--max-update", "2"]
+        run = train_here(data, tmp_path, *words, base=base)
+        assert run.code == 0, run.output
+        assert len(run.updates) == 2
+        return run
+
     base = usual_options("--optimizer", "--adam-betas", "--warmup-updates")
-    options = ("--optimizer", "sgd", "--warmup-updates", "2", "--max-update", "2")
-    done = train_here(
-        corpus.translation, tmp_path, "--init-scheme", name, *options, "--no-save", base=base
-    )
-    assert done.code == 0, done.output
-    assert len(done.updates) == 2
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SCHEMES)
-def test_a_scheme_trains_in_half_precision(corpus, tmp_path, name):
-    """Of fairseq's ways of fp16, the one that a CPU takes."""
-    options = ("--memory-efficient-fp16", "--max-update", "2", "--no-save")
-    done = train_here(corpus.translation, tmp_path, "--init-scheme", name, *options)
-    assert done.code == 0, done.output
-    assert len(done.updates) == 2
-    assert {tensor.dtype for tensor in done.weights.values()} == {torch.float16}
-    assert all(torch.isfinite(tensor).all() for tensor in done.weights.values())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in SCHEMES if name != "t-fixup"])
-def test_language_models(corpus, tmp_path, name):
-    base = [
-        *usual_options(*SMALL_MODEL[::2], "--criterion", "--label-smoothing"),
-        *("--task", "language_modeling", "--arch", "transformer_lm", "--tokens-per-sample", "16"),
-        *("--decoder-layers", "1", "--decoder-embed-dim", "16", "--decoder-attention-heads", "2"),
-        *("--decoder-ffn-embed-dim", "32", "--criterion", "cross_entropy", "--max-update", "2"),
-    ]
-    done = train_here(
-        corpus.language_model, tmp_path, "--init-scheme", name, "--no-save", base=base
-    )
-    assert done.code == 0, done.output
-    assert len(done.updates) == 2
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", WITH_ARCHITECTURE)
-def test_a_checkpoint_of_an_architecture_of_ours_translates(corpus, tmp_path, name):
-    trained = train_here(corpus.translation, tmp_path, "--init-scheme", name, "--max-update", "1")
-    assert trained.code == 0, trained.output
-    outcome = run_here(
-        "fairseq-generate",
-        *(corpus.translation, *PLUGIN, "--path", tmp_path / "checkpoint_last.pt"),
-        *("--gen-subset", "valid", "--cpu", "--max-len-b", "12"),
-    )
+    trained("--optimizer", "sgd", "--warmup-updates", "2", "--no-save", base=base)
+    half = trained("--memory-efficient-fp16", "--no-save").weights.values()
+    assert {tensor.dtype for tensor in half} == {torch.float16}
+    assert all(torch.isfinite(tensor).all() for tensor in half)
+    if name != "t-fixup":
+        task, training = TASKS["language model"]
+        words = ["--task", *task, *training, "--no-save"]
+        trained(*words, data=corpus.language_model, base=USUAL)
+    trained()
+    options = ["--path", tmp_path / "checkpoint_last.pt", "--gen-subset", "valid", "--cpu"]
+    outcome = run_here("fairseq-generate", corpus.translation, *PLUGIN, *options)
     assert outcome.code == 0, outcome.output
-    assert len([line for line in outcome.output.splitlines() if line.startswith("H-")]) == 40
+    assert sum(line.startswith("H-") for line in outcome.output.splitlines()) == 40
 
 
 def test_copies_of_the_weights_are_made_of_those_a_scheme_leaves(corpus, tmp_path):
@@ -158,49 +108,23 @@ def test_copies_of_the_weights_are_made_of_those_a_scheme_leaves(corpus, tmp_pat
 
 
 def test_gradinit_learns_the_scales_of_a_pre_ln_model(corpus, tmp_path):
-    options = (*SCALES_ALONE, "--max-update", "1", "--no-save")
-    done = train_here(corpus.translation, tmp_path, "--init-scheme", "pre-ln", *GRADINIT, *options)
+    options = (*GRADINIT, *SCALES_ALONE, "--max-update", "1", "--no-save")
+    done = train_here(corpus.translation, tmp_path, "--init-scheme", "pre-ln", *options)
     assert done.code == 0, done.output
     assert done.trainer.get_model().encoder.layer_norm is not None
     assert len(done.lines("| gradinit: ")) == 3
 
 
-def refusal(*options: str, gradinit: bool = False) -> str:
-    with pytest.raises(GradInitError) as error:
-        read_scheme(configuration(*options, gradinit=gradinit))
-    return str(error.value)
-
-
-@pytest.mark.parametrize("name", [name for name, found in SCHEMES.items() if found.sets_weights])
-def test_gradinit_on_top_is_refused(name):
-    assert refusal("--init-scheme", name, gradinit=True) == (
-        f"--init-scheme {name} and --gradinit both set the scale of the initial weights, and the "
-        "later would undo the earlier: leave one of the two out"
-    )
-
-
-def test_processes_that_train_apart_are_refused():
-    message = refusal("--init-scheme", "zero-branches", "--ddp-backend", "slowmo")
-    assert message.startswith("--init-scheme zero-branches does not work with --ddp-backend slowmo")
-
-
-@pytest.mark.parametrize("name", ["metainit", "admin-folded"])
-def test_an_unknown_scheme_is_answered_with_those_there_are(name, capsys):
-    with pytest.raises(SystemExit):
-        parsed("--init-scheme", name)
-    message = capsys.readouterr().err
-    assert f"invalid choice: '{name}'" in message
-    assert all(scheme in message.partition("choose from")[2] for scheme in SCHEMES)
-
-
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        (
-            "deepnorm",
-            ["--encoder-normalize-before"],
-            "is for post-LN models, and this encoder",
+        *(
+            (name, [], f"--init-scheme {name} and --gradinit both set the scale of the initial w")
+            for name, found in SCHEMES.items()
+            if found.sets_weights
         ),
+        ("zero-branches", ["--ddp-backend", "slowmo"], "does not work with --ddp-backend slowmo"),
+        ("deepnorm", ["--encoder-normalize-before"], "is for post-LN models, and this encoder"),
         ("admin", ["--decoder-normalize-before"], "is for post-LN models, and this decoder"),
         ("deepnorm", ["--arch", "lstm"], "--arch lstm is another model"),
         (
@@ -210,10 +134,20 @@ def test_an_unknown_scheme_is_answered_with_those_there_are(name, capsys):
         ),
     ],
 )
-def test_models_without_the_variant_are_refused(name, options, message):
+def test_runs_that_a_scheme_does_not_fit_are_refused(name, options, message):
+    cfg = configuration("--init-scheme", name, *options, gradinit=not options)
+    read = lambda: read_scheme(cfg) and SCHEMES[name].configure(cfg.model)  # noqa: E731
     with pytest.raises(GradInitError) as error:
-        SCHEMES[name].configure(configuration(*options, gradinit=False).model)
+        read()
     assert message in str(error.value)
+
+
+def test_an_unknown_scheme_is_answered_with_those_there_are(capsys):
+    with pytest.raises(SystemExit):
+        parsed("--init-scheme", "metainit")
+    message = capsys.readouterr().err
+    assert "invalid choice: 'metainit'" in message
+    assert all(scheme in message.partition("choose from")[2] for scheme in SCHEMES)
 
 
 def test_weights_of_an_architecture_of_ours_do_not_fit_a_stock_model():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from scheme_models import build, outputs
+from scheme_models import WIDE, build, outputs, wide_weights
 from torch import nn
 
 from fairseq_gradinit.plugin.schemes.t_fixup import branch_factor, embedding_factor
@@ -38,32 +38,18 @@ def test_a_layer_adds_its_branches_and_nothing_else():
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_weights_are_xaviers_times_the_factors(shared):
-    wide = {
-        f"{side}_{k}": v
-        for side in ("encoder", "decoder")
-        for k, v in {"embed_dim": 128, "ffn_embed_dim": 512}.items()
-    }
-    model = build(
-        "transformer_t_fixup",
-        encoder_layers=2,
-        decoder_layers=3,
-        share_all_embeddings=shared,
-        **wide,
-    )
-    checked = 0
-    for name, weight in model.named_parameters():
-        if name.endswith(".bias"):
-            assert not weight.any(), name
-        elif ".layers." in name:
-            factor = branch_factor(name[:7], 2 if name.startswith("encoder") else 3)
-            if "q_proj" in name or "k_proj" in name:
-                factor = 0.5**0.5
-            # Of a uniform distribution on [-a, a] with a = sqrt(6 / (fan_in + fan_out)).
-            expected = factor * (2 / sum(weight.shape)) ** 0.5
-            assert weight.std().item() == pytest.approx(expected, rel=0.05), name
-            assert weight.abs().max().item() <= factor * (6 / sum(weight.shape)) ** 0.5
-            checked += 1
-    assert checked == 2 * 6 + 3 * 10
+    model = build("transformer_t_fixup", **WIDE, share_all_embeddings=shared)
+    assert not any(p.any() for name, p in model.named_parameters() if name.endswith(".bias"))
+    weights = wide_weights("transformer_t_fixup", share_all_embeddings=shared)
+    assert len(weights) == 2 * 6 + 3 * 10
+    for name, weight in weights.items():
+        factor = branch_factor(name[:7], 2 if name.startswith("encoder") else 3)
+        if "q_proj" in name or "k_proj" in name:
+            factor = 0.5**0.5
+        # Of a uniform distribution on [-a, a] with a = sqrt(6 / (fan_in + fan_out)).
+        expected = factor * (2 / sum(weight.shape)) ** 0.5
+        assert weight.std().item() == pytest.approx(expected, rel=0.05), name
+        assert weight.abs().max().item() <= factor * (6 / sum(weight.shape)) ** 0.5
     for side, layers in (("encoder", 2), ("decoder", 2 if shared else 3)):
         embeddings = model.get_submodule(side).embed_tokens.weight[4:]
         expected = embedding_factor(layers) * 128**-0.5
