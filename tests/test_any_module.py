@@ -99,15 +99,10 @@ def test_the_scales_of_all_modules_have_the_right_derivative(zoo, gamma, second_
     torch.testing.assert_close(found.by_scales, truth, rtol=1e-4, atol=1e-5)
 
 
-NOISE = {
-    **dict.fromkeys(("dropout", "attention_dropout", "activation_dropout"), 0.4),
-    **dict.fromkeys(("encoder_layerdrop", "decoder_layerdrop"), 0.5),
-    **{"quant_noise_pq": 0.5, "quant_noise_pq_block_size": 8},
-}
-
-
 def test_fairseq_s_noise_is_off_inside_and_on_again_afterwards():
-    model = build("transformer_iwslt_de_en", **NOISE)
+    noise = dict.fromkeys(("dropout", "attention_dropout", "activation_dropout"), 0.4)
+    noise |= {"encoder_layerdrop": 0.5, "decoder_layerdrop": 0.5, "quant_noise_pq": 0.5}
+    model = build("transformer_iwslt_de_en", **noise, quant_noise_pq_block_size=8)
     expected = outputs(model)
     model.train()
     with deterministic(model):
@@ -119,20 +114,14 @@ def test_fairseq_s_noise_is_off_inside_and_on_again_afterwards():
 QUANT_NOISE = ["--quant-noise-pq-block-size", "8", "--quant-noise-pq"]
 
 
+DROPOUTS = "--dropout 0.4 --attention-dropout 0.4 --activation-dropout 0.4 --encoder-layerdrop 0.5"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("little", "much"),
-    [
-        (
-            ["--dropout", "0.0"],
-            [
-                *("--dropout", "0.4", "--attention-dropout", "0.4", "--activation-dropout", "0.4"),
-                *("--encoder-layerdrop", "0.5", "--decoder-layerdrop", "0.5"),
-            ],
-        ),
-        # Without any of it the model lacks a layer.
-        ([*QUANT_NOISE, "0.01"], [*QUANT_NOISE, "0.9"]),
-    ],
+    # Without any quantisation noise the model lacks a layer.
+    [(["--dropout", "0.0"], DROPOUTS.split()), ([*QUANT_NOISE, "0.01"], [*QUANT_NOISE, "0.9"])],
     ids=["dropout and layer drop", "quantisation noise"],
 )
 def test_fairseq_s_noise_changes_no_scale(little, much, corpus, tmp_path):

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import gc
 import logging
-import signal
 
 import pytest
-import test_interruption
 import torch
-from conftest import GRADINIT, train_here, usual_options
-from test_interruption import ITERATIONS, finish, interrupt, learned
+from conftest import GRADINIT, SHORT_TRAINING, train_here, usual_options
+from test_interruption import stop_and_resume
 from test_precision_and_products import CONSTRAINED
-from test_train import STANDSTILL, scales_in
+from test_train import STANDSTILL, assert_scaled, scales_in
 from torch import nn
 
 from fairseq_gradinit.engine.blocks import collect_blocks
@@ -71,26 +69,19 @@ def test_the_constraint_is_that_of_the_cpu(way, corpus, tmp_path):
     assert differing(on_gpu, truth) < 0.1
 
 
-def test_training_goes_on_from_the_scaled_weights_in_fp16(corpus, tmp_path):
+def test_training_begins_from_the_scaled_weights_in_fp16(corpus, tmp_path):
     base = usual_options("--cpu")
     run = train_here(corpus.translation, tmp_path, *GRADINIT, "--fp16", base=base)
-    assert run.code == 0, run.output
     assert len(run.updates) == 4
-    for name, scale in scales_in(tmp_path).items():
-        if not name.endswith("layer_norm.bias"):
-            scaled = (run.initial[name].float() * torch.tensor(scale)).half()
-            assert torch.equal(run.first[name].cpu(), scaled.cpu()), name
+    for values in (run.initial, run.first):
+        values.update({name: value.cpu() for name, value in values.items()})
+    assert_scaled(run, tmp_path)
 
 
-def test_an_interrupted_run_goes_on(corpus, tmp_path, monkeypatch):
-    on_gpu = [word for word in test_interruption.SHORT_TRAINING if word != "--cpu"]
-    monkeypatch.setattr(test_interruption, "SHORT_TRAINING", on_gpu)
-    broken = interrupt(corpus.translation, tmp_path, signal.SIGTERM)
-    assert broken.code == 128 + signal.SIGTERM
-    whole = finish(corpus.translation, tmp_path)
-    assert whole.code == 0, whole.output
-    assert len(whole.lines(f"of {ITERATIONS}, from {tmp_path / 'gradinit_state.json'}")) == 1
-    assert "|device:cuda" in learned(tmp_path)["signature"]
+def test_an_interrupted_run_resumes(corpus, tmp_path):
+    on_gpu = [word for word in SHORT_TRAINING if word != "--cpu"]
+    scales = stop_and_resume(corpus.translation, tmp_path, *on_gpu)
+    assert "|device:cuda" in scales.signature
 
 
 def test_micro_batches_are_halved_until_they_fit(caplog):
@@ -125,5 +116,5 @@ def test_micro_batches_are_halved_until_they_fit(caplog):
         limited = scales()
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert "GradInit goes on with each micro-batch in 2 parts" in caplog.text
+    assert "with each micro-batch in 2 parts" in caplog.text
     assert limited == pytest.approx(unlimited, rel=1e-4)

@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import (
     BIN,
     ENVIRONMENT,
@@ -24,17 +23,13 @@ from conftest import (
     Training,
     train_here,
 )
+from test_train import same
 
 from fairseq_gradinit.plugin.iteration_log import IterationLog
+from fairseq_gradinit.scales.file import SCALES_FILE, Scales
 
 ITERATIONS = 40
 
-
-def read_scales(save_dir: Path) -> dict:
-    return json.loads((save_dir / "gradinit_scales.json").read_text())
-
-
-# ---- In this process.
 
 FEW = 6
 
@@ -48,102 +43,74 @@ def train_few(corpus: Corpus, save_dir: Path, *arguments: str) -> Training:
 
 
 @pytest.fixture(scope="module")
-def unbroken(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Training]:
+def unbroken(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> tuple[Scales, Training]:
     folder = tmp_path_factory.mktemp("unbroken")
     run = train_few(corpus, folder)
-    assert run.code == 0, run.output
-    return read_scales(folder), run
-
-
-@pytest.fixture
-def interrupt_here(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Send a signal to a training when three iterations have been logged."""
-
-    def interrupt(number: int, *arguments: str) -> Training:
-        write = IterationLog.write
-
-        def write_and_signal(log, iteration) -> None:
-            write(log, iteration)
-            if iteration.index == 3:
-                signal.raise_signal(number)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(IterationLog, "write", write_and_signal)
-            return train_few(corpus, tmp_path, *arguments)
-
-    return interrupt
+    return Scales.load(folder / SCALES_FILE), run
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_learning_and_the_same_command_resumes_it(
-    interrupt_here, number, corpus, tmp_path, unbroken
+    number, corpus, tmp_path, unbroken, monkeypatch
 ):
-    broken = interrupt_here(number)
+    """If there is a state; if not, it says so."""
+    write = IterationLog.write
+
+    def write_and_signal(log, iteration) -> None:
+        write(log, iteration)
+        if iteration.index == 3:
+            signal.raise_signal(number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(IterationLog, "write", write_and_signal)
+        options = ["--gradinit-save-interval", "0", *SCALES_ALONE]
+        unsaved = train_few(corpus, tmp_path, *options)
+        assert unsaved.code == 128 + number
+        assert unsaved.lines("nothing is saved, as --gradinit-save-interval 0 asks")
+        assert not (tmp_path / "gradinit_state.json").exists()
+        broken = train_few(corpus, tmp_path)
     assert broken.code == 128 + number
     (line,) = broken.lines("GradInit stopped after iteration ")
-    assert f", by {signal.Signals(number).name}: the same command goes on from there" in line
-    assert not (tmp_path / "gradinit_scales.json").exists()
+    assert f", by {signal.Signals(number).name}: the same command " in line
+    assert not (tmp_path / SCALES_FILE).exists()
     whole = train_few(corpus, tmp_path)
-    assert whole.code == 0, whole.output
     assert len(whole.lines(f"of {FEW}, from {tmp_path / 'gradinit_state.json'}")) == 1
     scales, run = unbroken
-    assert read_scales(tmp_path) == scales
+    assert Scales.load(tmp_path / SCALES_FILE) == scales
     assert whole.updates == run.updates
-    assert all(torch.equal(tensor, whole.weights[name]) for name, tensor in run.weights.items())
+    assert same(whole.weights, run.weights)
 
 
-def test_without_a_state_a_stop_says_that_nothing_is_saved(interrupt_here, tmp_path):
-    run = interrupt_here(signal.SIGTERM, "--gradinit-save-interval", "0", *SCALES_ALONE)
-    assert run.code == 128 + signal.SIGTERM
-    assert run.lines("nothing is saved, as --gradinit-save-interval 0 asks")
-    assert not (tmp_path / "gradinit_state.json").exists()
+def stop_and_resume(data: Path, save_dir: Path, *words: object) -> Scales:
+    """Stop fairseq-train itself when the state has been saved at least twice, and resume it."""
+    options = [*SMALL_MODEL, *words, *PLUGIN, *GRADINIT, "--gradinit-iterations", ITERATIONS]
+    options += ["--gradinit-save-interval", "4", "--max-update", "2", "--save-dir", save_dir]
+    command = [str(word) for word in (BIN / "fairseq-train", data, *options)]
+    log, state = save_dir / "log", save_dir / "gradinit_state.json"
 
+    def end_of(process: subprocess.Popen) -> Outcome:
+        return Outcome(process.wait(timeout=300), log.read_text())
 
-# ---- The program.
-
-
-def start(data: Path, save_dir: Path) -> subprocess.Popen:
-    words = [
-        *(BIN / "fairseq-train", data, *SMALL_MODEL, *SHORT_TRAINING, *PLUGIN, *GRADINIT),
-        *("--gradinit-iterations", str(ITERATIONS), "--gradinit-save-interval", "4"),
-        *("--max-update", "2", "--save-dir", save_dir),
-    ]
-    save_dir.mkdir(exist_ok=True)
-    with (save_dir / "log").open("a") as log:
-        return subprocess.Popen(words, stdout=log, stderr=log, env={**os.environ, **ENVIRONMENT})
-
-
-def finish(data: Path, save_dir: Path) -> Outcome:
-    code = start(data, save_dir).wait(timeout=300)
-    return Outcome(code, (save_dir / "log").read_text())
-
-
-def interrupt(data: Path, save_dir: Path, number: int) -> Outcome:
-    """Send a signal when the state has been saved at least twice."""
-    process = start(data, save_dir)
-    state = save_dir / "gradinit_state.json"
-    while not state.exists() or len(json.loads(state.read_text())["state"]["history"]) < 8:
-        assert process.poll() is None, (save_dir / "log").read_text()
-        time.sleep(0.02)
-    process.send_signal(number)
-    code = process.wait(timeout=300)
-    return Outcome(code, (save_dir / "log").read_text())
-
-
-def learned(save_dir: Path) -> dict:
-    document = read_scales(save_dir)
-    assert len(document["history"]) == ITERATIONS
-    return document
+    with log.open("a") as file:
+        streams = {"stdout": file, "stderr": file, "env": {**os.environ, **ENVIRONMENT}}
+        process = subprocess.Popen(command, **streams)
+        while not state.exists() or len(json.loads(state.read_text())["state"]["history"]) < 8:
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        broken = end_of(process)
+        assert broken.code == 128 + signal.SIGTERM
+        assert broken.lines("GradInit stopped after iteration ")
+        assert "Traceback" not in broken.output
+        whole = end_of(subprocess.Popen(command, **streams))
+    assert whole.code == 0, whole.output
+    assert len(whole.lines(f"of {ITERATIONS}, from {state}")) == 1
+    assert len(whole.updates) == 2
+    scales = Scales.load(save_dir / SCALES_FILE)
+    assert len(scales.history) == ITERATIONS
+    return scales
 
 
 @pytest.mark.slow
 def test_the_program_stops_at_a_signal_and_resumes(corpus, tmp_path):
-    broken = interrupt(corpus.translation, tmp_path, signal.SIGTERM)
-    assert broken.code == 128 + signal.SIGTERM
-    assert broken.lines("GradInit stopped after iteration ")
-    assert "Traceback" not in broken.output
-    whole = finish(corpus.translation, tmp_path)
-    assert whole.code == 0, whole.output
-    assert len(whole.lines(f"of {ITERATIONS}, from {tmp_path / 'gradinit_state.json'}")) == 1
-    assert len(whole.updates) == 2
-    learned(tmp_path)
+    stop_and_resume(corpus.translation, tmp_path, *SHORT_TRAINING)

@@ -33,32 +33,20 @@ def names_after(load) -> list[str]:
     return loaded_names({"": task.build_model()})
 
 
-def test_nothing_is_loaded_by_default():
+def test_tensors_that_are_loaded_while_the_model_is_built_are_found():
     assert names_after(lambda model: None) == []
-
-
-def test_a_loaded_component_is_recognised():
-    trained = build("transformer_iwslt_de_en").encoder.state_dict()
-    names = names_after(lambda model: model.encoder.load_state_dict(trained))
     encoder = build("transformer_iwslt_de_en").encoder
+    names = names_after(lambda model: model.encoder.load_state_dict(encoder.state_dict()))
     assert names == [f"encoder.{name}" for name, _ in encoder.named_parameters()]
-
-
-def test_only_what_the_file_holds_counts():
     part = {"fc1.weight": torch.zeros(64, 32)}
     names = names_after(lambda model: model.decoder.layers[1].load_state_dict(part, strict=False))
     assert names == ["decoder.layers.1.fc1.weight"]
-
-
-def test_a_tied_embedding_is_found_under_both_names():
-    found = {"3": torch.ones(32)}
+    # A tied embedding, under both names.
+    vectors = {"3": torch.ones(32)}
     names = names_after(
-        lambda model: utils.load_embedding(found, "0123", model.decoder.embed_tokens)
+        lambda model: utils.load_embedding(vectors, "0123", model.decoder.embed_tokens)
     )
     assert names == ["decoder.embed_tokens.weight", "decoder.output_projection.weight"]
-
-
-def test_what_is_loaded_after_the_model_was_built_does_not_count():
     task = SimpleNamespace(build_model=lambda: nn.Linear(2, 2))
     note_loaded_weights(task)
     model = task.build_model()
