@@ -57,12 +57,7 @@ SCALES_ALONE = ("--gradinit-centering", "off", "--gradinit-encoder-branches", "1
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is run.
-
-    Attributes:
-        options: for fairseq-train, after all others.
-        gradinit: more of them for GradInit's arms.
-    """
+    """How much is run; `options` end the command line, `gradinit` is for GradInit's arms."""
 
     updates: int
     options: tuple[str, ...] = ()
@@ -74,17 +69,17 @@ FULL = Effort(updates=400)
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to start training.
-
-    Attributes:
-        marker: of its lines, for print without colours.
-        options: what it adds to the command line that all arms share.
-    """
+    """One way to start training: `options` come after those that all arms share."""
 
     name: str
     colour: str
     marker: str
     options: tuple[str, ...]
+
+    @property
+    def look(self) -> dict[str, Any]:
+        """Of its lines; the marker is for print without colours."""
+        return {"color": self.colour, "marker": self.marker, "ms": 4}
 
 
 @dataclass(frozen=True)
@@ -121,75 +116,56 @@ QUANTITIES: dict[str, tuple[Quantity, str]] = {
 
 
 def arms_for(effort: Effort) -> list[Arm]:
-    warmup = effort.updates // 4
+    warmup = str(effort.updates // 4)
     none = ("--warmup-updates", "0")
-    scales_alone = ("--gradinit", *effort.gradinit, *SCALES_ALONE)
+    gradinit = ("--gradinit", *effort.gradinit, *none)
     return [
         Arm("default, no warmup", "#c0392b", "o", none),
-        Arm(f"default, warmup {warmup}", "#1b3a6b", "s", ("--warmup-updates", str(warmup))),
-        Arm("scales alone, no warmup", "#e8a33d", "^", (*scales_alone, *none)),
-        Arm("GradInit, no warmup", "#2e8b57", "D", ("--gradinit", *effort.gradinit, *none)),
+        Arm(f"default, warmup {warmup}", "#1b3a6b", "s", ("--warmup-updates", warmup)),
+        Arm("scales alone, no warmup", "#e8a33d", "^", (*gradinit, *SCALES_ALONE)),
+        Arm("GradInit, no warmup", "#2e8b57", "D", gradinit),
     ]
 
 
-class Prober:
-    """Looks at a model in training from time to time, and leaves no trace.
-
-    Attributes:
-        probes: what it saw.
-    """
-
-    def __init__(self, updates: Sequence[int]) -> None:
-        self.probes: list[Probe] = []
-        self._updates = set(updates)
-        self._watched: Any = None
-
-    def __call__(self, trainer: Any) -> None:
-        """Look if it is time to."""
-        # Here, so that main() sets up logging before fairseq does.
-        from fairseq_gradinit.check.probes import Watched
-
-        if trainer.get_num_updates() not in self._updates:
-            return
-        self._updates.remove(trainer.get_num_updates())
-        self._watched = self._watched or Watched(trainer, validation_batches(trainer))
-        look = self._watched.look()
-        layers = len(trainer.get_model().encoder.layers)
-        encoder, decoder = look.shares[:layers], look.shares[layers:]
-        self.probes.append(Probe(look.update, encoder, decoder, look.loss, look.source_bits))
-
-
-def validation_batches(trainer: Any) -> list[Any]:
-    """Sentences of one size in each, which can trade sources."""
-    from fairseq_gradinit.check.batches import groups_of_one_size
-
-    trainer.task.load_dataset("valid", combine=False, epoch=1)
-    data = trainer.task.dataset("valid")
-    sizes = {i: np.ravel(data.size(i)).tolist() for i in range(len(data))}
-    groups = groups_of_one_size(sizes, LOOKED_AT)
-    return [data.collater([data[i] for i in group]) for group in groups]
-
-
-def train(arguments: Sequence[str], look: Callable[[Any], None]) -> None:
-    """Run fairseq-train in this process.
-
-    Args:
-        arguments: its command line.
-        look: called with fairseq's trainer before the first update and after every one.
-    """
+def train(arguments: Sequence[str], updates: Sequence[int]) -> list[Probe]:
+    """What is seen after some of the updates of fairseq-train, which runs in this process."""
+    # Here, so that main() sets up logging before fairseq does.
     import fairseq_cli.train as program
 
     import fairseq_gradinit.plugin.install  # noqa: F401
+    from fairseq_gradinit.check.batches import groups_of_one_size
+    from fairseq_gradinit.check.probes import Watched
+
+    probes: list[Probe] = []
+    left = set(updates)
 
     class WatchedTrainer(program.Trainer):
+        def look(self) -> None:
+            """Look at the model if it is time to, and leave no trace."""
+            if self.get_num_updates() not in left:
+                return
+            left.remove(self.get_num_updates())
+            if not probes:
+                self.task.load_dataset("valid", combine=False, epoch=1)
+                data = self.task.dataset("valid")
+                # Sentences of one size in each batch, which can trade sources.
+                sizes = {i: np.ravel(data.size(i)).tolist() for i in range(len(data))}
+                groups = groups_of_one_size(sizes, LOOKED_AT)
+                batches = [data.collater([data[i] for i in group]) for group in groups]
+                self.watched = Watched(self, batches)
+            look = self.watched.look()
+            layers = len(self.get_model().encoder.layers)
+            encoder, decoder = look.shares[:layers], look.shares[layers:]
+            probes.append(Probe(look.update, encoder, decoder, look.loss, look.source_bits))
+
         def begin_epoch(self, epoch: int) -> None:
             super().begin_epoch(epoch)  # GradInit works in here
             if self.get_num_updates() == 0:
-                look(self)
+                self.look()
 
         def train_step(self, samples: Any, raise_oom: bool = False) -> Any:
             logged = super().train_step(samples, raise_oom)
-            look(self)
+            self.look()
             return logged
 
     with (
@@ -199,27 +175,22 @@ def train(arguments: Sequence[str], look: Callable[[Any], None]) -> None:
         warnings.catch_warnings(action="ignore"),
     ):
         program.cli_main()
+    return probes
 
 
-def options_of(arm: Arm, seed: int, rate: float, effort: Effort) -> list[str]:
-    """For fairseq-train."""
+def run(arm: Arm, seed: int, rate: float, corpus: Path, effort: Effort) -> Run:
     length = str(effort.updates)
-    return [
+    options = [
         *(*TRAINING, "--lr", f"{rate:g}", "--seed", str(seed)),
         *("--total-num-update", length, "--max-update", length),
         *(*effort.options, *arm.options),
     ]
-
-
-def run(arm: Arm, seed: int, rate: float, corpus: Path, effort: Effort) -> Run:
-    options = options_of(arm, seed, rate, effort)
-    prober = Prober([*PROBED, effort.updates])
     with tempfile.TemporaryDirectory() as folder:
-        train([str(corpus), *options, "--save-dir", folder], prober)
-    last = prober.probes[-1]
+        probes = train([str(corpus), *options, "--save-dir", folder], [*PROBED, effort.updates])
+    last = probes[-1]
     shares = f"shares {last.encoder[-1]:.3f} and {last.decoder[-1]:.3f}, loss {last.loss:.2f}"
     print(f"{arm.name}, seed {seed}: {shares}", file=sys.stderr, flush=True)
-    return Run(arm.name, seed, options, prober.probes)
+    return Run(arm.name, seed, options, probes)
 
 
 def mean_curve(runs: Sequence[Run], arm: Arm, quantity: Quantity) -> dict[int, float]:
@@ -247,7 +218,7 @@ def save_picture(path: Path, runs: Sequence[Run], arms: Sequence[Arm], rate: flo
     for arm in arms:
         for name, dashes in (("share, encoder", "-"), ("share, decoder", "--")):
             curve = mean_curve(runs, arm, QUANTITIES[name][0])
-            axes.plot(*zip(*curve.items(), strict=True), dashes, **look_of(arm))
+            axes.plot(*zip(*curve.items(), strict=True), dashes, **arm.look)
     # Logarithmic from the first update on; the initial model is left of it.
     axes.set_xscale("symlog", linthresh=1.0, linscale=0.5)
     updates = [probe.update for probe in runs[0].probes]
@@ -260,15 +231,11 @@ def save_picture(path: Path, runs: Sequence[Run], arms: Sequence[Arm], rate: flo
     axes.set_ylabel("token-dependent share of the output")
     axes.set_title(f"Last layer of each side, peak learning rate {rate:g}")
     axes.grid(alpha=0.3)
-    keys = [Line2D([], [], label=arm.name, **look_of(arm)) for arm in arms]
+    keys = [Line2D([], [], label=arm.name, **arm.look) for arm in arms]
     keys += [Line2D([], [], color="0.3", label="encoder")]
     keys += [Line2D([], [], color="0.3", linestyle="--", label="decoder")]
     axes.legend(handles=keys, fontsize=9)
     figure.savefig(path, dpi=120)
-
-
-def look_of(arm: Arm) -> dict[str, Any]:
-    return {"color": arm.colour, "marker": arm.marker, "ms": 4}
 
 
 def name_for(rate: float) -> str:

@@ -51,19 +51,14 @@ def compact(value: Any, levels: int = 3, indent: str = "") -> str:
 
 def current_circumstances() -> dict[str, Any]:
     """The command of this process, the date, the code, the versions and the machine."""
-    found = of_this_process(REPOSITORY)
+    found = vars(of_this_process(REPOSITORY))
+    # Paths inside the repository are relative to it.
+    words = [word.removeprefix(f"{REPOSITORY}/") for word in sys.argv]
+    names = ("date", "git_revision", "git_dirty", "python", "torch", "cpu", "cores", "gpu")
     return {
-        "command": _command(),
-        "date": found.date,
-        "git_revision": found.git_revision,
-        "git_dirty": found.git_dirty,
-        "python": found.python,
-        "torch": found.torch,
-        "numpy": np.__version__,
-        "cpu": found.cpu,
-        "cores": found.cores,
-        "threads": torch.get_num_threads(),
-        "gpu": found.gpu,
+        "command": shlex.join(["python", *words]),
+        **{name: found[name] for name in names},
+        **{"numpy": np.__version__, "threads": torch.get_num_threads()},
     }
 
 
@@ -71,12 +66,6 @@ def read(path: Path) -> dict[str, Any]:
     """The record that `write` wrote to `path`."""
     record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return record
-
-
-def _command() -> str:
-    """The command line, with the paths inside the repository relative to it."""
-    words = [word.removeprefix(f"{REPOSITORY}/") for word in sys.argv]
-    return shlex.join(["python", *words])
 
 
 @dataclass(frozen=True)
