@@ -1,0 +1,198 @@
+"""What does a short warmup change in the weights that a start could have instead?
+
+    python benchmarks/transplant.py --results transplant.jsonl -- fairseq-train DATA ... --lr 4e-3
+
+The training command has a learning rate at which GradInit without warmup fails. GradInit's start is
+trained with a short warmup first, and its weights after 100 updates are kept. Then parts of them
+are put into GradInit's start, and each of these starts is trained at the full rate from its first
+update, with a new optimizer, on the same batches. Parts that make it train hold what warmup did.
+
+Each run is one line of the results, and is not run again; the table is printed at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fairseq_gradinit.check.batches import ProbeData
+from fairseq_gradinit.check.probes import Watched
+from fairseq_gradinit.plugin.session import Session
+from fairseq_gradinit.storage import append_line, read_lines
+
+WARMUP, KEPT_AT, UPDATES = 140, 100, 250
+LOOKS = (0, 5, 20, 40, 60, 100, 140, 200, 250)
+
+Weights = dict[str, Tensor]
+Start = Callable[[str, Tensor, Tensor], Tensor]
+"""Of a tensor's name, its initial and its warmed value: what to begin with."""
+
+
+def only(part: Callable[[str], bool]) -> Start:
+    return lambda name, initial, warmed: warmed if part(name) else initial
+
+
+def embeddings(change: Callable[[Tensor, Tensor], Tensor]) -> Start:
+    """`change` is given the initial embeddings and what warmup has added to them."""
+    return lambda name, initial, warmed: (
+        change(initial, warmed - initial) if is_embedding(name) else initial
+    )
+
+
+def is_embedding(name: str) -> bool:
+    return "embed_tokens" in name
+
+
+def low_rank(change: Tensor, rank: int) -> Tensor:
+    u, s, v = torch.linalg.svd(change, full_matrices=False)
+    return (u[:, :rank] * s[:rank]) @ v[:rank]
+
+
+def lengths(matrix: Tensor) -> Tensor:
+    return matrix.norm(dim=1, keepdim=True)
+
+
+def frequent_rows(change: Tensor, rows: int = 104) -> Tensor:
+    """The change of the four special symbols and the 100 most frequent tokens."""
+    return torch.where(torch.arange(len(change))[:, None] < rows, change, torch.zeros(()))
+
+
+def random_rows(change: Tensor) -> Tensor:
+    noise = torch.randn(change.shape, generator=torch.Generator().manual_seed(0))
+    return noise / lengths(noise) * lengths(change)
+
+
+PARTS: dict[str, Callable[[str], bool]] = {
+    "biases": lambda name: name.endswith("bias"),
+    "LayerNorms": lambda name: "layer_norm" in name,
+    "embeddings": is_embedding,
+    "attention": lambda name: "attn" in name and "layer_norm" not in name,
+    "feed-forward": lambda name: ".fc" in name,
+    "decoder layers": lambda name: name.startswith("decoder"),
+    "encoder and embeddings": lambda name: name.startswith("encoder"),
+}
+STARTS: dict[str, Start] = {
+    "all weights": only(lambda name: True),
+    **{name: only(part) for name, part in PARTS.items()},
+    "embeddings: their norm": embeddings(lambda e, d: e * ((e + d).norm() / e.norm())),
+    "embeddings: row norms": embeddings(
+        lambda e, d: e / lengths(e).clamp_min(1e-9) * lengths(e + d)
+    ),
+    "embeddings: rank 1 of the change": embeddings(lambda e, d: e + low_rank(d, 1)),
+    "embeddings: all but rank 1": embeddings(lambda e, d: e + d - low_rank(d, 1)),
+    "embeddings: rank 8": embeddings(lambda e, d: e + low_rank(d, 8)),
+    "embeddings: all but rank 8": embeddings(lambda e, d: e + d - low_rank(d, 8)),
+    "embeddings: 100 most frequent rows": embeddings(lambda e, d: e + frequent_rows(d)),
+    "embeddings: all other rows": embeddings(lambda e, d: e + d - frequent_rows(d)),
+    "embeddings: random change, same row norms": embeddings(lambda e, d: e + random_rows(d)),
+}
+
+
+class Trainings:
+    """Trainings of one command from GradInit's start."""
+
+    def __init__(self, words: Sequence[str], folder: Path) -> None:
+        self._session = Session(words, folder)
+        self._data: ProbeData | None = None
+
+    def run(
+        self, warmup: int, updates: int, start: Callable[[str, Tensor], Tensor], kept_at: int = 0
+    ) -> tuple[list[dict[str, Any]], Weights]:
+        """What was seen of a training, and its weights after `kept_at` updates."""
+        trainer = self._session.trainer(self._session.lr, warmup)
+        self._data = self._data or ProbeData(trainer)
+        self._session.run_gradinit(trainer)
+        trainer.begin_epoch(1)
+        watched = Watched(trainer, self._data.looked)
+        initial = {name: tensor.detach().clone() for name, tensor in watched.tensors.items()}
+        with torch.no_grad():
+            for name, tensor in watched.tensors.items():
+                tensor.copy_(start(name, initial[name]))
+        looks, kept = [watched.look()], initial
+        batches = iter(self._data)
+        for update in range(1, updates + 1):
+            watched.update(next(batches))
+            if update in LOOKS:
+                looks.append(watched.look())
+            if update == kept_at:
+                kept = {name: tensor.detach().clone() for name, tensor in watched.tensors.items()}
+        sides = {name.partition(".")[0]: i for i, name in enumerate(watched.layers)}
+        seen = [
+            {
+                "update": look.update,
+                "loss": round(look.loss, 3),
+                "source_bits": None if look.source_bits is None else round(look.source_bits, 3),
+                "shares": {side: float(f"{look.shares[i]:.2g}") for side, i in sides.items()},
+            }
+            for look in looks
+        ]
+        return seen, kept
+
+
+def looks_in(path: Path) -> dict[str, list[dict[str, Any]]]:
+    rows = read_lines(path, dict, "a run of transplant.py") if path.exists() else []
+    return {row["start"]: row["looks"] for row in rows}
+
+
+def table(path: Path) -> str:
+    lines = [
+        "| start | loss at 0 | 20 | 100 | last | source bits | token share |",
+        "|" + "---|" * 7,
+    ]
+    for start, looks in looks_in(path).items():
+        losses = {look["update"]: f"{look['loss']:.2f}" for look in looks}
+        last = looks[-1]
+        share = ", ".join(f"{side} {value:.2g}" for side, value in last["shares"].items())
+        cells = [losses.get(0, ""), losses.get(20, ""), losses.get(100, ""), losses[last["update"]]]
+        bits = "" if last["source_bits"] is None else f"{last['source_bits']:.2f}"
+        lines.append("| " + " | ".join([start, *cells, bits, share]) + " |")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n")[0])
+    parser.add_argument("--results", type=Path, required=True, metavar="FILE.jsonl")
+    parser.add_argument("--updates", type=int, default=UPDATES, help="of each run")
+    parser.add_argument("--table", action="store_true", help="show the results, and run nothing")
+    parser.add_argument("training", nargs="*", help="the command, after --")
+    options = parser.parse_args(arguments)
+    if not options.table:
+        warnings.simplefilter("ignore")
+        logging.disable(logging.INFO)
+        with tempfile.TemporaryDirectory() as folder:
+            run_all(Trainings(options.training, Path(folder)), options.updates, options.results)
+    print(table(options.results))
+
+
+def run_all(trainings: Trainings, updates: int, results: Path) -> None:
+    """Run what is not in the file."""
+    done = looks_in(results)
+
+    def keep(name: str, looks: list[dict[str, Any]]) -> None:
+        if name not in done:
+            append_line(results, {"start": name, "looks": looks})
+
+    looks, warmed = trainings.run(
+        WARMUP, updates, lambda name, tensor: tensor, min(KEPT_AT, updates)
+    )
+    keep(f"warmup over {WARMUP} updates", looks)
+    starts: dict[str, Start] = {"no warmup": lambda name, before, after: before, **STARTS}
+    for name, start in starts.items():
+        if name not in done:
+
+            def begin(tensor: str, before: Tensor, start: Start = start) -> Tensor:
+                return start(tensor, before, warmed[tensor])
+
+            keep(name, trainings.run(0, updates, begin)[0])
+
+
+if __name__ == "__main__":
+    main()
