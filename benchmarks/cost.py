@@ -116,7 +116,7 @@ def whole_runs(workload: Workload, iterations: int) -> tuple[dict[str, float], d
     with workload.learner(workload.config()) as learner:
         learner.step(workload.pair())
         learner.flush()
-        gamma = GAMMA_SHARE * learner.history[0].grad_norm
+        gamma = GAMMA_SHARE * learner.outcomes.history[0].grad_norm
     lr = GradInitConfig.lr
     with ExitStack() as stack:
         plain = stack.enter_context(workload.plain_learner(workload.config(gamma, lr=lr)))
@@ -131,7 +131,7 @@ def whole_runs(workload: Workload, iterations: int) -> tuple[dict[str, float], d
                 seconds[name] += seconds_for(partial(learner.step, pair), workload.device)
         for learner in ours.values():
             learner.flush()
-    kinds = {name: [i.kind for i in learner.history] for name, learner in ours.items()}
+    kinds = {name: [i.kind for i in learner.outcomes.history] for name, learner in ours.items()}
     mixes = {
         name: f"{found.count('objective')} objective and {found.count('constraint')} constraint "
         "iterations"

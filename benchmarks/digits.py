@@ -40,7 +40,7 @@ from fairseq_gradinit.engine import (
     deterministic,
     learn_scales,
 )
-from fairseq_gradinit.engine.learner import Iteration
+from fairseq_gradinit.engine.history import Iteration
 from fairseq_gradinit.results.tables import by, spread
 
 TEST_IMAGES = 450

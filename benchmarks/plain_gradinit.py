@@ -1,6 +1,6 @@
 """GradInit as a direct reading of the paper's algorithm 1: the baseline of the cost benchmark.
 
-It differs from `fairseq_gradinit.engine.learner` in how it computes, not in what: the gradient of S
+It differs from `fairseq_gradinit.engine` in how it computes, not in what: the gradient of S
 is always taken with a graph of its own, as if the constraint were violated each time, and that
 graph lives to the end of the iteration. The authors' code does the same. Without fused attention,
 which has no second derivative; one process, one micro-batch, no checks.

@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from fairseq_gradinit.engine.batch_pairs import BatchPair
 from fairseq_gradinit.engine.blocks import collect_blocks
 from fairseq_gradinit.engine.config import GradInitConfig
-from fairseq_gradinit.engine.learner import BatchPair, ScaleLearner
+from fairseq_gradinit.engine.learner import ScaleLearner
 from fairseq_gradinit.engine.processes import Processes, ProcessGroup
 
 SETTINGS = {
@@ -70,8 +71,9 @@ def learn(processes: Processes) -> dict[str, list]:
         for pair in draw_pairs(processes):
             learner.step(pair)
         learner.flush()
-        losses = [(i.loss, i.grad_norm) for i in learner.history]
-        found[name] = [learner.scales.tolist(), losses, [i.kind for i in learner.history]]
+        state = learner.state()
+        losses = [(i.loss, i.grad_norm) for i in state.history]
+        found[name] = [list(state.scales), losses, [i.kind for i in state.history]]
     return found
 
 

@@ -12,10 +12,11 @@ from test_train import STANDSTILL, scales_in
 from tiny import central_differences
 from torch import nn
 
+from fairseq_gradinit.engine.batch_pairs import BatchPair
 from fairseq_gradinit.engine.blocks import collect_blocks
 from fairseq_gradinit.engine.config import GradInitConfig
 from fairseq_gradinit.engine.determinism import deterministic
-from fairseq_gradinit.engine.learner import BatchPair, ScaleLearner
+from fairseq_gradinit.engine.learner import ScaleLearner
 
 
 class Zoo(nn.Module):

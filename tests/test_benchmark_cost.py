@@ -14,10 +14,11 @@ from record import Table, markdown, read, write
 from torch import nn
 from workload import Size, Workload, peak_memory
 
+from fairseq_gradinit.engine.batch_pairs import BatchPair
 from fairseq_gradinit.engine.blocks import collect_blocks
 from fairseq_gradinit.engine.config import GradInitConfig
 from fairseq_gradinit.engine.determinism import deterministic
-from fairseq_gradinit.engine.learner import BatchPair, ScaleLearner
+from fairseq_gradinit.engine.learner import ScaleLearner
 
 
 def small_problem():
@@ -41,22 +42,22 @@ def test_the_baseline_learns_what_the_engine_learns() -> None:
         probe = ScaleLearner(blocks, loss, GradInitConfig(eta=1e-3))
         probe.step(pairs[0])
         probe.flush()
-        probe.restore()
-        gamma = 0.99 * probe.history[0].grad_norm
+        probe.weights.restore()
+        gamma = 0.99 * probe.outcomes.history[0].grad_norm
         config = GradInitConfig(eta=1e-3, gamma=gamma, second_order="exact")
         learner = ScaleLearner(blocks, loss, config)
         for pair in pairs:
             learner.step(pair)
         learner.flush()
-        learner.restore()
+        learner.weights.restore()
         plain = PlainGradInit(blocks, loss, config)
         for pair in pairs:
             plain.step(pair)
-    kinds = [iteration.kind for iteration in learner.history]
+    kinds = [iteration.kind for iteration in learner.outcomes.history]
     assert set(kinds) == {"objective", "constraint"}
     assert plain.kinds == kinds
     assert (plain.scales - 1.0).abs().max() > 0.02
-    torch.testing.assert_close(plain.scales, learner.scales.detach(), rtol=1e-9, atol=0.0)
+    torch.testing.assert_close(plain.scales, learner.weights.scales.detach(), rtol=1e-9, atol=0.0)
 
 
 def test_peak_memory_counts_what_is_alive_and_is_bounded() -> None:

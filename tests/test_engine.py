@@ -23,11 +23,13 @@ from tiny import (
 )
 from torch import nn
 
+from fairseq_gradinit.engine.batch_pairs import BatchPair
 from fairseq_gradinit.engine.blocks import collect_blocks
 from fairseq_gradinit.engine.config import GradInitConfig
 from fairseq_gradinit.engine.determinism import deterministic
 from fairseq_gradinit.engine.history import Iteration
-from fairseq_gradinit.engine.learner import BatchPair, Learned, ScaleLearner, learn_scales
+from fairseq_gradinit.engine.learner import Learned, ScaleLearner
+from fairseq_gradinit.engine.learning import learn_scales
 from fairseq_gradinit.engine.processes import OneProcess, Processes
 from fairseq_gradinit.engine.state import StateFile
 from fairseq_gradinit.errors import GradInitError
@@ -122,13 +124,13 @@ def test_trial_step_is_the_first_step_of_the_optimizer(model, pair, target, opti
 def test_scale_update_is_adam_on_a_vector_of_scalars(model, pair):
     with deterministic(model):
         learner = make_learner(model, lr=0.02, betas=(0.8, 0.9), min_scale=0.0, max_scale=50.0)
-        scales = torch.ones_like(learner.scales, requires_grad=True)
+        scales = torch.ones_like(learner.weights.scales, requires_grad=True)
         adam = torch.optim.Adam([scales], lr=0.02, betas=(0.8, 0.9))
         for _ in range(5):
             scales.grad = learner.gradient(pair).by_scales
             adam.step()
             learner.step(pair)
-            torch.testing.assert_close(learner.scales, scales, rtol=0, atol=0)
+            torch.testing.assert_close(learner.weights.scales, scales, rtol=0, atol=0)
 
 
 def test_kinds_of_iteration_keep_separate_moments(model, pair):
@@ -138,7 +140,7 @@ def test_kinds_of_iteration_keep_separate_moments(model, pair):
         learner = make_learner(model, gamma=norm * 0.999, lr=0.01)
         kinds = [step(learner, pair).kind for _ in range(12)]
     assert set(kinds) == {"constraint", "objective"}
-    steps = {kind: int(adam.state[learner.scales]["step"]) for kind, adam in learner._adam.items()}
+    steps = {kind: moments.step for kind, moments in learner.state().moments.items()}
     assert steps == {kind: kinds.count(kind) for kind in steps}
 
 
@@ -154,7 +156,7 @@ def test_weights_are_restored_to_the_last_bit(model, pair):
         for name, w, p in zip(names, initial, model.parameters(), strict=True):
             assert torch.equal(p, w * scale_of[name])
         assert all(p.grad is None for p in model.parameters())
-        learner.restore()
+        learner.weights.restore()
     assert all(map(torch.equal, initial, model.parameters()))
 
 

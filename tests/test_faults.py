@@ -12,10 +12,12 @@ import torch
 from conftest import nearly_full_disk
 from tiny import SPOILERS, loss_of, make_model, make_pair
 
+from fairseq_gradinit.engine.batch_pairs import BatchPair
 from fairseq_gradinit.engine.blocks import collect_blocks
 from fairseq_gradinit.engine.config import GradInitConfig
 from fairseq_gradinit.engine.determinism import deterministic
-from fairseq_gradinit.engine.learner import BatchPair, Learned, learn_scales
+from fairseq_gradinit.engine.learner import Learned
+from fairseq_gradinit.engine.learning import learn_scales
 from fairseq_gradinit.engine.state import StateFile
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.storage.files import write_atomically

@@ -13,10 +13,11 @@ from test_precision_and_products import CONSTRAINED
 from test_train import STANDSTILL, assert_scaled, scales_in
 from torch import nn
 
+from fairseq_gradinit.engine.batch_pairs import BatchPair
 from fairseq_gradinit.engine.blocks import collect_blocks
 from fairseq_gradinit.engine.config import GradInitConfig
 from fairseq_gradinit.engine.determinism import deterministic
-from fairseq_gradinit.engine.learner import BatchPair, learn_scales
+from fairseq_gradinit.engine.learning import learn_scales
 
 pytestmark = [
     pytest.mark.slow,

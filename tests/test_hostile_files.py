@@ -26,7 +26,8 @@ from fairseq_gradinit.engine.blocks import Block, collect_blocks
 from fairseq_gradinit.engine.config import GradInitConfig
 from fairseq_gradinit.engine.determinism import deterministic
 from fairseq_gradinit.engine.history import Iteration
-from fairseq_gradinit.engine.learner import ScaleLearner, learn_scales
+from fairseq_gradinit.engine.learner import ScaleLearner
+from fairseq_gradinit.engine.learning import learn_scales
 from fairseq_gradinit.engine.state import LearnerState, StateFile, _digest
 from fairseq_gradinit.errors import GradInitError, GradInitStopped
 from fairseq_gradinit.scales.file import Scales

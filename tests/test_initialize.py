@@ -22,11 +22,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fairseq_gradinit import initialize
 from fairseq_gradinit.cli.command import main
-from fairseq_gradinit.engine.batch_pairs import thirds
+from fairseq_gradinit.engine.batch_pairs import BatchPair, thirds
 from fairseq_gradinit.engine.blocks import collect_blocks
 from fairseq_gradinit.engine.config import GradInitConfig
 from fairseq_gradinit.engine.determinism import deterministic
-from fairseq_gradinit.engine.learner import BatchPair, learn_scales
+from fairseq_gradinit.engine.learning import learn_scales
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.scales.file import Scales
 

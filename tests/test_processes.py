@@ -34,10 +34,11 @@ from rank import draw_pairs, learn, make_learner, model_and_loss
 from test_train import same, scales_in
 from tiny import SPOILERS, in_ranks
 
+from fairseq_gradinit.engine.batch_pairs import BatchPair
 from fairseq_gradinit.engine.blocks import collect_blocks
 from fairseq_gradinit.engine.config import GradInitConfig
 from fairseq_gradinit.engine.determinism import deterministic
-from fairseq_gradinit.engine.learner import BatchPair, learn_scales
+from fairseq_gradinit.engine.learning import learn_scales
 from fairseq_gradinit.engine.processes import OneProcess, Processes
 from fairseq_gradinit.engine.state import StateFile, _digest
 from fairseq_gradinit.errors import GradInitError, GradInitStopped

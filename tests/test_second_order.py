@@ -18,10 +18,11 @@ from tiny import (
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from fairseq_gradinit.engine.batch_pairs import BatchPair
 from fairseq_gradinit.engine.blocks import collect_blocks
 from fairseq_gradinit.engine.config import GradInitConfig
 from fairseq_gradinit.engine.determinism import deterministic
-from fairseq_gradinit.engine.learner import BatchPair, ScaleLearner
+from fairseq_gradinit.engine.learner import ScaleLearner
 from fairseq_gradinit.errors import GradInitError
 
 # What the two ways may differ by in float64, relative to the largest component.
@@ -86,7 +87,7 @@ def test_auto_takes_exact_products_where_differences_are_noise(caplog):
     assert "second-order products: exact" in caplog.text
     with deterministic(model):
         config = GradInitConfig(eta=0.05, gamma=1e-3, norm_gains="learned", second_order="exact")
-        exact = ScaleLearner(learner.blocks, loss, config).gradient(pair).by_scales
+        exact = ScaleLearner(learner.weights.blocks, loss, config).gradient(pair).by_scales
     assert torch.equal(found, exact)
 
 

@@ -21,7 +21,8 @@ from tiny import loss_of, make_model, make_pair
 from fairseq_gradinit.engine.blocks import collect_blocks
 from fairseq_gradinit.engine.config import GradInitConfig
 from fairseq_gradinit.engine.determinism import deterministic
-from fairseq_gradinit.engine.learner import Learned, learn_scales
+from fairseq_gradinit.engine.learner import Learned
+from fairseq_gradinit.engine.learning import learn_scales
 from fairseq_gradinit.engine.state import StateFile
 from fairseq_gradinit.errors import GradInitError, GradInitStopped
 from fairseq_gradinit.plugin.signals import StopSignals

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from fairseq_gradinit.engine.batch_pairs import BatchPair
 from fairseq_gradinit.engine.blocks import collect_blocks
 from fairseq_gradinit.engine.config import GradInitConfig
 from fairseq_gradinit.engine.history import Iteration
-from fairseq_gradinit.engine.learner import BatchPair, ScaleLearner
+from fairseq_gradinit.engine.learner import ScaleLearner
 from fairseq_gradinit.engine.processes import Processes
 from fairseq_gradinit.errors import GradInitError
 
@@ -98,17 +99,17 @@ def loss_after(model: nn.Module, direction, eta: float, batches) -> torch.Tensor
 def central_differences(learner: ScaleLearner, model: nn.Module, function) -> torch.Tensor:
     """d function / d scale of every learned block, at the present weights m_i W_i."""
     initial = [p.detach().clone() for p in model.parameters()]
-    learned = [i for i, block in enumerate(learner.blocks) if block.learned]
-    base = [initial[i] / m for i, m in zip(learned, learner.scales.tolist(), strict=True)]
+    learned = [i for i, block in enumerate(learner.weights.blocks) if block.learned]
+    base = [initial[i] / m for i, m in zip(learned, learner.weights.scales.tolist(), strict=True)]
     found, h = [], 1e-5
     for i, w in zip(learned, base, strict=True):
         values = []
         for sign in (1, -1):
             with torch.no_grad():
-                learner.blocks[i].parameter.copy_(initial[i] + sign * h * w)
+                learner.weights.blocks[i].parameter.copy_(initial[i] + sign * h * w)
             values.append(float(function().detach()))
         with torch.no_grad():
-            learner.blocks[i].parameter.copy_(initial[i])
+            learner.weights.blocks[i].parameter.copy_(initial[i])
         found.append((values[0] - values[1]) / (2 * h))
     return torch.tensor(found, dtype=torch.float64)
 
@@ -121,7 +122,7 @@ def make_learner(model: nn.Module, **settings) -> ScaleLearner:
 def step(learner: ScaleLearner, pair: BatchPair) -> Iteration:
     learner.step(pair)
     learner.flush()
-    return learner.history[-1]
+    return learner.outcomes.history[-1]
 
 
 def move_away_from_one(learner: ScaleLearner, pair: BatchPair) -> None:

@@ -10,7 +10,13 @@ what an interrupted run goes on from.
 """
 
 from fairseq_gradinit.engine.agreement import require_same_setup
-from fairseq_gradinit.engine.batch_pairs import Split, overlapping_thirds, pair_batches, thirds
+from fairseq_gradinit.engine.batch_pairs import (
+    BatchPair,
+    Split,
+    overlapping_thirds,
+    pair_batches,
+    thirds,
+)
 from fairseq_gradinit.engine.blocks import (
     BLOCK_STATES,
     Block,
@@ -36,7 +42,7 @@ from fairseq_gradinit.engine.config import (
 from fairseq_gradinit.engine.determinism import deterministic, random_state_kept, seed_everything
 from fairseq_gradinit.engine.gradients import LossFunction
 from fairseq_gradinit.engine.history import Iteration, parse_iteration
-from fairseq_gradinit.engine.learner import BatchPair, learn_scales
+from fairseq_gradinit.engine.learning import learn_scales
 from fairseq_gradinit.engine.processes import OneProcess, Processes, ProcessGroup
 from fairseq_gradinit.engine.state import StateFile
 

@@ -1,17 +1,34 @@
-"""Pairs of batches for the engine from any loader: batches cut in overlapping thirds."""
+"""Pairs of batches, and how they are cut in overlapping thirds from those of any loader."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fairseq_gradinit.engine.learner import BatchPair
 from fairseq_gradinit.errors import GradInitError
+
+
+@dataclass(frozen=True)
+class BatchPair:
+    """The data of one iteration: the batches S and S~, each as this process's micro-batches.
+
+    S and S~ should share half of their examples: independent batches make the scales chase
+    noise, identical ones overfit the step (section 3.3). A process may have no micro-batches.
+
+    Attributes:
+        first: S, whose gradient makes the trial step.
+        second: S~, on which the loss after it is taken.
+    """
+
+    first: Sequence[Any]
+    second: Sequence[Any]
+
 
 Split = Callable[[Any], tuple[Any, Any] | None]
 """Makes the batches S and S~ of the method from one batch; None for a batch that is too small."""

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fairseq_gradinit.engine.config import Precision
+from fairseq_gradinit.engine.config import GradInitConfig, Precision
 from fairseq_gradinit.engine.gradients import LossGradients, MeanGradient
-from fairseq_gradinit.engine.processes import Processes
 from fairseq_gradinit.engine.trial_step import global_norm
+from fairseq_gradinit.engine.weights import ScaledWeights
 from fairseq_gradinit.errors import GradInitError, said_by
 
 logger = logging.getLogger(__name__)
@@ -34,20 +34,51 @@ NOT_TWICE = (
 class HessianProducts:
     """H v, H being the Hessian of the mean loss of some batches at the present weights.
 
-    What the methods return is this process's part: the parts add up to H v.
+    What `exact` and `by_difference` return is this process's part: the parts add up to H v.
+
+    Attributes:
+        second_order: how products are taken; `auto` until the first has been.
     """
 
     def __init__(
-        self,
-        parameters: Sequence[Tensor],
-        gradients: LossGradients,
-        processes: Processes,
-        precision: Precision,
+        self, weights: ScaledWeights, gradients: LossGradients, config: GradInitConfig
     ) -> None:
-        self._precision = precision
-        self._parameters = list(parameters)
+        self.second_order = config.second_order
+        self._precision = config.precision
+        self._weights = weights
+        self._parameters = weights.parameters
         self._gradients = gradients
-        self._processes = processes
+
+    def by_scales(
+        self, batches: Sequence[Any], gradient: MeanGradient, vector: list[Tensor]
+    ) -> Tensor:
+        """<H v, W_i> for every learned block, shape (learned,); leaves the weights as they were.
+
+        Args:
+            gradient: at the same weights and batches, the sum over processes; it is used up.
+            vector: v; it is used up.
+        """
+        if self.second_order == "auto":
+            dots = self._difference_dots(batches, gradient, [v.clone() for v in vector])
+            longer = self._difference_dots(batches, gradient, [v.clone() for v in vector], 2.0)
+            self.second_order = "finite-difference" if agree(dots, longer) else "exact"
+            if self.second_order == "finite-difference":
+                return dots
+        elif self.second_order == "finite-difference":
+            return self._difference_dots(batches, gradient, vector)
+        gradient.by_parameter.clear()
+        return self._weights.dots(self.exact(batches, gradient, vector))
+
+    def _difference_dots(
+        self,
+        batches: Sequence[Any],
+        gradient: MeanGradient,
+        vector: list[Tensor],
+        lengthening: float = 1.0,
+    ) -> Tensor:
+        dots = self._weights.dots(self.by_difference(batches, gradient, vector, lengthening))
+        self._weights.put()
+        return dots
 
     def exact(
         self, batches: Sequence[Any], gradient: MeanGradient, vector: list[Tensor]
@@ -110,7 +141,7 @@ class HessianProducts:
         with torch.enable_grad():
             moved = self._gradients.of_mean(batches).by_parameter
         # `gradient` is the sum over the processes, of which each subtracts an equal part.
-        torch._foreach_sub_(moved, gradient.by_parameter, alpha=1.0 / self._processes.count)
+        torch._foreach_sub_(moved, gradient.by_parameter, alpha=1.0 / self._weights.processes.count)
         torch._foreach_div_(moved, length)
         return moved
 
