@@ -14,7 +14,7 @@ from conftest import OWN_USER_DIR, SCALES_ALONE, binarise, train_here, usual_opt
 from test_train import same
 
 from fairseq_gradinit.errors import GradInitError
-from fairseq_gradinit.plugin.phase import require_writable
+from fairseq_gradinit.plugin.trainer import require_writable
 from fairseq_gradinit.scales.file import SCALES_FILE
 
 QUICK = ["--gradinit", "--gradinit-iterations", "2", "--max-update", "1", *SCALES_ALONE]

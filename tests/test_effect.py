@@ -16,7 +16,7 @@ from torch import nn
 from fairseq_gradinit.engine.blocks import collect_blocks
 from fairseq_gradinit.engine.processes import OneProcess
 from fairseq_gradinit.errors import GradInitError
-from fairseq_gradinit.plugin.snapshot import take_snapshot
+from fairseq_gradinit.plugin.branches import take_snapshot
 from fairseq_gradinit.scales import effect
 from fairseq_gradinit.scales.effect import Change, Effect, Snapshot, effect_between
 from fairseq_gradinit.scales.file import Scales

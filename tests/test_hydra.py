@@ -21,7 +21,8 @@ from omegaconf import OmegaConf
 from fairseq_gradinit import __version__
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.plugin import hook
-from fairseq_gradinit.plugin.options import GradInitOptions, Plan, make_plan, read_options
+from fairseq_gradinit.plugin.options import GradInitOptions, read_options
+from fairseq_gradinit.plugin.plan import Plan, make_plan
 from fairseq_gradinit.plugin.safe_loading import read_checkpoint
 from fairseq_gradinit.plugin.schemes.options import read_scheme
 

@@ -25,7 +25,7 @@ from conftest import (
 )
 from test_train import same
 
-from fairseq_gradinit.plugin.iteration_log import IterationLog
+from fairseq_gradinit.plugin.log import IterationLog
 from fairseq_gradinit.scales.file import SCALES_FILE, Scales
 
 ITERATIONS = 40

@@ -14,7 +14,7 @@ from conftest import GRADINIT, train_here
 
 from fairseq_gradinit.engine.config import GradInitConfig
 from fairseq_gradinit.engine.history import Iteration
-from fairseq_gradinit.plugin.iteration_log import TAG, IterationLog
+from fairseq_gradinit.plugin.log import TAG, IterationLog
 from fairseq_gradinit.scales.file import SCALES_FILE, Scales
 
 HERE = [*GRADINIT, "--decoder-layers", "2", "--max-update", "1", "--no-save"]

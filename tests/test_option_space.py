@@ -19,7 +19,7 @@ from test_options import configuration
 
 from fairseq_gradinit.engine.config import GradInitConfig
 from fairseq_gradinit.errors import GradInitError
-from fairseq_gradinit.plugin.options import Plan, make_plan
+from fairseq_gradinit.plugin.plan import Plan, make_plan
 from fairseq_gradinit.plugin.schemes.options import SCHEMES, read_scheme
 
 OPTIMIZERS = (

@@ -23,14 +23,10 @@ from omegaconf import DictConfig, OmegaConf, flag_override
 import fairseq_gradinit.plugin.install  # noqa: F401
 from fairseq_gradinit.engine.config import GradInitConfig
 from fairseq_gradinit.errors import GradInitError
-from fairseq_gradinit.plugin.log_text import signature
-from fairseq_gradinit.plugin.options import (
-    OPTION_NAMES,
-    GradInitOptions,
-    Plan,
-    make_plan,
-    settings_digest,
-)
+from fairseq_gradinit.plugin.log import signature_of
+from fairseq_gradinit.plugin.options import OPTION_NAMES, GradInitOptions
+from fairseq_gradinit.plugin.plan import Plan, make_plan
+from fairseq_gradinit.plugin.trainer import settings_digest
 
 COMMAND = ["data", "--arch", "transformer", "--max-tokens", "400", "--lr", "0.002"]
 
@@ -371,7 +367,7 @@ def test_help_names_every_option_its_choices_and_its_default(task):
 
 def signature_fields(*options: str, **more: str) -> dict[str, str]:
     cfg = configuration(*options)
-    line = signature(make_plan(cfg), cfg, model="m", data="d", device="cpu", **more)
+    line = signature_of(make_plan(cfg), cfg, model="m", data="d", device="cpu", **more)
     assert "\n" not in line
     return dict(field.split(":", 1) for field in line.split("|"))
 

@@ -12,8 +12,8 @@ from torch import nn
 from fairseq_gradinit.engine.blocks import collect_blocks
 from fairseq_gradinit.engine.processes import OneProcess
 from fairseq_gradinit.errors import GradInitError
+from fairseq_gradinit.plugin.branches import take_snapshot
 from fairseq_gradinit.plugin.schemes.zero_branches import zero_branches
-from fairseq_gradinit.plugin.snapshot import take_snapshot
 from fairseq_gradinit.scales.effect import EFFECT_FILE, Effect
 
 

@@ -17,8 +17,8 @@ from test_options import configuration
 
 from fairseq_gradinit.engine.blocks import Block
 from fairseq_gradinit.plugin.options import PRESETS
-from fairseq_gradinit.plugin.phase import drop_copies
 from fairseq_gradinit.plugin.rate_advice import ask_scheduler, rate_warning
+from fairseq_gradinit.plugin.trainer import drop_copies
 from fairseq_gradinit.scales.file import Scales
 
 # 128 x 512, 65,536 elements.

@@ -40,10 +40,12 @@ from omegaconf import DictConfig, OmegaConf
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.plugin.loaded_weights import note_loaded_weights
 from fairseq_gradinit.plugin.option_values import read_value
-from fairseq_gradinit.plugin.options import GradInitOptions, make_plan
-from fairseq_gradinit.plugin.phase import require_writable, run_phase
+from fairseq_gradinit.plugin.options import GradInitOptions
+from fairseq_gradinit.plugin.phase import run_phase
+from fairseq_gradinit.plugin.plan import make_plan
 from fairseq_gradinit.plugin.schemes.options import SchemeOptions, read_scheme
 from fairseq_gradinit.plugin.schemes.phase import run_scheme
+from fairseq_gradinit.plugin.trainer import require_writable
 
 logger = logging.getLogger("fairseq_gradinit")
 

@@ -5,24 +5,19 @@ from __future__ import annotations
 import logging
 import signal
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import nn
 
 from fairseq_gradinit import __version__
 from fairseq_gradinit.engine import (
     Block,
-    OneProcess,
     Processes,
-    ProcessGroup,
     StateFile,
     at_fixed_scales,
     center_layer_norms,
@@ -36,16 +31,25 @@ from fairseq_gradinit.engine import (
     undone_on_error,
 )
 from fairseq_gradinit.errors import GradInitError, GradInitStopped
-from fairseq_gradinit.plugin import log_text
 from fairseq_gradinit.plugin.batches import MicroBatch, PairedBatches
+from fairseq_gradinit.plugin.branches import take_snapshot
 from fairseq_gradinit.plugin.fixed_scales import fixed_scales
-from fairseq_gradinit.plugin.iteration_log import IterationLog
 from fairseq_gradinit.plugin.loaded_weights import loaded_names
+from fairseq_gradinit.plugin.log import IterationLog, scale_table, signature_of
 from fairseq_gradinit.plugin.loss import TaskLoss, forward_autocast
-from fairseq_gradinit.plugin.options import CENTERING_SENTENCES, Plan, settings_digest
+from fairseq_gradinit.plugin.options import CENTERING_SENTENCES
+from fairseq_gradinit.plugin.plan import Plan
 from fairseq_gradinit.plugin.rate_advice import ask_scheduler, rate_warning
 from fairseq_gradinit.plugin.signals import StopSignals
-from fairseq_gradinit.plugin.snapshot import take_snapshot
+from fairseq_gradinit.plugin.trainer import (
+    clear_unset_biases,
+    data_parallel_processes,
+    drop_copies,
+    full_precision,
+    settings_digest,
+    trained_modules,
+    weights_come_from_checkpoint,
+)
 from fairseq_gradinit.scales import (
     EFFECT_FILE,
     SCALES_FILE,
@@ -105,58 +109,10 @@ def run_phase(trainer: Any, plan: Plan) -> None:
     if trainer.is_data_parallel_master:
         scales.save(path)
         effect.save(path.with_name(EFFECT_FILE))
-    for line in log_text.scale_table(scales):
+    for line in scale_table(scales):
         logger.info(line)
     logger.info("signature: %s", scales.signature)
     logger.info("scales saved in %s (%.1f s in all)", path, time.monotonic() - start)
-
-
-def weights_come_from_checkpoint(trainer: Any) -> bool:
-    """Whether the run resumes, or starts from another run's weights."""
-    return bool(trainer.get_num_updates() > 0 or trainer._optim_history)
-
-
-def drop_copies(trainer: Any) -> None:
-    """Have everything that holds the weights made again, once they have changed.
-
-    These are the optimizer, its fp32 copies and the data-parallel wrapper; the trainer makes each
-    of them when it is next asked for it. The moving average is first made by the first update.
-    """
-    trainer.reinitialize()
-
-
-def clear_unset_biases(model: nn.Module) -> None:
-    """Zero the biases that fairseq's dynamic convolutions have, and neither set nor use.
-
-    They are what the memory held: not finite at times, and another in each run and process.
-    """
-    for module in model.modules():
-        bias = getattr(module, "conv_bias", None)
-        if isinstance(bias, nn.Parameter) and not getattr(module, "has_conv_bias", True):
-            nn.init.zeros_(bias)
-
-
-def require_writable(save_dir: str) -> None:
-    """Refuse a checkpoint folder that cannot be written, before any work is done.
-
-    Raises:
-        GradInitError: the folder cannot be made, or no file can be made in it.
-    """
-    try:
-        Path(save_dir).mkdir(parents=True, exist_ok=True)
-        # Process numbers of containers that share the folder are not unique.
-        with tempfile.NamedTemporaryFile(prefix=f".{SCALES_FILE}.", dir=save_dir):
-            pass
-    except OSError as error:
-        raise GradInitError(
-            f"cannot write to --save-dir {save_dir}: {error.strerror}; the scales and the "
-            "checkpoints need a folder that can be written"
-        ) from error
-
-
-def trained_modules(trainer: Any) -> dict[str, nn.Module]:
-    """All that training trains, by what the names of its tensors begin with."""
-    return {"": trainer.get_model(), "criterion": trainer.get_criterion()}
 
 
 def _blocks(trainer: Any, plan: Plan, centering: bool, loaded: Sequence[str]) -> list[Block]:
@@ -255,13 +211,6 @@ def _apply(trainer: Any, plan: Plan, prepared: _Prepared) -> Scales:
     return scales
 
 
-def data_parallel_processes(trainer: Any) -> Processes:
-    """The processes that train together."""
-    if trainer.data_parallel_world_size > 1:
-        return ProcessGroup(trainer.data_parallel_process_group)
-    return OneProcess()
-
-
 def _snapshot(trainer: Any, prepared: _Prepared) -> Snapshot:
     with deterministic(*trained_modules(trainer).values()):
         return take_snapshot(
@@ -335,7 +284,7 @@ def _learn(trainer: Any, plan: Plan, prepared: _Prepared) -> Scales:
     if prepared.centering:
         # The scales have changed what goes into the LayerNorms.
         _center(trainer, prepared)
-    signature = log_text.signature(
+    signature = signature_of(
         plan,
         trainer.cfg,
         model=before,
@@ -377,22 +326,3 @@ def _leave(stopped: GradInitStopped, signals: StopSignals, plan: Plan) -> NoRetu
         after = "nothing is saved, as --gradinit-save-interval 0 asks"
     logger.info("%s, by %s: %s", stopped, by, after)
     sys.exit(128 + number)
-
-
-@contextmanager
-def full_precision(trainer: Any) -> Iterator[None]:
-    """Hold model and criterion in fp32, whatever precision the run trains in.
-
-    The parameters keep their identity, so that everything that refers to them stays valid.
-    """
-    modules = trained_modules(trainer).values()
-    half = trainer.cfg.common.fp16
-    if half:
-        for module in modules:
-            module.float()
-    try:
-        yield
-    finally:
-        if half:
-            for module in modules:
-                module.half()

@@ -9,7 +9,7 @@ from typing import Any
 
 from fairseq_gradinit.engine import Block
 from fairseq_gradinit.plugin.optimizers import FIRST_STEPS
-from fairseq_gradinit.plugin.options import peak_lr
+from fairseq_gradinit.plugin.plan import peak_lr
 
 HELD = 0.6
 """lr sqrt(d ffn) up to which no warmup is needed: between 0.51, where all runs of

@@ -31,15 +31,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 import fairseq_gradinit.plugin.install  # noqa: F401
 from fairseq_gradinit.errors import GradInitError, said_by
 from fairseq_gradinit.plugin.loaded_weights import note_loaded_weights
-from fairseq_gradinit.plugin.options import (
-    APPLYING,
-    OPTION_NAMES,
-    GradInitOptions,
-    Plan,
-    make_plan,
-    peak_lr,
-)
+from fairseq_gradinit.plugin.options import APPLYING, OPTION_NAMES, GradInitOptions
 from fairseq_gradinit.plugin.phase import run_phase
+from fairseq_gradinit.plugin.plan import Plan, make_plan, peak_lr
 from fairseq_gradinit.plugin.schemes.options import read_scheme
 from fairseq_gradinit.scales import SCALES_FILE
 

@@ -23,10 +23,10 @@ from fairseq_gradinit.engine import Processes, deterministic
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.plugin.branches import Stack, branch_names, stacks, variances
 from fairseq_gradinit.plugin.loss import TaskLoss
-from fairseq_gradinit.plugin.phase import data_parallel_processes, trained_modules
 from fairseq_gradinit.plugin.schemes.batches import training_batches
 from fairseq_gradinit.plugin.schemes.shortcuts import attach, weights_of
 from fairseq_gradinit.plugin.schemes.variants import register_variants, require_post_ln, switch
+from fairseq_gradinit.plugin.trainer import data_parallel_processes, trained_modules
 
 logger = logging.getLogger("fairseq_gradinit")
 

@@ -9,7 +9,8 @@ from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.plugin.option_values import read_value
-from fairseq_gradinit.plugin.options import read_options, refuse_unsupported
+from fairseq_gradinit.plugin.options import read_options
+from fairseq_gradinit.plugin.plan import refuse_unsupported
 from fairseq_gradinit.plugin.schemes import admin, deepnorm, pre_ln, t_fixup, zero_branches
 
 

@@ -6,8 +6,12 @@ import logging
 import time
 from typing import Any
 
-from fairseq_gradinit.plugin.phase import drop_copies, full_precision, weights_come_from_checkpoint
 from fairseq_gradinit.plugin.schemes.options import Scheme
+from fairseq_gradinit.plugin.trainer import (
+    drop_copies,
+    full_precision,
+    weights_come_from_checkpoint,
+)
 
 logger = logging.getLogger("fairseq_gradinit")
 
