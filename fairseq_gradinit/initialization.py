@@ -18,7 +18,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fairseq_gradinit import __version__
 from fairseq_gradinit.engine import (
     TARGET_NAMES,
     Block,
@@ -36,7 +35,7 @@ from fairseq_gradinit.engine import (
     thirds,
 )
 from fairseq_gradinit.errors import GradInitError
-from fairseq_gradinit.scales import Scales
+from fairseq_gradinit.scales import Description, Scales
 
 Loss = Tensor | tuple[Tensor, Tensor | float]
 """A mean loss of shape (); or a sum of losses of shape () and the count to divide it by."""
@@ -151,7 +150,7 @@ def initialize(
         norm_gains=norm_gains,
         seed=seed,
     )
-    weights = fingerprint(blocks)
+    description = Description(config, fingerprint(blocks), str(device))
     pairs = pair_batches(loader, split, device)
     with (
         _gradients_kept(blocks),
@@ -159,23 +158,8 @@ def initialize(
         _progress_bar(iterations, progress) as advance,
     ):
         learned = learn_scales(blocks, _summed(loss_fn, model), pairs, config, on_iteration=advance)
-    signature = {
-        "gradinit": __version__,
-        "optimizer": config.target,
-        "eta": f"{config.eta:g}",
-        "second-order": learned.second_order,
-        "gamma": f"{gamma:g}" if config.constrained else "off",
-        "iterations": iterations,
-        "lr": f"{scale_lr:g}",
-        "scales": f"{min_scale:g}..{max_scale:g}",
-        "norm-gains": norm_gains,
-        "seed": seed,
-        "model": weights,
-        "device": device,
-        "torch": torch.__version__,
-    }
-    line = "|".join(f"{name}:{value}" for name, value in signature.items())
-    return Initialization(Scales.of(blocks, learned.scale_of, line, learned.history))
+    settings = description.settings(learned.second_order)
+    return Initialization(Scales.of(blocks, learned.scale_of, settings, learned.history))
 
 
 def _device(blocks: Sequence[Block]) -> torch.device:

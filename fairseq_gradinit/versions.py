@@ -18,6 +18,12 @@ def fairseq_distribution() -> tuple[str, str] | None:
     return None
 
 
+def fairseq_version() -> str:
+    """Version of the installed fairseq and the distribution it came from."""
+    found = fairseq_distribution()
+    return f"{found[1]} ({found[0]})" if found else "checkout"
+
+
 def usable_cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -17,7 +17,8 @@ from fairseq_gradinit.engine.agreement import require_same_setup
 from fairseq_gradinit.engine.processes import Processes
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.plugin import phase
-from fairseq_gradinit.scales.file import FORMAT, VERSION
+from fairseq_gradinit.scales import description
+from fairseq_gradinit.scales.file import FORMAT
 
 OTHERWISE = "process 1 of 2 was started otherwise than process 0: it has "
 
@@ -109,10 +110,10 @@ def first(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> str:
         (["--seed", "2"], f"{OTHERWISE}seed 2, not 1; weights "),
         (["--gradinit-iterations", "9"], f"{OTHERWISE}iterations 9, not 60: start all of them "),
         (["--gradinit-centering", "on"], f"{OTHERWISE}centering True, not False: "),
-        (["--max-tokens", "300"], f"{OTHERWISE}max-tokens 450, not 600; batches "),
+        (["--max-tokens", "300"], f"{OTHERWISE}tokens 450, not 600; batches "),
         (["--encoder-layers", "2"], f"{OTHERWISE}weights "),
         (["--train-subset", "valid"], "process 1 of 2: the training data (40 "),
-        (["--gradinit-scales", "/no.json"], "process 1 of 2: cannot read the scales file /no.json"),
+        (["--gradinit-scales", "/no.json"], "process 1 of 2: cannot read /no.json"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -123,7 +124,7 @@ def test_everything_that_decides_the_scales_is_compared(corpus, first, tmp_path,
 
 
 def test_versions_are_compared(corpus, first, tmp_path, monkeypatch):
-    monkeypatch.setattr(phase, "__version__", "0.0.9")
+    monkeypatch.setattr(description, "__version__", "0.0.9")
     run = train_one_of_two(corpus, tmp_path, first=first)
     expected = f"{OTHERWISE}version 0.0.9, not {fairseq_gradinit.__version__}: "
     assert run.error().startswith(expected)
@@ -132,9 +133,7 @@ def test_versions_are_compared(corpus, first, tmp_path, monkeypatch):
 def test_damaged_scales_of_one_are_an_error_of_all(corpus, first, tmp_path):
     file = tmp_path / "nan.json"
     block = {"name": "encoder.embed_tokens.weight", "shape": [88, 32], "scale": math.nan}
-    document = {"format": FORMAT, "version": VERSION, "signature": "", "history": []}
+    document = {"format": FORMAT.name, "version": FORMAT.version, "settings": {}, "history": []}
     file.write_text(json.dumps({**document, "blocks": [{**block, "state": "learned"}]}))
     run = train_one_of_two(corpus, tmp_path / "run", "--gradinit-scales", file, first=first)
-    assert run.error().startswith(
-        f"process 1 of 2: the scales file {file} is damaged: ValueError: nan"
-    )
+    assert run.error().startswith(f"process 1 of 2: {file} is damaged: blocks[0].scale: nan")

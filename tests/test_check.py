@@ -164,7 +164,7 @@ def test_a_rate_at_which_nothing_can_train(corpus, optimizer, lr, reason):
         (["--init-scheme", "zero-branches"], "leave out --init-scheme"),
         (["--gradinit-gamma", "0"], "gamma must be a number greater than 0"),
         (["--ddp-backend", "slowmo"], "does not work with --ddp-backend slowmo"),
-        (["--gradinit-scales", "/nowhere"], "cannot read the scales file /nowhere"),
+        (["--gradinit-scales", "/nowhere"], "cannot read /nowhere"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -194,7 +194,7 @@ def test_an_untrusted_checkpoint_is_named_in_one_line_and_not_taken_for_a_broken
     torch.save({"optimizer_history": [{"num_updates": 2}]}, "checkpoint_1_2.pt")
     torch.save({"task_state": Path("x")}, "checkpoint_last.pt")
     before = Path("checkpoint_last.pt").read_bytes()
-    Scales((BlockScale("fc.weight", (2, 2), 0.5, "learned"),), "gradinit:0").save(Path("a.json"))
+    Scales((BlockScale("fc.weight", (2, 2), 0.5, "learned"),), {}).save(Path("a.json"))
     assert command.main(["apply", "a.json", "checkpoint_last.pt", "--out", "new.pt"]) == 1
     error = capsys.readouterr().err
     assert error.startswith("fairseq-gradinit: cannot read the checkpoint checkpoint_last.pt: Weig")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,13 +21,13 @@ A = Scales(
         BlockScale("fc.bias", (2,), 0.0, "learned"),
         BlockScale("norm.weight", (2,), 1.0, "norm gain"),
     ),
-    "gradinit:0|seed:1|eta:0.001",
+    {"gradinit": "0", "seed": "1", "eta": "0.001"},
 )
 
 
-def changed(*factors: float, signature: str = A.signature) -> Scales:
+def changed(*factors: float, settings: Mapping[str, str] = A.settings) -> Scales:
     blocks = zip(A.blocks, factors, strict=True)
-    return Scales(tuple(replace(b, scale=f) for b, f in blocks), signature)
+    return Scales(tuple(replace(b, scale=f) for b, f in blocks), settings)
 
 
 @pytest.fixture
@@ -50,7 +51,8 @@ def test_equal_scales_do_not_differ(diff):
 
 
 def test_differences_are_printed(diff):
-    assert diff(A, changed(0.75, 0.25, 1.0, signature="gradinit:0|seed:2|gamma:off")) == (
+    settings = {"gradinit": "0", "seed": "2", "gamma": "off"}
+    assert diff(A, changed(0.75, 0.25, 1.0, settings=settings)) == (
         1,
         [
             "setting seed  1  2",
@@ -64,12 +66,12 @@ def test_differences_are_printed(diff):
 
 
 def test_settings_alone_make_no_difference(diff):
-    status, lines = diff(A, replace(A, signature="gradinit:0|seed:2|eta:0.001"))
+    status, lines = diff(A, replace(A, settings={**A.settings, "seed": "2"}))
     assert (status, lines) == (0, ["setting seed  1  2", "0 of 3 tensors differ"])
 
 
 def test_tensors_of_one_file_only_differ(diff):
-    other = Scales((*A.blocks[:2], BlockScale("new", (), 3.0, "fixed")), A.signature)
+    other = Scales((*A.blocks[:2], BlockScale("new", (), 3.0, "fixed")), A.settings)
     assert diff(A, other) == (
         1,
         ["norm.weight  1 (norm gain)  absent", "new  absent  3 (fixed)", "2 of 4 tensors differ"],
@@ -86,7 +88,7 @@ def test_the_tolerance_is_relative(diff):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["absent", "a.json"], "cannot read the scales file absent"),
+        (["absent", "a.json"], "cannot read absent"),
         (["a.json", "."], "there is no gradinit_scales.json in ."),
         (["a.json", "a.json", "--tolerance", "-1"], "--tolerance -1 is not a number from 0 up"),
         (["a.json", "a.json", "--tolerance", "nan"], "--tolerance nan is not a number from 0 up"),
@@ -187,7 +189,7 @@ def test_a_bare_state_dict_will_do(apply):
 def test_the_criterion_has_scales_too(apply):
     block = BlockScale("criterion.w", (2,), 3.0, "learned")
     document = {"model": state_dict(), "criterion": {"w": torch.ones(2)}}
-    assert apply(document, Scales((*A.blocks, block), "s")) == (0, "")
+    assert apply(document, Scales((*A.blocks, block), {})) == (0, "")
     assert torch.equal(load(Path("new.pt"))["criterion"]["w"], torch.full((2,), 3.0))
 
 

@@ -118,7 +118,7 @@ def test_round_trip(tmp_path, found):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"format": "other"}, "does not say what GradInit did"),
+        ({"format": "other"}, "does not hold what GradInit did"),
         ({"version": 2}, "has version 2 of its format"),
         ({"version": True}, "has version True of its format"),
         ({"norms": "none"}, r"is damaged: norms: 'none' is not an array"),
@@ -138,7 +138,7 @@ def test_damaged_files_are_refused(tmp_path, change, sentence):
 def test_files_that_are_no_json_are_refused(tmp_path, content):
     path = tmp_path / "e.json"
     path.write_bytes(content)
-    with pytest.raises(GradInitError, match="cannot read"):
+    with pytest.raises(GradInitError, match="is not valid JSON"):
         Effect.load(path)
     with pytest.raises(GradInitError, match="cannot read"):
         Effect.load(tmp_path / "absent.json")

@@ -6,6 +6,7 @@ sentence, or gives exactly the values that are in it, checked here against Pytho
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -28,7 +29,7 @@ from fairseq_gradinit.engine.determinism import deterministic
 from fairseq_gradinit.engine.history import Iteration
 from fairseq_gradinit.engine.learner import ScaleLearner
 from fairseq_gradinit.engine.learning import learn_scales
-from fairseq_gradinit.engine.state import LearnerState, StateFile, _digest
+from fairseq_gradinit.engine.state import LearnerState, StateFile
 from fairseq_gradinit.errors import GradInitError, GradInitStopped
 from fairseq_gradinit.scales.file import Scales
 from fairseq_gradinit.storage import typed_json
@@ -135,7 +136,7 @@ def real_scales() -> Scales:
         Iteration(1, "objective", 5.25, 4.125, 1e3, 0.9, 1.1),
         Iteration(2, "constraint", 5.0, None, 1e4, 0.8, 1.2),
     )
-    return Scales.of(blocks, factors, "gradinit:0|seed:1", history)
+    return Scales.of(blocks, factors, {"gradinit": "0", "seed": "1"}, history)
 
 
 def outcome_for_scales(path: Path, content: bytes) -> str:
@@ -146,8 +147,8 @@ def outcome_for_scales(path: Path, content: bytes) -> str:
     except GradInitError as refusal:
         return "refused" if str(path) in sentence(refusal) else "refused without its name"
     document = own_reading(content)
-    assert document["version"] == 1
-    assert scales.signature == document["signature"]
+    assert document["version"] == 2
+    assert scales.settings == document["settings"]
     assert same(scales.history, document["history"])
     assert same(scales.blocks, document["blocks"])
     model, initial = make_net(), make_net()
@@ -200,15 +201,16 @@ def forged(content: bytes) -> bytes:
     """With a digest that fits, if it is JSON: what one could do who means harm."""
     try:
         document = json.loads(content)
-        body = {"identity": document["identity"], "state": document["state"]}
-        return json.dumps(document | {"digest": _digest(body)}).encode()
+        text = json.dumps([document["identity"], document["state"]], sort_keys=True)
+        digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        return json.dumps(document | {"digest": digest}).encode()
     except (KeyError, TypeError, ValueError, RecursionError):
         return content
 
 
-def load_state(path: Path, content: bytes, identity: str) -> LearnerState | None:
+def load_state(path: Path, content: bytes, identity: dict[str, str]) -> LearnerState | None:
     path.write_bytes(content)
-    return StateFile(path).load(identity)
+    return StateFile(path, identity).load()
 
 
 @MUTANTS
@@ -259,8 +261,8 @@ def test_mutants_of_a_state_file_are_refused_or_mean_what_they_say(
         ({"scales": [1e30]}, "not of one length"),
         ({"scales": [-1.0] * 6}, ""),
         ({"history": []}, "moments are not those of its iterations"),
-        ({"history": {}}, "is not of type list"),
-        ({"second_order": [[]]}, "second_order is"),
+        ({"history": {}}, "is not an array"),
+        ({"second_order": [[]]}, "second_order: "),
     ],
     ids=str,
 )
@@ -283,7 +285,7 @@ def test_bytes_that_are_no_such_file_are_refused_by_both(tmp_path, content):
     with pytest.raises(GradInitError) as error:
         Scales.load(path)
     assert str(path) in sentence(error.value)
-    assert StateFile(path).load("identity") is None
+    assert StateFile(path).load() is None
 
 
 @one_folder
@@ -294,7 +296,7 @@ def test_a_scale_that_takes_a_tensor_to_infinity_changes_nothing(scale, place):
     model, before = make_net(), list(make_net().parameters())
     blocks = blocks_of(model)
     name = blocks[place].name
-    scales = Scales.of(blocks, {block.name: 0.5 for block in blocks} | {name: scale}, "", ())
+    scales = Scales.of(blocks, {block.name: 0.5 for block in blocks} | {name: scale}, {}, ())
     largest = max(float(before[place].abs().max()), 1.0)
     if scale * largest < torch.finfo(torch.float32).max / 2:
         scales.apply(blocks)
@@ -317,13 +319,15 @@ def test_quotes_in_a_refusal_are_short_and_shallow(tmp_path):
 
 
 def test_a_log_takes_any_identity_of_another_run(tmp_path, real_state, caplog, capsys):
-    document = json.loads(real_state) | {"identity": "\ud800|\x1b[2J|" + "x" * 10**6}
+    document = json.loads(real_state) | {
+        "identity": {"\ud800": "\x1b[2J", "x" * 10**6: "x" * 10**6}
+    }
     path = tmp_path / "state.json"
     handler = logging.StreamHandler()
     logging.getLogger().addHandler(handler)
     try:
-        assert load_state(path, forged(json.dumps(document).encode()), "own") is None
+        assert load_state(path, forged(json.dumps(document).encode()), {"own": "1"}) is None
     finally:
         logging.getLogger().removeHandler(handler)
-    assert "left by another run" in sentence(caplog.messages[-1])
+    assert "is of another run" in sentence(caplog.messages[-1])
     assert "Logging error" not in capsys.readouterr().err

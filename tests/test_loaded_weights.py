@@ -100,7 +100,7 @@ def test_scales_from_a_file_leave_loaded_embeddings_alone(pretrained, corpus, ve
     fresh = tmp_path / "fresh.json"
     learned = Scales.load(pretrained[0] / "gradinit_scales.json")
     Scales(
-        tuple(type(b)(b.name, b.shape, 2.0, "learned") for b in learned.blocks), learned.signature
+        tuple(type(b)(b.name, b.shape, 2.0, "learned") for b in learned.blocks), learned.settings
     ).save(fresh)
     applied = ["--gradinit", "--gradinit-scales", fresh, *short(vectors)]
     run = train_here(corpus.translation, tmp_path / "kept", *applied)

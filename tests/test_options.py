@@ -9,6 +9,7 @@ import math
 import pickle
 import sys
 from argparse import ArgumentParser, Namespace
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -23,8 +24,8 @@ from omegaconf import DictConfig, OmegaConf, flag_override
 import fairseq_gradinit.plugin.install  # noqa: F401
 from fairseq_gradinit.engine.config import GradInitConfig
 from fairseq_gradinit.errors import GradInitError
-from fairseq_gradinit.plugin.log import signature_of
 from fairseq_gradinit.plugin.options import OPTION_NAMES, GradInitOptions
+from fairseq_gradinit.plugin.phase import describe
 from fairseq_gradinit.plugin.plan import Plan, make_plan
 from fairseq_gradinit.plugin.trainer import settings_digest
 
@@ -365,11 +366,13 @@ def test_help_names_every_option_its_choices_and_its_default(task):
     assert "0 switches it off (default: 10)" in text
 
 
-def signature_fields(*options: str, **more: str) -> dict[str, str]:
+def settings_of(*options: str) -> dict[str, str]:
+    """What the signature of such a run says."""
     cfg = configuration(*options)
-    line = signature_of(make_plan(cfg), cfg, model="m", data="d", device="cpu", **more)
-    assert "\n" not in line
-    return dict(field.split(":", 1) for field in line.split("|"))
+    plan = make_plan(cfg)
+    trainer = SimpleNamespace(cfg=cfg, device="cpu", data_parallel_world_size=1)
+    description = describe(trainer, plan, [], bool(plan.centering), None)
+    return description.settings(plan.config.second_order)
 
 
 @pytest.mark.parametrize(
@@ -386,7 +389,7 @@ def signature_fields(*options: str, **more: str) -> dict[str, str]:
     ids=lambda value: value[0] if isinstance(value, list) else value,
 )
 def test_the_signature_says_what_was_given(option, field, value):
-    assert signature_fields(*option)[field] == value
+    assert settings_of(*option)[field] == value
 
 
 def test_a_task_whose_configuration_is_older_than_the_options_is_set_up(corpus):
@@ -401,12 +404,11 @@ def test_a_task_whose_configuration_is_older_than_the_options_is_set_up(corpus):
 
 
 def test_the_signature_names_the_options_that_determine_the_scales():
-    plain = signature_fields()
+    plain = settings_of()
     names = ("optimizer", "eta", "second-order", "precision", "centering", "iterations")
     assert [plain[name] for name in names] == ["adam", "0.002", "auto", "fp32", "on", "60"]
     assert "clip-norm" not in plain
-    assert signature_fields(second_order="exact")["second-order"] == "exact"
     sgd = ["--optimizer", "sgd", "--clip-norm", "0.25", "--gradinit-precision", "bf16"]
-    found = signature_fields(*sgd, "--gradinit-second-order", "finite-difference")
+    found = settings_of(*sgd, "--gradinit-second-order", "finite-difference")
     names = ("optimizer", "clip-norm", "second-order", "precision")
     assert [found[name] for name in names] == ["sgd", "0.25", "finite-difference", "bf16"]

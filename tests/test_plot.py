@@ -14,7 +14,7 @@ SCALES = Scales(
         BlockScale("layers.1.fc.weight", (2, 2), 3.0, "learned"),
         BlockScale("layers.0.norm.weight", (2,), 1.0, "norm gain"),
     ),
-    signature="",
+    settings={},
 )
 
 

@@ -214,7 +214,7 @@ def test_the_log_has_the_warning_before_learning(corpus, tmp_path):
     assert done.output.index(line) < done.output.index("GradInit: learning the scales")
 
 
-@pytest.mark.parametrize("signature", ["", "a line", "gradinit:0.1.0|eta:long", "eta:0.002|lr:1"])
-def test_scales_from_a_file_say_what_they_are_for_or_nothing(signature):
-    eta = Scales((), signature).eta
-    assert eta == 0.002 if "0.002" in signature else math.isnan(eta)
+@pytest.mark.parametrize("settings", [{}, {"eta": "long"}, {"eta": "0.002"}])
+def test_scales_from_a_file_say_what_they_are_for_or_nothing(settings):
+    eta = Scales((), settings).eta
+    assert eta == 0.002 if "0.002" in settings.values() else math.isnan(eta)

@@ -28,7 +28,7 @@ SCALES = Scales(
         BlockScale("out.bias", (3,), 1.0, "zero"),
         BlockScale("norm.weight", (), 1.0, "norm gain"),
     ),
-    "gradinit:0|seed:1",
+    {"gradinit": "0", "seed": "1"},
     HISTORY,
 )
 
@@ -55,7 +55,7 @@ iterations = st.builds(
 any_scales = st.builds(
     Scales,
     st.lists(block_scales, min_size=1, max_size=4, unique_by=lambda b: b.name).map(tuple),
-    printable,
+    st.dictionaries(printable, printable, max_size=3),
     st.lists(iterations, max_size=3).map(tuple),
 )
 json_values = st.recursive(
@@ -82,7 +82,7 @@ def model() -> nn.ModuleDict:
 
 def scales_of(model: nn.Module, **factors: float) -> Scales:
     blocks = collect_blocks({"": model}, "fixed")
-    return Scales.of(blocks, {b.name: 1.0 for b in blocks} | factors, "signature", HISTORY)
+    return Scales.of(blocks, {b.name: 1.0 for b in blocks} | factors, {"seed": "1"}, HISTORY)
 
 
 @one_folder
@@ -97,8 +97,8 @@ def test_the_file_can_be_read_by_a_person(tmp_path):
     text = (tmp_path / "s.json").read_text()
     assert text.isascii()
     document = json.loads(text)
-    assert (document["format"], document["version"]) == ("fairseq-gradinit-scales", 1)
-    assert document["signature"] == SCALES.signature
+    assert (document["format"], document["version"]) == ("fairseq-gradinit-scales", 2)
+    assert document["settings"] == SCALES.settings
     assert document["blocks"][0] == {
         "name": "embed.weight",
         "shape": [5, 2],
@@ -226,8 +226,8 @@ def test_a_damaged_byte_is_an_error_or_harmless(tmp_path, data):
 def changed(**fields):
     document = {
         "format": "fairseq-gradinit-scales",
-        "version": 1,
-        "signature": "",
+        "version": 2,
+        "settings": {},
         "history": [],
         "blocks": [{"name": "a", "shape": [1], "scale": 1.0, "state": "learned"}],
     }
@@ -243,20 +243,20 @@ def block(**fields):
     ("text", "message"),
     [
         ("", "is not valid JSON"),
-        ("[" * 100_000, "is not valid JSON|is not a GradInit scales file"),
-        ("9" * 10_000, "is not valid JSON|is not a GradInit scales file"),
-        ('{"a": 1}', "is not a GradInit scales file"),
-        ("[]", "is not a GradInit scales file"),
-        (changed(version=2), "has version 2 .* reads version 1"),
+        ("[" * 100_000, "is not valid JSON|does not hold"),
+        ("9" * 10_000, "is not valid JSON|does not hold"),
+        ('{"a": 1}', "does not hold the scales of a run"),
+        ("[]", "does not hold the scales of a run"),
+        (changed(version=1), "has version 1 .* reads version 2"),
         (changed(blocks=[]), "damaged: a name is missing or repeated"),
         (changed(blocks=json.loads(block())["blocks"] * 2), "a name is missing or repeated"),
-        (block(scale=math.nan), "damaged: ValueError: nan is not a finite number"),
-        (block(scale=10**400), "damaged: OverflowError"),
-        (block(scale=-1), "scale -1.0 of a is negative"),
-        (block(scale="1"), "damaged: TypeError: '1' is not a number"),
-        (block(scale=True), "damaged: TypeError: True is not a number"),
-        (block(shape="12"), "damaged: TypeError"),
-        (block(state="frozen"), "unknown state 'frozen'"),
+        (block(scale=math.nan), r"damaged: blocks\[0\]\.scale: nan is not a finite number"),
+        (block(scale=10**400), r"damaged: blocks\[0\]\.scale: "),
+        (block(scale=-1), "scale or shape of a is negative"),
+        (block(scale="1"), "'1' is not a number"),
+        (block(scale=True), "True is not a number"),
+        (block(shape="12"), "'12' is not an array"),
+        (block(state="frozen"), "'frozen' is none of 'learned'"),
     ],
 )
 def test_a_file_that_holds_no_scales_is_refused_with_its_name(tmp_path, text, message):
@@ -271,7 +271,7 @@ def test_a_file_that_cannot_be_read_is_an_error(tmp_path):
     binary = tmp_path / "model.pt"
     torch.save(torch.ones(3), binary)
     for path in (tmp_path / "missing.json", tmp_path, binary):
-        with pytest.raises(GradInitError, match="cannot read the scales file"):
+        with pytest.raises(GradInitError, match=f"cannot read {path}|{path} is not valid JSON"):
             Scales.load(path)
 
 
@@ -286,7 +286,7 @@ def test_kinds_leave_out_layer_numbers_only():
         for i in range(11)
         for leaf in ("fc1.bias", "k2.weight")
     ]
-    kinds = kinds_of_blocks(Scales(tuple(blocks), ""))
+    kinds = kinds_of_blocks(Scales(tuple(blocks), {}))
     assert {kind: len(rows) for kind, rows in kinds.items()} == {
         "encoder.layers.*.fc1.bias": 11,
         "encoder.layers.*.k2.weight": 11,

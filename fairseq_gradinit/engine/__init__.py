@@ -41,7 +41,7 @@ from fairseq_gradinit.engine.config import (
 )
 from fairseq_gradinit.engine.determinism import deterministic, random_state_kept, seed_everything
 from fairseq_gradinit.engine.gradients import LossFunction
-from fairseq_gradinit.engine.history import Iteration, parse_iteration
+from fairseq_gradinit.engine.history import Iteration
 from fairseq_gradinit.engine.learning import learn_scales
 from fairseq_gradinit.engine.processes import OneProcess, Processes, ProcessGroup
 from fairseq_gradinit.engine.state import StateFile
@@ -77,7 +77,6 @@ __all__ = [
     "learn_scales",
     "overlapping_thirds",
     "pair_batches",
-    "parse_iteration",
     "random_state_kept",
     "require_same_setup",
     "seed_everything",

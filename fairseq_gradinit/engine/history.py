@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
-
-from fairseq_gradinit.storage import abbreviate, require_finite, require_type
+from typing import Literal
 
 IterationKind = Literal["objective", "constraint"]
 KINDS: tuple[IterationKind, ...] = ("objective", "constraint")
@@ -31,33 +29,3 @@ class Iteration:
     grad_norm: float
     min_scale: float
     max_scale: float
-
-
-def parse_iteration(row: Any) -> Iteration:
-    """Read back what `dataclasses.asdict` and JSON made of an Iteration.
-
-    Raises:
-        KeyError, TypeError, ValueError: a field is missing, or has a value it cannot have.
-    """
-    trial = row["trial_loss"]
-    return Iteration(
-        index=require_type(row["index"], int),
-        kind=parse_kind(row["kind"]),
-        loss=require_finite(row["loss"]),
-        trial_loss=None if trial is None else require_finite(trial),
-        grad_norm=require_finite(row["grad_norm"]),
-        min_scale=require_finite(row["min_scale"]),
-        max_scale=require_finite(row["max_scale"]),
-    )
-
-
-def parse_kind(name: Any) -> IterationKind:
-    """Read back a kind of iteration.
-
-    Raises:
-        ValueError: it is none.
-    """
-    for kind in KINDS:
-        if name == kind:
-            return kind
-    raise ValueError(f"unknown kind of iteration {abbreviate(name)}")

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from fairseq_gradinit.engine.batch_pairs import BatchPair
-from fairseq_gradinit.engine.blocks import Block, fingerprint
+from fairseq_gradinit.engine.blocks import Block
 from fairseq_gradinit.engine.config import GradInitConfig, SecondOrder
 from fairseq_gradinit.engine.gradients import Halve, LossFunction, LossGradients
 from fairseq_gradinit.engine.hessian import HessianProducts
@@ -83,7 +83,6 @@ class ScaleLearner:
         self.config = config
         self.first_loss: float | None = None
         self._processes = processes or OneProcess()
-        self._fingerprint = fingerprint(blocks)
         self.weights = ScaledWeights(blocks, config, self._processes)
         self.outcomes = Outcomes(self.weights, config.max_skipped)
         self._gradients = LossGradients(
@@ -91,11 +90,6 @@ class ScaleLearner:
         )
         self._products = HessianProducts(self.weights, self._gradients, config)
         self._last_kind: IterationKind | None = None
-
-    @property
-    def identity(self) -> str:
-        """One line that tells whether another learner's state is of any use to this one."""
-        return f"{self.config}|torch:{torch.__version__}|weights:{self._fingerprint}"
 
     @property
     def pairs_used(self) -> int:
@@ -192,10 +186,9 @@ class ScaleLearner:
     def fits(self, state: LearnerState, pair: BatchPair) -> bool:
         """Whether this learner can have been in the `state`, the first batch's loss included.
 
-        A state that it cannot come to, though the identity is right, was made by hand. Of what the
-        identity does not tell, what changes the loss by more than 0.1 % shows here too: other
-        data under the same indices, or another model of the same weights. To be asked before the
-        first iteration.
+        A state that it cannot come to was made by hand. What the identity of a file does not tell
+        shows here if it changes the loss by more than 0.1 %: other data under the same indices, or
+        another model of the same weights. To be asked before the first iteration.
         """
         if not (
             self.weights.allow(state.scales)
@@ -211,7 +204,7 @@ class ScaleLearner:
         return math.isclose(loss, state.first_loss, rel_tol=1e-3)
 
     def load(self, state: LearnerState) -> None:
-        """Go on from the `state` of a learner with the same `identity`."""
+        """Go on from the `state` of a learner that was set up as this one is."""
         self.weights.load(state.scales, state.moments)
         self.outcomes = Outcomes(self.weights, self.config.max_skipped)
         self.outcomes.history = list(state.history)

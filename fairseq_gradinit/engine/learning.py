@@ -84,13 +84,13 @@ def _resume(
     learner: ScaleLearner, drawn: Iterator[BatchPair], file: StateFile
 ) -> Iterator[BatchPair]:
     """Load the state in `file`, if it is of any use; what is left of `drawn` for the learner."""
-    state = file.load(learner.identity)
+    state = file.load()
     first = None if state is None else next(drawn, None)
     if state is None or first is None:
         return drawn
     if not learner.fits(state, first):
         logger.warning(
-            "%s was left by a run with other data or another loss, so GradInit begins anew",
+            "learning the scales from scratch: %s is of a run with other data or another loss",
             file.path,
         )
         return chain([first], drawn)
@@ -121,7 +121,7 @@ def _iterate(
         nonlocal saved
         if state_file is not None and saved < outcomes.iterations_done:
             saved = outcomes.iterations_done
-            state_file.save(learner.state(), learner.identity)
+            state_file.save(learner.state())
 
     while True:
         if outcomes.iterations_done == learner.config.iterations:

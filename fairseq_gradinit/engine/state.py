@@ -12,29 +12,16 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
-from fairseq_gradinit.engine.config import SECOND_ORDER_NAMES, SecondOrder
-from fairseq_gradinit.engine.history import (
-    KINDS,
-    Iteration,
-    IterationKind,
-    parse_iteration,
-    parse_kind,
-)
+from fairseq_gradinit.engine.config import SecondOrder
+from fairseq_gradinit.engine.history import Iteration, IterationKind
 from fairseq_gradinit.engine.processes import OneProcess, Processes
-from fairseq_gradinit.storage import (
-    abbreviate,
-    parse_json,
-    require_finite,
-    require_type,
-    write_atomically,
-)
+from fairseq_gradinit.errors import GradInitError
+from fairseq_gradinit.storage import Format, abbreviate, load_document, parse, save_document
 
 logger = logging.getLogger(__name__)
 
-FORMAT = "fairseq-gradinit-state"
-VERSION = 1
+FORMAT = Format("fairseq-gradinit-state", 2, "the state of a learning of scales")
 
 
 @dataclass(frozen=True)
@@ -73,14 +60,39 @@ class LearnerState:
     first_loss: float | None = None
     last_kind: IterationKind | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse, with a ValueError, what no run can come to."""
+        moments = self.moments.values()
+        if any(len(self.scales) != len(v) for m in moments for v in (m.mean, m.square)):
+            raise ValueError("its vectors are not of one length")
+        done = len(self.history)
+        if [iteration.index for iteration in self.history] != list(range(1, done + 1)):
+            raise ValueError("its iterations are not in order")
+        if any(not 0 <= m.step <= done or min(m.square, default=0.0) < 0 for m in moments):
+            raise ValueError("its moments are not those of its iterations")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What is in a state file.
+
+    Attributes:
+        identity: of the run that left it, see `StateFile`.
+        digest: of the two others, by which a damaged file shows.
+    """
+
+    identity: Mapping[str, str]
+    state: LearnerState
+    digest: str
+
 
 class StateFile:
     """Keeps the latest state in one file, which rank 0 reads and writes for all processes.
 
     Args:
         path: the file.
-        identity: what the run must have in common with one whose state it continues, beside the
-            settings and the initial weights, which the learner adds: the data, for example.
+        identity: what the run must have in common with one whose state it continues, by name: all
+            that determines the scales.
         interval: iterations from one writing to the next.
         processes: those that go on together.
     """
@@ -88,130 +100,64 @@ class StateFile:
     def __init__(
         self,
         path: Path,
-        identity: str = "",
+        identity: Mapping[str, str] | None = None,
         interval: int = 10,
         processes: Processes | None = None,
     ) -> None:
         self.path = path
         self.interval = interval
-        self._identity = identity
+        self._identity = dict(identity or {})
         self._processes = processes or OneProcess()
 
-    def save(self, state: LearnerState, learner: str) -> None:
+    def save(self, state: LearnerState) -> None:
         """Write the file, whole or not at all.
-
-        Args:
-            learner: the learner's own part of the identity.
 
         Raises:
             GradInitError: the file cannot be written.
         """
         if self._processes.rank == 0:
-            body = {"identity": self._whole(learner), "state": asdict(state)}
-            document = {"format": FORMAT, "version": VERSION, "digest": _digest(body), **body}
-            write_atomically(self.path, json.dumps(document, allow_nan=False) + "\n")
+            digest = digest_of(self._identity, state)
+            save_document(self.path, FORMAT, Saved(self._identity, state, digest))
 
-    def load(self, learner: str) -> LearnerState | None:
-        """The state to go on from; None, with a warning, when the file is of no use.
+    def load(self) -> LearnerState | None:
+        """The state to go on from; None, with a warning, when the file is of no use."""
+        state = self._read() if self._processes.rank == 0 else None
+        text = self._processes.gather(json.dumps(state and asdict(state)))[0]
+        return parse(LearnerState, json.loads(text)) if text != "null" else None
 
-        Args:
-            learner: see `save`.
-        """
-        text = ""
-        if self._processes.rank == 0:
-            text = self._read(learner)
-        text = self._processes.gather(text)[0]
-        return _parse(json.loads(text)["state"]) if text else None
-
-    def _whole(self, learner: str) -> str:
-        return "|".join(part for part in (learner, self._identity) if part)
-
-    def _read(self, learner: str) -> str:
-        """The text of the file, or nothing when it is of no use."""
+    def _read(self) -> LearnerState | None:
+        if not self.path.exists():
+            return None
         try:
-            text = self.path.read_text(encoding="utf-8")
-            identity = _check(text)
-        except FileNotFoundError:
-            return ""
-        except (OSError, ArithmeticError, KeyError, RecursionError, TypeError, ValueError) as error:
+            saved = load_document(self.path, FORMAT, Saved)
+        except GradInitError as error:
+            logger.warning("learning the scales from scratch: %s", error)
+            return None
+        if saved.digest != digest_of(saved.identity, saved.state):
             logger.warning(
-                "%s is damaged, so GradInit begins anew: %s: %s",
-                self.path,
-                type(error).__name__,
-                error,
+                "learning the scales from scratch: %s is damaged: wrong digest", self.path
             )
-            return ""
-        if identity != self._whole(learner):
+            return None
+        if saved.identity != self._identity:
             logger.warning(
-                "%s was left by another run, so GradInit begins anew: it has %s, this run %s",
+                "learning the scales from scratch: %s is of another run: it has %s",
                 self.path,
-                *_differences(identity, self._whole(learner)),
+                _differences(saved.identity, self._identity),
             )
-            return ""
-        return text
+            return None
+        return saved.state
 
 
-def _digest(body: Mapping[str, Any]) -> str:
-    return hashlib.blake2b(json.dumps(body, sort_keys=True).encode(), digest_size=16).hexdigest()
+def digest_of(identity: Mapping[str, str], state: LearnerState) -> str:
+    """32 hexadecimal digits that change with anything in either."""
+    text = json.dumps([identity, asdict(state)], sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def _check(text: str) -> str:
-    """The identity in a state file; raises one of many errors when anything is wrong with it."""
-    document = parse_json(text)
-    version = require_type(document["version"], int)
-    if document["format"] != FORMAT or version != VERSION:
-        raise ValueError(f"it is not version {VERSION} of {FORMAT}")
-    body = {"identity": document["identity"], "state": document["state"]}
-    if document["digest"] != _digest(body):
-        raise ValueError("its content does not match its digest")
-    _parse(document["state"])
-    return require_type(document["identity"], str)
-
-
-def _differences(theirs: str, ours: str) -> tuple[str, str]:
-    """The parts of two identities that differ."""
-    parts = [identity.split("|") for identity in (theirs, ours)]
-    return (
-        ", ".join(_short(part) for part in parts[0] if part not in parts[1]) or "more than that",
-        ", ".join(_short(part) for part in parts[1] if part not in parts[0]) or "less than that",
+def _differences(theirs: Mapping[str, str], ours: Mapping[str, str]) -> str:
+    names = [name for name in {**ours, **theirs} if theirs.get(name) != ours.get(name)]
+    found = (
+        f"{abbreviate(name)[1:-1]} {abbreviate(theirs.get(name))}, not {ours.get(name)}"
+        for name in names[:5]
     )
-
-
-def _short(part: str, limit: int = 1000) -> str:
-    """As it can stand in a log, whoever wrote it."""
-    printable = part if part.isprintable() else ascii(part)
-    return printable if len(printable) <= limit else f"{printable[:limit]}..."
-
-
-def _parse(row: Any) -> LearnerState:
-    scales = _numbers(row["scales"])
-    moments: dict[IterationKind, Moments] = {}
-    for kind in KINDS:
-        if kind in require_type(row["moments"], dict):
-            entry = row["moments"][kind]
-            mean, square = _numbers(entry["mean"]), _numbers(entry["square"])
-            moments[kind] = Moments(require_type(entry["step"], int), mean, square)
-    if row["second_order"] not in SECOND_ORDER_NAMES:
-        raise ValueError(f"second_order is {abbreviate(row['second_order'])}")
-    if any(len(scales) != len(m.mean) or len(scales) != len(m.square) for m in moments.values()):
-        raise ValueError("its vectors are not of one length")
-    history = tuple(parse_iteration(iteration) for iteration in require_type(row["history"], list))
-    if [iteration.index for iteration in history] != list(range(1, len(history) + 1)):
-        raise ValueError("its iterations are not in order")
-    if any(
-        not 0 <= m.step <= len(history) or min(m.square, default=0.0) < 0 for m in moments.values()
-    ):
-        raise ValueError("its moments are not those of its iterations")
-    return LearnerState(
-        scales=scales,
-        moments=moments,
-        history=history,
-        skipped=require_type(row["skipped"], int),
-        second_order=row["second_order"],
-        last_kind=None if row["last_kind"] is None else parse_kind(row["last_kind"]),
-        first_loss=None if row["first_loss"] is None else require_finite(row["first_loss"]),
-    )
-
-
-def _numbers(values: Any) -> tuple[float, ...]:
-    return tuple(require_finite(value) for value in require_type(values, list))
+    return "; ".join(found)

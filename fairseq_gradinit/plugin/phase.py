@@ -7,14 +7,11 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
-
-from fairseq_gradinit import __version__
 from fairseq_gradinit.engine import (
     Block,
     Processes,
@@ -35,7 +32,7 @@ from fairseq_gradinit.plugin.batches import MicroBatch, PairedBatches
 from fairseq_gradinit.plugin.branches import take_snapshot
 from fairseq_gradinit.plugin.fixed_scales import fixed_scales
 from fairseq_gradinit.plugin.loaded_weights import loaded_names
-from fairseq_gradinit.plugin.log import IterationLog, scale_table, signature_of
+from fairseq_gradinit.plugin.log import IterationLog, scale_table
 from fairseq_gradinit.plugin.loss import TaskLoss, forward_autocast
 from fairseq_gradinit.plugin.options import CENTERING_SENTENCES
 from fairseq_gradinit.plugin.plan import Plan
@@ -53,12 +50,14 @@ from fairseq_gradinit.plugin.trainer import (
 from fairseq_gradinit.scales import (
     EFFECT_FILE,
     SCALES_FILE,
+    Description,
     Scales,
     Snapshot,
     effect_between,
     size_changes,
     some,
 )
+from fairseq_gradinit.versions import fairseq_version
 
 logger = logging.getLogger("fairseq_gradinit")
 
@@ -92,7 +91,12 @@ def run_phase(trainer: Any, plan: Plan) -> None:
         prepared = require_same_setup(
             data_parallel_processes(trainer),
             lambda: _prepare(trainer, plan),
-            lambda found: _description(plan, found),
+            lambda found: {
+                **found.description.identity(),
+                # Who keeps a state asks the others for it.
+                "save-interval": plan.save_interval,
+                "scales": found.file and found.file.digest(),
+            },
         )
         eta = plan.config.eta if prepared.file is None else prepared.file.eta
         if warning := rate_warning(trainer.cfg, prepared.blocks, eta, beginning):
@@ -141,12 +145,14 @@ class _Prepared:
             needed.
         file: the scales to apply; None if they are to be learned.
         centering: whether LayerNorms are to be centered.
+        description: what determines the scales.
     """
 
     blocks: list[Block]
     batches: PairedBatches | None
     file: Scales | None
     centering: bool
+    description: Description
 
     @property
     def pairs(self) -> PairedBatches:
@@ -179,22 +185,34 @@ def _prepare(trainer: Any, plan: Plan) -> _Prepared:
         if file is None or centering:
             raise
         batches = None
-    return _Prepared(blocks, batches, file, centering)
+    description = describe(trainer, plan, blocks, centering, batches)
+    return _Prepared(blocks, batches, file, centering, description)
 
 
-def _description(plan: Plan, prepared: _Prepared) -> dict[str, object]:
-    """What must be the same in all processes; causes before their effects."""
-    given = {**asdict(plan), **asdict(plan.config)}
-    # The file may lie elsewhere on another machine.
-    del given["config"], given["scales_file"]
-    return {
-        "version": __version__,
-        "torch": torch.__version__,
-        **{name.replace("_", "-"): value for name, value in given.items()},
-        "weights": fingerprint(prepared.blocks),
-        "batches": prepared.batches and prepared.batches.plan_digest(),
-        "scales": prepared.file and prepared.file.digest(),
-    }
+def describe(
+    trainer: Any, plan: Plan, blocks: list[Block], centering: bool, batches: PairedBatches | None
+) -> Description:
+    """What determines the scales of this run."""
+    cfg = trainer.cfg
+    return Description(
+        config=plan.config,
+        weights=fingerprint(blocks),
+        device=str(trainer.device),
+        preset=plan.preset,
+        centering=centering,
+        encoder_branches=None if plan.encoder_branches == 1.0 else plan.encoder_branches,
+        scale_loaded=plan.scale_loaded,
+        tokens=plan.max_tokens,
+        sentences=plan.max_sentences,
+        micro_batches=plan.micro_batches,
+        processes=trainer.data_parallel_world_size,
+        task=str(getattr(cfg.task, "_name", None) or cfg.task.task),
+        criterion=getattr(cfg.criterion, "_name", None),
+        batches=None if batches is None else batches.plan_digest(),
+        model_settings=settings_digest(cfg, "model"),
+        criterion_settings=settings_digest(cfg, "criterion"),
+        fairseq=fairseq_version(),
+    )
 
 
 def _apply(trainer: Any, plan: Plan, prepared: _Prepared) -> Scales:
@@ -248,7 +266,6 @@ def _learn(trainer: Any, plan: Plan, prepared: _Prepared) -> Scales:
             "model, which GradInit does not follow: leave out --gradinit"
         )
     blocks, pairs = prepared.blocks, prepared.pairs
-    before = fingerprint(blocks)
     if prepared.centering:
         with at_fixed_scales(blocks):
             _center(trainer, prepared)
@@ -275,7 +292,7 @@ def _learn(trainer: Any, plan: Plan, prepared: _Prepared) -> Scales:
                 on_iteration=log.write,
                 processes=processes,
                 halve=pairs.halve,
-                state_file=_state_file(trainer, plan, pairs, processes),
+                state_file=_state_file(trainer, plan, prepared, processes),
                 stop=signals,
             )
         except GradInitStopped as stopped:
@@ -284,35 +301,17 @@ def _learn(trainer: Any, plan: Plan, prepared: _Prepared) -> Scales:
     if prepared.centering:
         # The scales have changed what goes into the LayerNorms.
         _center(trainer, prepared)
-    signature = signature_of(
-        plan,
-        trainer.cfg,
-        model=before,
-        data=pairs.digest(),
-        device=str(trainer.device),
-        second_order=learned.second_order,
-    )
-    return Scales.of(blocks, learned.scale_of, signature, learned.history)
+    settings = prepared.description.settings(learned.second_order, pairs.digest())
+    return Scales.of(blocks, learned.scale_of, settings, learned.history)
 
 
 def _state_file(
-    trainer: Any, plan: Plan, pairs: PairedBatches, processes: Processes
+    trainer: Any, plan: Plan, prepared: _Prepared, processes: Processes
 ) -> StateFile | None:
     if plan.save_interval == 0:
         return None
-    identity = {
-        "processes": trainer.data_parallel_world_size,
-        "micro-batches": plan.micro_batches,
-        "batches": pairs.plan_digest(),
-        "model": settings_digest(trainer.cfg, "model"),
-        "criterion": settings_digest(trainer.cfg, "criterion"),
-    }
-    return StateFile(
-        Path(trainer.cfg.checkpoint.save_dir) / STATE_FILE_NAME,
-        "|".join(f"{name}:{value}" for name, value in identity.items()),
-        plan.save_interval,
-        processes,
-    )
+    path = Path(trainer.cfg.checkpoint.save_dir) / STATE_FILE_NAME
+    return StateFile(path, prepared.description.identity(), plan.save_interval, processes)
 
 
 def _leave(stopped: GradInitStopped, signals: StopSignals, plan: Plan) -> NoReturn:

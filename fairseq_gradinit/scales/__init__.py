@@ -1,11 +1,13 @@
 """What a run of GradInit leaves beside its checkpoints.
 
-`Scales` is the file of the learned scales (SCALES_FILE), with the settings and the iterations that
-they come from; it loads, checks, saves and applies them. `Effect` is the file of what the scales
-did to the norms of the weights and to the residual branches (EFFECT_FILE). `differing_scales` and
-`differing_settings` compare two runs.
+`Description` lists everything that determines the scales of a run. `Scales` is the file of the
+learned scales (SCALES_FILE), with the settings and the iterations that they come from; it loads,
+checks, saves and applies them. `Effect` is the file of what the scales did to the norms of the
+weights and to the residual branches (EFFECT_FILE). `differing_scales` and `differing_settings`
+compare two runs.
 """
 
+from fairseq_gradinit.scales.description import Description
 from fairseq_gradinit.scales.diff import differing_scales, differing_settings
 from fairseq_gradinit.scales.effect import EFFECT_FILE, Change, Effect, Snapshot, effect_between
 from fairseq_gradinit.scales.file import (
@@ -23,6 +25,7 @@ __all__ = [
     "SCALES_FILE",
     "BlockScale",
     "Change",
+    "Description",
     "Effect",
     "Scales",
     "Snapshot",

@@ -59,7 +59,7 @@ def differing_scales(a: Scales, b: Scales, tolerance: float) -> list[str]:
 
 
 def differing_settings(a: Scales, b: Scales) -> list[str]:
-    """One line for each field of the signatures that differs."""
+    """One line for each setting that differs."""
     names = dict.fromkeys((*a.settings, *b.settings))
     values = {name: (a.settings.get(name, "-"), b.settings.get(name, "-")) for name in names}
     return [f"{name}  {one}  {other}" for name, (one, other) in values.items() if one != other]

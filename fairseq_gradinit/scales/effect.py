@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-from fairseq_gradinit.errors import GradInitError
-from fairseq_gradinit.storage import abbreviate, parse, parse_json, write_atomically
+from fairseq_gradinit.storage import Format, load_document, save_document
 
-FORMAT = "fairseq-gradinit-effect"
-VERSION = 1
+FORMAT = Format("fairseq-gradinit-effect", 1, "what GradInit did")
 EFFECT_FILE = "gradinit_effect.json"
 
 
@@ -45,37 +42,13 @@ class Effect:
     shares: tuple[Change, ...]
 
     def save(self, path: Path) -> None:
-        """Write the file; `path` either keeps its old content or gets all of the new one.
-
-        Raises:
-            GradInitError: the file cannot be written.
-        """
-        document = {"format": FORMAT, "version": VERSION, **asdict(self)}
-        write_atomically(path, json.dumps(document, indent=1, allow_nan=False) + "\n")
+        """See `save_document`."""
+        save_document(path, FORMAT, self)
 
     @classmethod
     def load(cls, path: Path) -> Effect:
-        """Read a file written by `save`.
-
-        Raises:
-            GradInitError: the file cannot be read, is damaged, or is not of this format.
-        """
-        try:
-            document = parse_json(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise GradInitError(f"cannot read {path}: {error}") from error
-        if not isinstance(document, dict) or document.pop("format", None) != FORMAT:
-            raise GradInitError(f"{path} does not say what GradInit did (no format {FORMAT!r})")
-        version = document.pop("version", None)
-        if type(version) is not int or version != VERSION:
-            raise GradInitError(
-                f"{path} has version {abbreviate(version)} of its format; this fairseq-gradinit "
-                f"reads version {VERSION}"
-            )
-        try:
-            return parse(cls, document)
-        except ValueError as error:
-            raise GradInitError(f"{path} is damaged: {error}") from error
+        """See `load_document`."""
+        return load_document(path, FORMAT, cls)
 
 
 @dataclass(frozen=True)

@@ -3,37 +3,33 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from fairseq_gradinit.engine import (
-    BLOCK_STATES,
     Block,
     BlockState,
     Iteration,
     base_weights,
-    parse_iteration,
     set_weights,
 )
 from fairseq_gradinit.errors import GradInitError
+from fairseq_gradinit.scales.description import line_of
 from fairseq_gradinit.storage import (
+    Format,
     abbreviate,
-    parse_json,
-    require_finite,
+    load_document,
     require_printable,
-    require_type,
-    write_atomically,
+    save_document,
 )
 
-FORMAT = "fairseq-gradinit-scales"
-VERSION = 1
+FORMAT = Format("fairseq-gradinit-scales", 2, "the scales of a run")
 SCALES_FILE = "gradinit_scales.json"
 
 
@@ -60,12 +56,12 @@ class Scales:
 
     Attributes:
         blocks: every trainable parameter tensor of the model, in its order.
-        signature: one line that names everything that determined the result.
+        settings: everything that determined the result, see `Description.settings`.
         history: record of the iterations, empty when unknown.
     """
 
     blocks: tuple[BlockScale, ...]
-    signature: str
+    settings: Mapping[str, str]
     history: tuple[Iteration, ...] = field(default=())
 
     @property
@@ -74,10 +70,9 @@ class Scales:
         return any(block.state == "centered" for block in self.blocks)
 
     @property
-    def settings(self) -> dict[str, str]:
-        """What the signature says, by the names in it; of what is no such line nothing."""
-        fields = (part.partition(":") for part in self.signature.split("|"))
-        return {name: value for name, colon, value in fields if colon}
+    def signature(self) -> str:
+        """One line that says what determined the result."""
+        return line_of(self.settings)
 
     @property
     def eta(self) -> float:
@@ -96,28 +91,17 @@ class Scales:
         cls,
         blocks: Sequence[Block],
         scale_of: Mapping[str, float],
-        signature: str,
+        settings: Mapping[str, str],
         history: Sequence[Iteration],
     ) -> Scales:
         rows = tuple(
             BlockScale(b.name, tuple(b.parameter.shape), scale_of[b.name], b.state) for b in blocks
         )
-        return cls(rows, signature, tuple(history))
+        return cls(rows, settings, tuple(history))
 
     def save(self, path: Path) -> None:
-        """Write the file; `path` either keeps its old content or gets all of the new one.
-
-        Raises:
-            GradInitError: the file cannot be written.
-        """
-        document = {
-            "format": FORMAT,
-            "version": VERSION,
-            "signature": self.signature,
-            "blocks": [asdict(block) for block in self.blocks],
-            "history": [asdict(iteration) for iteration in self.history],
-        }
-        write_atomically(path, json.dumps(document, indent=1, allow_nan=False) + "\n")
+        """See `save_document`."""
+        save_document(path, FORMAT, self)
 
     @classmethod
     def load(cls, path: Path) -> Scales:
@@ -126,18 +110,12 @@ class Scales:
         Raises:
             GradInitError: the file cannot be read, is damaged, or is not of this format.
         """
+        scales = load_document(path, FORMAT, cls)
         try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise GradInitError(f"cannot read the scales file {path}: {error}") from error
-        try:
-            document = parse_json(text)
-        except (ValueError, RecursionError) as error:
-            raise GradInitError(
-                f"the scales file {path} is not valid JSON ({error}): it is damaged, or not a "
-                "GradInit scales file"
-            ) from error
-        return _parse(document, path)
+            scales._require_sound()
+        except ValueError as error:
+            raise GradInitError(f"{path} is damaged: {error}") from error
+        return scales
 
     def apply(self, blocks: Sequence[Block]) -> Scales:
         """Multiply the model's freshly initialised tensors by these scales, in place.
@@ -175,9 +153,9 @@ class Scales:
             replace(row, state=here[row.name]) if "centered" in (row.state, here[row.name]) else row
             for row in self.blocks
         )
-        centered = "on" if "centered" in here.values() else "off"
-        signature = re.sub(r"(?<=\|centering:)[^|]*", centered, self.signature)
-        return replace(self, blocks=rows, signature=signature)
+        centered = {"centering": "on" if "centered" in here.values() else "off"}
+        settings = {**self.settings, **centered} if "centering" in self.settings else self.settings
+        return replace(self, blocks=rows, settings=settings)
 
     def keeping(self, names: Collection[str]) -> Scales:
         """These scales, with scale 1 for the tensors of these names."""
@@ -186,6 +164,15 @@ class Scales:
             for row in self.blocks
         )
         return replace(self, blocks=tuple(rows))
+
+    def _require_sound(self) -> None:
+        for text in (*(block.name for block in self.blocks), *chain(*self.settings.items())):
+            require_printable(text)
+        for block in self.blocks:
+            if block.scale < 0.0 or any(size < 0 for size in block.shape):
+                raise ValueError(f"scale or shape of {_short(block.name)} is negative")
+        if not self.blocks or len({block.name for block in self.blocks}) != len(self.blocks):
+            raise ValueError("a name is missing or repeated")
 
     def _check_fits(self, blocks: Sequence[Block]) -> None:
         file = {row.name: list(row.shape) for row in self.blocks}
@@ -247,38 +234,3 @@ def kinds_of_blocks(scales: Scales) -> dict[str, list[BlockScale]]:
         kind = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", block.name)
         kinds.setdefault(kind, []).append(block)
     return kinds
-
-
-def _parse(document: Any, path: Path) -> Scales:
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise GradInitError(f"{path} is not a GradInit scales file (no format {FORMAT!r} in it)")
-    version = document.get("version")
-    if type(version) is not int or version != VERSION:
-        raise GradInitError(
-            f"{path} has version {abbreviate(version)} of the scales format; this "
-            f"fairseq-gradinit reads version {VERSION}"
-        )
-    try:
-        blocks = tuple(_parse_block(row) for row in require_type(document["blocks"], list))
-        history = tuple(parse_iteration(row) for row in require_type(document["history"], list))
-        signature = require_printable(document["signature"])
-    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
-        raise GradInitError(
-            f"the scales file {path} is damaged: {type(error).__name__}: {error}"
-        ) from error
-    if not blocks or len({block.name for block in blocks}) != len(blocks):
-        raise GradInitError(f"the scales file {path} is damaged: a name is missing or repeated")
-    return Scales(blocks, signature, history)
-
-
-def _parse_block(row: dict[str, Any]) -> BlockScale:
-    name = require_printable(row["name"])
-    scale = require_finite(row["scale"])
-    if scale < 0.0:
-        raise ValueError(f"scale {scale} of {_short(name)} is negative")
-    shape = tuple(require_type(size, int) for size in require_type(row["shape"], list))
-    if any(size < 0 for size in shape):
-        raise ValueError(f"shape {abbreviate(list(shape))} of {_short(name)} is negative")
-    if row["state"] not in BLOCK_STATES:
-        raise ValueError(f"unknown state {abbreviate(row['state'])}")
-    return BlockScale(name, shape, scale, row["state"])

@@ -20,7 +20,8 @@ def parse(kind: type[T], row: Any) -> T:
 
     Args:
         kind: a dataclass whose fields are str, int, float, bool, Literal, dataclasses like it,
-            tuples of these, of one kind and any length or of several kinds, or any of them or None.
+            tuples of these, of one kind and any length or of several kinds, mappings from str or
+            Literal to one of these, or any of them or None.
 
     Raises:
         ValueError: a field is missing, unknown, or has a value that it cannot have; the message
@@ -51,6 +52,8 @@ def _value(kind: Any, value: Any, place: str) -> Any:
         return None if value is None else _value(other, value, place)
     if origin is tuple:
         return _tuple(arguments, value, place)
+    if origin is Mapping:
+        return _mapping(arguments, value, place)
     if is_dataclass(kind):
         return _dataclass(kind, value, place)
     if origin is Literal:
@@ -63,6 +66,16 @@ def _value(kind: Any, value: Any, place: str) -> Any:
         return value if kind is bool and isinstance(value, bool) else require_type(value, kind)
     except (TypeError, ValueError, OverflowError) as error:
         raise _wrong(place, str(error)) from error
+
+
+def _mapping(kinds: tuple[Any, ...], value: Any, place: str) -> dict[Any, Any]:
+    key_kind, kind = kinds
+    if not isinstance(value, dict):
+        raise _wrong(place, f"{abbreviate(value)} is not an object")
+    return {
+        _value(key_kind, key, place): _value(kind, item, f"{place}.{abbreviate(key)[1:-1]}")
+        for key, item in value.items()
+    }
 
 
 def _tuple(kinds: tuple[Any, ...], value: Any, place: str) -> tuple[Any, ...]:
