@@ -240,31 +240,6 @@ def test_task_that_ignores_disable_iterator_cache(make_trainer):
     assert training.next_epoch_idx == 1
 
 
-@pytest.mark.parametrize("limits", [{"max_tokens": 30}, {"max_tokens": None, "max_sentences": 5}])
-def test_batches_of_a_task_that_ignores_limits_are_cut(make_trainer, limits, caplog):
-    lengths = [3, 5, 7] * 30
-    trainer = make_trainer(lengths)
-    stock = trainer.task.get_batch_iterator
-    trainer.task.get_batch_iterator = lambda dataset, **_: stock(dataset, max_tokens=90)
-    caplog.set_level("INFO")
-    for pair in itertools.islice(paired(trainer, **limits), 10):
-        (first,), (second,) = ids(pair.first), ids(pair.second)
-        whole = first | second
-        assert len(whole) <= limits.get("max_sentences", 90)
-        assert max(lengths[i] for i in whole) * len(whole) <= (limits["max_tokens"] or 90)
-    assert "larger than GradInit's, and are cut" in caplog.text
-
-
-def test_batches_of_a_task_that_are_smaller_than_asked_for_are_told(make_trainer, caplog):
-    trainer = make_trainer([6] * 90)
-    paired(trainer, max_tokens=60)
-    assert not caplog.text
-    stock = trainer.task.get_batch_iterator
-    trainer.task.get_batch_iterator = lambda dataset, **_: stock(dataset, max_tokens=30)
-    paired(trainer, max_tokens=60)
-    assert "smaller batches than --gradinit-max-tokens 60 asks for, of at most 30" in caplog.text
-
-
 def test_grouped_data_are_refused(make_trainer):
     trainer = make_trainer([5] * 40)
     groups = SimpleNamespace(frozen_batches=(([1, 2], [3, 4]), ([5, 6], [7, 8])))

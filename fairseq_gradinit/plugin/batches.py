@@ -9,7 +9,6 @@ produces is right, and its token counts too.
 from __future__ import annotations
 
 import hashlib
-import logging
 import math
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
@@ -28,8 +27,6 @@ from fairseq_gradinit.engine import (
     seed_everything,
 )
 from fairseq_gradinit.errors import GradInitError
-
-logger = logging.getLogger(__name__)
 
 # Training shuffles with seed + epoch; this keeps GradInit's batches apart from any epoch's.
 SEED_OFFSET = 1_000_003
@@ -96,7 +93,6 @@ class PairedBatches:
                 disable_iterator_cache=True,
             )
             batches = _index_batches(epoch_itr, self._dataset)
-        batches = _within(batches, self._dataset, max_tokens, max_sentences)
         self._batches = [batch for batch in batches if len(batch) >= 3]
         needed = max(2, self._drawn)
         if len(self._batches) < needed:
@@ -216,52 +212,6 @@ def _not_by_index(data: str) -> str:
         "task with indexed data of the same model, and give them with --gradinit-scales and "
         "--gradinit-centering off"
     )
-
-
-def _within(
-    batches: list[np.ndarray], dataset: Any, max_tokens: int | None, max_sentences: int | None
-) -> list[np.ndarray]:
-    """`batches`, with those cut that are larger than the options say: a task may ignore these."""
-    if not batches:
-        return batches
-    sizes = _padded_sizes(batches, dataset)
-    most_tokens, most_sentences = max_tokens or math.inf, max_sentences or math.inf
-    within: list[np.ndarray] = []
-    for batch, size in zip(batches, sizes, strict=True):
-        if size <= most_tokens and len(batch) <= most_sentences:
-            within.append(batch)
-            continue
-        pieces = dataset.batch_by_size(batch, max_tokens=max_tokens, max_sentences=max_sentences)
-        within.extend(map(np.asarray, pieces))
-    if len(within) > len(batches):
-        logger.info("the batches that the task makes are larger than GradInit's, and are cut")
-    elif (
-        max_tokens
-        and len(batches) > 1
-        and 0 < 2 * max(sizes) <= max_tokens
-        and max(map(len, batches)) < most_sentences
-    ):
-        logger.warning(
-            "the task makes smaller batches than --gradinit-max-tokens %d asks for, of at "
-            "most %d tokens, and GradInit uses these",
-            *(max_tokens, max(sizes)),
-        )
-    return within
-
-
-def _padded_sizes(batches: list[np.ndarray], dataset: Any) -> list[int]:
-    """Tokens of each batch, padding included, as fairseq counts them; 0 if the data do not tell."""
-    indices = np.concatenate(batches)
-    try:
-        tokens = dataset.num_tokens_vec(indices)
-    except NotImplementedError:
-        try:
-            tokens = np.array([dataset.num_tokens(index) for index in indices])
-        except NotImplementedError:
-            return [0] * len(batches)
-    lengths = np.array([len(batch) for batch in batches])
-    starts = np.cumsum(lengths) - lengths
-    return list(map(int, np.maximum.reduceat(tokens, starts) * lengths))
 
 
 def _shapes(item: Any) -> Iterator[tuple[int, ...]]:

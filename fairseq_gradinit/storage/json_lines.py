@@ -91,19 +91,8 @@ def _locked(path: Path) -> Iterator[int]:
 
 def _repair(file: int, path: Path) -> None:
     """Cut off a last line that was not written to its end."""
-    size = os.fstat(file).st_size
-    end = _end_of_lines(file, size)
-    if end < size:
+    content = path.read_bytes()
+    end = content.rfind(b"\n") + 1
+    if end < len(content):
         logger.warning("the last line of %s was not written to its end: removed", path)
         os.truncate(file, end)
-
-
-def _end_of_lines(file: int, size: int, step: int = 1 << 16) -> int:
-    """Where the last newline ends, searched from the end of the file."""
-    while size > 0:
-        start = max(0, size - step)
-        found = os.pread(file, size - start, start).rfind(b"\n")
-        if found >= 0:
-            return start + found + 1
-        size = start
-    return 0
