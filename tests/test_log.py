@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import re
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +17,6 @@ from fairseq_gradinit.plugin.log import TAG, IterationLog
 from fairseq_gradinit.scales.file import SCALES_FILE, Scales
 
 HERE = [*GRADINIT, "--decoder-layers", "2", "--max-update", "1", "--no-save"]
-SCALES = [0.5, 1.0, 2.0]
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +89,6 @@ def write_log(told, tmp_path):
         log = IterationLog(cfg, GradInitConfig(eta=1e-3, iterations=40), tracked=True)
         for index in range(1, 41):
             log.write(Iteration(index, "objective", 5.25, 4.125, 1e3, 0.9, 1.1))
-        log.write_scales(SCALES)
 
     return write
 
@@ -114,7 +111,6 @@ class Trackers:
         from fairseq.logging import progress_bar
 
         self.tensorboard: list[tuple] = []
-        self.histograms: list[tuple] = []
         self.aim: list[tuple] = []
         self.wandb: list[tuple] = []
         self.begun: list[dict] = []
@@ -126,9 +122,6 @@ class Trackers:
 
             def add_scalar(self, key, value, step):
                 trackers.tensorboard.append((self.tag, key, step))
-
-            def add_histogram(self, key, values, step):
-                trackers.histograms.append((self.tag, key, list(values), step))
 
             def add_text(self, *_): ...
             def flush(self): ...
@@ -145,17 +138,15 @@ class Trackers:
             log=lambda values, step: self.wandb.append((step, values)),
             config=SimpleNamespace(update=lambda *_, **__: None),
             run=SimpleNamespace(name="a run"),
-            Histogram=list,
         )
         monkeypatch.setattr(progress_bar, "SummaryWriter", Writer)
         monkeypatch.setattr(progress_bar, "_tensorboard_writers", {})
         monkeypatch.setattr(progress_bar, "get_aim_run", lambda repo, run_hash: Run())
-        monkeypatch.setitem(sys.modules, "aim", SimpleNamespace(Distribution=list))
         monkeypatch.setattr(progress_bar, "wandb", wandb)
 
 
-def test_trackers_get_iterations_and_scales(write_log, tmp_path, monkeypatch):
-    """Each second of 40 iterations, and the scales after the last."""
+def test_trackers_get_the_iterations(write_log, tmp_path, monkeypatch):
+    """Each second of 40 iterations."""
     trackers = Trackers(monkeypatch)
     write_log(
         tensorboard_logdir=str(tmp_path / "tb"),
@@ -165,14 +156,11 @@ def test_trackers_get_iterations_and_scales(write_log, tmp_path, monkeypatch):
     for key in ("loss", "trial_loss", "gnorm", "min_scale", "max_scale"):
         steps = [step for tag, name, step in trackers.tensorboard if (tag, name) == (TAG, key)]
         assert steps == shown
-    assert trackers.histograms == [(TAG, "scales", SCALES, 40)]
     ours = [(name, value, step) for tag, name, value, step in trackers.aim if tag == TAG]
     assert [step for name, _, step in ours if name == "trial_loss"] == shown
-    assert ours[-1] == ("scales", SCALES, 40)
     logged = [values for _, values in trackers.wandb]
     found = [row["gradinit/iteration"] for row in logged if "gradinit/iteration" in row]
     assert found == shown
-    assert [row["gradinit/scales"] for row in logged if "gradinit/scales" in row] == [SCALES]
     steps = [step for step, row in trackers.wandb if any(key.startswith(TAG) for key in row)]
     assert steps == sorted(steps)
     assert steps[-1] <= 20

@@ -43,8 +43,7 @@ from fairseq_gradinit.plugin.option_values import read_value
 from fairseq_gradinit.plugin.options import GradInitOptions
 from fairseq_gradinit.plugin.phase import run_phase
 from fairseq_gradinit.plugin.plan import make_plan
-from fairseq_gradinit.plugin.schemes.options import SchemeOptions, read_scheme
-from fairseq_gradinit.plugin.schemes.phase import run_scheme
+from fairseq_gradinit.plugin.schemes.options import SchemeOptions, read_scheme, run_scheme
 from fairseq_gradinit.plugin.trainer import require_writable
 
 logger = logging.getLogger("fairseq_gradinit")

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from fairseq.logging import progress_bar
 
 from fairseq_gradinit.engine import GradInitConfig, Iteration
@@ -66,31 +64,6 @@ class IterationLog:
         if last:
             # What the progress bar does after its last item.
             next(self._steps, None)
-
-    def write_scales(self, scales: Sequence[float]) -> None:
-        """Write a histogram of the learned scales to the experiment trackers."""
-        values = np.asarray(scales)
-        wrapper = self._bar
-        while hasattr(wrapper, "wrapped_bar"):
-            self._write_histogram(wrapper, values)
-            wrapper = wrapper.wrapped_bar
-        if self._wandb is not None and progress_bar.wandb is not None:
-            histogram = progress_bar.wandb.Histogram(values)
-            step = self._wandb_step(self._config.iterations)
-            progress_bar.wandb.log({f"{TAG}/scales": histogram}, step=step)
-
-    def _write_histogram(self, wrapper: Any, values: np.ndarray) -> None:
-        step = self._config.iterations
-        if isinstance(wrapper, progress_bar.TensorboardProgressBarWrapper):
-            writer = wrapper._writer(TAG)
-            if writer is not None:
-                writer.add_histogram("scales", values, step)
-                writer.flush()
-        elif isinstance(wrapper, progress_bar.AimProgressBarWrapper) and wrapper.run is not None:
-            from aim import Distribution
-
-            context = {"tag": TAG}
-            wrapper.run.track(Distribution(values), name="scales", step=step, context=context)
 
     def _wandb_step(self, index: int) -> int:
         # W&B drops what comes with a step below the last one: counting lines, not iterations,

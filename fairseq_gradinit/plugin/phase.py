@@ -297,7 +297,6 @@ def _learn(trainer: Any, plan: Plan, prepared: _Prepared) -> Scales:
             )
         except GradInitStopped as stopped:
             _leave(stopped, signals, plan)
-    log.write_scales([learned.scale_of[block.name] for block in blocks if block.learned])
     if prepared.centering:
         # The scales have changed what goes into the LayerNorms.
         _center(trainer, prepared)

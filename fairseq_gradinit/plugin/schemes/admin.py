@@ -21,9 +21,9 @@ from torch import nn
 
 from fairseq_gradinit.engine import Processes, deterministic
 from fairseq_gradinit.errors import GradInitError
+from fairseq_gradinit.plugin.batches import PairedBatches
 from fairseq_gradinit.plugin.branches import Stack, branch_names, stacks, variances
 from fairseq_gradinit.plugin.loss import TaskLoss
-from fairseq_gradinit.plugin.schemes.batches import training_batches
 from fairseq_gradinit.plugin.schemes.shortcuts import attach, weights_of
 from fairseq_gradinit.plugin.schemes.variants import register_variants, require_post_ln, switch
 from fairseq_gradinit.plugin.trainer import data_parallel_processes, trained_modules
@@ -50,13 +50,31 @@ def initialise(trainer: Any) -> None:
     Raises:
         GradInitError: an output is not finite, or there are too few training data.
     """
-    sentences = training_batches(trainer).sentences(SENTENCES)
+    sentences = _training_batches(trainer).sentences(SENTENCES)
     processes = data_parallel_processes(trainer)
     with deterministic(*trained_modules(trainer).values()):
         found = set_omegas(trainer.get_model(), TaskLoss(trainer), sentences, processes)
     for side, omegas in found.items():
         shown = " ".join(f"{omega:.3g}" for omega in omegas)
         logger.info("omega of the %s's %d sublayers: %s", side, len(omegas), shown)
+
+
+def _training_batches(trainer: Any) -> PairedBatches:
+    """Batches as GradInit draws them, of the size of the run's own; one for each process.
+
+    Raises:
+        GradInitError: the training data do not give enough of them.
+    """
+    data = trainer.cfg.dataset
+    try:
+        return PairedBatches(trainer, data.max_tokens, data.batch_size, micro_batches=1)
+    except GradInitError as error:
+        raise GradInitError(
+            f"--init-scheme {trainer.cfg.task.init_scheme} draws sentences by index from training "
+            f"data of at least {max(2, trainer.data_parallel_world_size)} batches with three "
+            "sentences or more, and these are not: change --max-tokens or --batch-size, or the "
+            "data"
+        ) from error
 
 
 def add_omegas(model: nn.Module) -> None:

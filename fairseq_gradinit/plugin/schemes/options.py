@@ -1,6 +1,8 @@
 """`--init-scheme`: which schemes there are, and what each does to a run."""
 # No postponed annotations here: fairseq reads the types of dataclass fields as objects.
 
+import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Optional
@@ -12,6 +14,13 @@ from fairseq_gradinit.plugin.option_values import read_value
 from fairseq_gradinit.plugin.options import read_options
 from fairseq_gradinit.plugin.plan import refuse_unsupported
 from fairseq_gradinit.plugin.schemes import admin, deepnorm, pre_ln, t_fixup, zero_branches
+from fairseq_gradinit.plugin.trainer import (
+    drop_copies,
+    full_precision,
+    weights_come_from_checkpoint,
+)
+
+logger = logging.getLogger("fairseq_gradinit")
 
 
 @dataclass(frozen=True)
@@ -76,3 +85,25 @@ def read_scheme(cfg: Any) -> Scheme | None:
         )
     refuse_unsupported(cfg, f"--init-scheme {name}")
     return scheme
+
+
+def run_scheme(trainer: Any, scheme: Scheme) -> None:
+    """Initialise the model of `trainer`, unless the run resumes from a checkpoint.
+
+    Args:
+        trainer: fairseq's trainer; its training data are loaded, no update is done.
+
+    Raises:
+        GradInitError: the scheme cannot be applied to this model or these data.
+    """
+    if scheme.initialise is None:
+        return
+    name = trainer.cfg.task.init_scheme
+    if weights_come_from_checkpoint(trainer):
+        logger.info("skipping --init-scheme %s: the weights come from a checkpoint", name)
+        return
+    start = time.monotonic()
+    drop_copies(trainer)
+    with full_precision(trainer):
+        scheme.initialise(trainer)
+    logger.info("--init-scheme %s applied (%.1f s)", name, time.monotonic() - start)
