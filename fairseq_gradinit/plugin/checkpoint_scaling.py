@@ -136,7 +136,8 @@ def _warn(scales: Scales, document: dict[str, Any], path: Path) -> None:
         logger.warning(
             "%s has been trained for %s updates: scales are learned for the weights before the "
             "first one",
-            *(path, updates),
+            path,
+            updates,
         )
     if scales.centered:
         logger.warning(

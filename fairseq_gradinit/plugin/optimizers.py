@@ -36,21 +36,6 @@ class TrialStep:
     length: float = 1.0
 
 
-@dataclass(frozen=True)
-class FirstStep:
-    """What the first step of an optimizer is, with a gradient g and empty averages.
-
-    Attributes:
-        target: the step of GradInit's that it is.
-        reason: why it is that one.
-        length: how many learning rates long it is, from the optimizer's configuration.
-    """
-
-    target: TargetName
-    reason: str
-    length: Callable[[OptimizerConfig], float] = lambda optimizer: 1.0
-
-
 def trial_step(choice: str, optimizer: OptimizerConfig) -> TrialStep:
     """The step to try for `--gradinit-optimizer choice` in a run with this optimizer.
 
@@ -67,19 +52,18 @@ def trial_step(choice: str, optimizer: OptimizerConfig) -> TrialStep:
             f"GradInit does not know the first step of --optimizer {name} by itself{reason}; name "
             f"the closest of its own with --gradinit-optimizer {{{','.join(TARGET_NAMES)}}}"
         )
-    first = FIRST_STEPS[name]
-    return TrialStep(first.target, first.length(optimizer))
+    return FIRST_STEPS[name](optimizer)
 
 
-def _length_of_adamax(optimizer: OptimizerConfig) -> float:
+def _adamax(optimizer: OptimizerConfig) -> TrialStep:
     if not optimizer.no_bias_correction:
-        return 1.0
+        return TrialStep("adam")
     betas = parse_betas("--adamax-betas", optimizer.adamax_betas)
     if not all(0.0 <= beta < 1.0 for beta in betas):
         raise GradInitError(
             f"--adamax-betas must be two numbers in [0, 1), not {optimizer.adamax_betas}"
         )
-    return 1.0 - betas[0]
+    return TrialStep("adam", 1.0 - betas[0])
 
 
 # What a text can come to that is too large, too deep, or no Python at all.
@@ -101,25 +85,21 @@ def parse_betas(option: str, value: Any) -> tuple[float, float]:
         ) from error
 
 
-FIRST_STEPS: dict[str, FirstStep] = {
-    "adam": FirstStep(
-        "adam",
-        "its averages of g and g^2, corrected for their start at 0, are g and g^2 themselves",
-    ),
-    "cpu_adam": FirstStep("adam", "as adam, in DeepSpeed's kernel"),
-    "adamax": FirstStep(
-        "adam",
-        "its average of g is corrected to g, unless --no-bias-correction leaves it at (1 - beta1) "
-        "g, and its running maximum of |g| starts at |g|",
-        length=_length_of_adamax,
-    ),
-    "adagrad": FirstStep("adam", "its sum of squares starts at g^2"),
-    "sgd": FirstStep("sgd", "its momentum buffer starts at g itself, whatever the momentum"),
-    "nag": FirstStep(
-        "sgd",
-        "it adds momentum times its buffer to g, and the buffer starts at g",
-        length=lambda optimizer: 1.0 + float(optimizer.momentum),
-    ),
+# Made from an optimizer's configuration, for a gradient g and empty averages.
+FIRST_STEPS: dict[str, Callable[[OptimizerConfig], TrialStep]] = {
+    # Its averages of g and g^2, corrected for their start at 0, are g and g^2 themselves.
+    "adam": lambda _: TrialStep("adam"),
+    # As adam, in DeepSpeed's kernel.
+    "cpu_adam": lambda _: TrialStep("adam"),
+    # Its average of g is corrected to g, unless --no-bias-correction leaves it at (1 - beta1) g,
+    # and its running maximum of |g| starts at |g|.
+    "adamax": _adamax,
+    # Its sum of squares starts at g^2.
+    "adagrad": lambda _: TrialStep("adam"),
+    # Its momentum buffer starts at g itself, whatever the momentum.
+    "sgd": lambda _: TrialStep("sgd"),
+    # It adds momentum times its buffer to g, and the buffer starts at g.
+    "nag": lambda optimizer: TrialStep("sgd", 1.0 + float(optimizer.momentum)),
 }
 
 # In a sentence: "GradInit does not know the first step of ... by itself: <this>; name ...".

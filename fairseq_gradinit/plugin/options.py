@@ -254,12 +254,16 @@ class GradInitOptions(FairseqDataclass):
 
 OPTION_NAMES = tuple(name for name in GradInitOptions.__dataclass_fields__ if name != "_name")
 
+# The size of batches, which a preset can have too, decides what sentences can be drawn.
 APPLYING = (
-    *("gradinit", "gradinit_scales", "gradinit_centering", "gradinit_scale_loaded"),
-    # The size of batches, which a preset can have too, decides what sentences can be drawn.
-    *("gradinit_preset", "gradinit_max_tokens"),
+    "gradinit",
+    "gradinit_scales",
+    "gradinit_centering",
+    "gradinit_scale_loaded",
+    "gradinit_preset",
+    "gradinit_max_tokens",
 )
-"""What may stand beside scales from a file."""
+"""What may be given beside scales from a file."""
 
 
 def read_options(task_cfg: Any) -> GradInitOptions:

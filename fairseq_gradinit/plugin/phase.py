@@ -91,12 +91,7 @@ def run_phase(trainer: Any, plan: Plan) -> None:
         prepared = require_same_setup(
             data_parallel_processes(trainer),
             lambda: _prepare(trainer, plan),
-            lambda found: {
-                **found.description.identity(),
-                # Who keeps a state asks the others for it.
-                "save-interval": plan.save_interval,
-                "scales": found.file and found.file.digest(),
-            },
+            lambda found: _agreement(plan, found),
         )
         eta = plan.config.eta if prepared.file is None else prepared.file.eta
         if warning := rate_warning(trainer.cfg, prepared.blocks, eta, beginning):
@@ -189,6 +184,16 @@ def _prepare(trainer: Any, plan: Plan) -> _Prepared:
     return _Prepared(blocks, batches, file, centering, description)
 
 
+def _agreement(plan: Plan, prepared: _Prepared) -> dict[str, object]:
+    """What must be the same in all processes."""
+    return {
+        **prepared.description.identity(),
+        # All read a state, or none.
+        "save-interval": plan.save_interval,
+        "scales": prepared.file and prepared.file.digest(),
+    }
+
+
 def describe(
     trainer: Any, plan: Plan, blocks: list[Block], centering: bool, batches: PairedBatches | None
 ) -> Description:
@@ -254,7 +259,9 @@ def _center(trainer: Any, prepared: _Prepared) -> None:
         )
     logger.info(
         "centered the outputs of %d LayerNorms on %d sentences (%.1f s)",
-        *(count, sum(len(batch.indices) for batch in prepared.sentences), time.monotonic() - start),
+        count,
+        sum(len(batch.indices) for batch in prepared.sentences),
+        time.monotonic() - start,
     )
 
 

@@ -69,15 +69,15 @@ def rate_warning(cfg: Any, blocks: Iterable[Block], eta: float, beginning: Begin
         blocks: the parameter tensors of the model.
         eta: length of the trial step that the scales are learned for; NaN if unknown.
     """
-    step = FIRST_STEPS.get(getattr(cfg.optimizer, "_name", ""))
-    adam = step is not None and step.target == "adam"
-    too_high = _too_high(cfg, blocks) if adam else None
+    known = FIRST_STEPS.get(getattr(cfg.optimizer, "_name", ""))
+    step = known(cfg.optimizer) if known else None
+    too_high = _too_high(cfg, blocks) if step and step.target == "adam" else None
     slow = beginning.rate * FAR < peak_lr(cfg)
     if too_high and not slow:
         return too_high
     if too_high and not beginning.rising:
         return None
-    length = step.length(cfg.optimizer) if step else 1.0
+    length = step.length if step else 1.0
     wanted, found = eta / length, beginning.rate
     if math.isnan(wanted) or wanted / FAR <= found <= wanted * FAR:
         return None
