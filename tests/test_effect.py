@@ -132,13 +132,3 @@ def test_damaged_files_are_refused(tmp_path, change, sentence):
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(GradInitError, match=sentence):
         Effect.load(path)
-
-
-@pytest.mark.parametrize("content", [b"", b"[1", b"\xff", b"[" * 50_000])
-def test_files_that_are_no_json_are_refused(tmp_path, content):
-    path = tmp_path / "e.json"
-    path.write_bytes(content)
-    with pytest.raises(GradInitError, match="is not valid JSON"):
-        Effect.load(path)
-    with pytest.raises(GradInitError, match="cannot read"):
-        Effect.load(tmp_path / "absent.json")

@@ -58,17 +58,6 @@ any_scales = st.builds(
     st.dictionaries(printable, printable, max_size=3),
     st.lists(iterations, max_size=3).map(tuple),
 )
-json_values = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats()
-    | st.text(max_size=5)
-    | st.just(10**400)
-    | st.just("learned"),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
-    max_leaves=4,
-)
 one_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 
 
@@ -163,64 +152,6 @@ def test_a_wholly_different_model_is_refused_in_one_readable_sentence(model):
     with pytest.raises(GradInitError, match=r"; and 38 more$") as error:
         scales_of(model).apply(collect_blocks({"": other}, "fixed"))
     assert len(str(error.value)) < 400
-
-
-def places(value, path=()):
-    """Every place in a JSON document, as the keys that lead there."""
-    yield path
-    if isinstance(value, dict | list):
-        for key in value if isinstance(value, dict) else range(len(value)):
-            yield from places(value[key], (*path, key))
-
-
-def load_or_refuse(path):
-    """The scales in the file, or None when it was refused in a sentence that names it."""
-    try:
-        return Scales.load(path)
-    except GradInitError as refusal:
-        if str(path) not in str(refusal):
-            raise
-        return None
-
-
-@one_folder
-@given(st.data())
-def test_a_damaged_field_is_an_error_or_harmless(tmp_path, data):
-    path = tmp_path / "s.json"
-    SCALES.save(path)
-    document = json.loads(path.read_text())
-    *parents, last = data.draw(st.sampled_from(list(places(document))[1:]))
-    holder = document
-    for key in parents:
-        holder = holder[key]
-    if data.draw(st.booleans()):
-        holder[last] = data.draw(json_values)
-    else:
-        del holder[last]
-    path.write_text(json.dumps(document))
-    found = load_or_refuse(path)
-    if found is not None:
-        # What is accepted is well formed: it can be written again and means the same.
-        found.save(path)
-        assert Scales.load(path) == found
-        assert all(math.isfinite(block.scale) and block.scale >= 0 for block in found.blocks)
-
-
-@one_folder
-@given(st.data())
-def test_a_damaged_byte_is_an_error_or_harmless(tmp_path, data):
-    path = tmp_path / "s.json"
-    SCALES.save(path)
-    content = bytearray(path.read_bytes())
-    place = data.draw(st.integers(0, len(content) - 1))
-    if data.draw(st.booleans()):
-        content[place] = data.draw(st.integers(0, 255))
-    else:
-        del content[place:]
-    path.write_bytes(content)
-    found = load_or_refuse(path)
-    if found is not None:
-        found.save(path)
 
 
 def changed(**fields):
