@@ -17,13 +17,18 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shutil
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import partial
-from itertools import chain, product
+from hashlib import sha256
+from itertools import product
 from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
 from record import REPOSITORY, RESULTS, Table
@@ -32,29 +37,59 @@ from training_report import (
     grid_tables,
     heat_maps,
     loss_curves,
+    optimizer_name,
     rate_curves,
     report,
-    settings,
     settings_tables,
     share_tables,
-)
-from training_runs import (
-    Arm,
-    Case,
-    Corpus,
-    Options,
-    Run,
-    RunError,
-    Runner,
-    RunsFile,
-    run_all,
+    study_corpus,
 )
 
 from fairseq_gradinit.errors import GradInitError
+from fairseq_gradinit.results import RunRecord, append_run, read_runs
+
+# The recipes are no package: they are programs beside each other, as the benchmarks are.
+sys.path += [str(REPOSITORY / "recipes"), str(REPOSITORY / "data-prep")]
+
+from cases import Case, RunError
+from checkpoints import CheckpointError
+from corpora import Corpus
+from quickstart import DECODING
+from records import summary
+from runner import ALL_SENTENCES, NO_READING_THREAD, PLUGIN, Run
 
 log = logging.getLogger("training")
 
 WORK = REPOSITORY / "quickstart-run" / "training"
+VALIDATIONS = 10
+LOG_LINES = 75
+
+# As in recipes/quickstart.py. No workers for the data: each run is to stay on one core.
+COMMON = (
+    *("--task", "translation", "--source-lang", "de", "--target-lang", "en"),
+    *("--arch", "transformer_gradinit_tiny", "--dropout", "0.1"),
+    *("--criterion", "label_smoothed_cross_entropy", "--label-smoothing", "0.1"),
+    *("--weight-decay", "0.0001", "--lr-scheduler", "polynomial_decay"),
+    *(*ALL_SENTENCES, *NO_READING_THREAD, "--num-workers", "0", "--log-format", "json"),
+    *("--validate-interval", "100000", "--save-interval", "100000"),
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options for fairseq-train that go together, and what they are called in tables."""
+
+    name: str
+    options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to start training."""
+
+    name: str
+    title: str
+    options: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -113,9 +148,9 @@ SETUPS = (QUICKSTART, MULTI30K)
 ADAM = adam(0.98)
 SGD = Options("sgd momentum 0.9", ("--optimizer", "sgd", "--momentum", "0.9", "--clip-norm", "0"))
 
-DEFAULT = Arm("default", "default, no warmup", "#c0392b")
-WARMUP = Arm("warmup", "default, warmup", "#1b3a6b")
-GRADINIT = Arm("gradinit", "GradInit, no warmup", "#e8a33d", ("--gradinit",))
+DEFAULT = Arm("default", "default, no warmup")
+WARMUP = Arm("warmup", "default, warmup")
+GRADINIT = Arm("gradinit", "GradInit, no warmup", ("--gradinit",))
 DEFAULT_SHORT = replace(DEFAULT, title="default, short warmup")
 GRADINIT_SHORT = replace(GRADINIT, title="GradInit, short warmup")
 
@@ -129,7 +164,7 @@ SHORT_WARMUPS = (25, 50, 100)
 
 STABILITY_RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 STABILITY_BETA2S = (0.9, 0.95, 0.98, 0.999)
-STABILITY_UPDATES = 800
+STABILITY_SETUP = replace(MULTI30K, updates=800)
 
 SGD_RATES = tuple(2.0**power for power in range(-5, 2))
 
@@ -149,10 +184,10 @@ VARIANTS = {
 TRANSFER_SETUP = MULTI30K
 TRANSFER_SEEDS = (2, 3)
 TRANSFER_FROM = {
-    "seed 1": {"seed": 1},
-    "d 64": {"seed": 1, "model": transformer(layers=4, width=64, ffn=256, heads=4)},
-    "d 256": {"seed": 1, "model": transformer(layers=4, width=256, ffn=1024, heads=4)},
-    "the other corpus": {"seed": 1, "corpus": QUICKSTART.corpus},
+    "seed 1": MULTI30K,
+    "d 64": replace(MULTI30K, model=transformer(layers=4, width=64, ffn=256, heads=4)),
+    "d 256": replace(MULTI30K, model=transformer(layers=4, width=256, ffn=1024, heads=4)),
+    "the other corpus": replace(MULTI30K, corpus=QUICKSTART.corpus),
 }
 
 ITERATIONS = (15, 30, 200, 780)
@@ -185,61 +220,110 @@ class Study:
     name: str
     question: str
     cases: tuple[Case, ...]
-    tables: Callable[[Sequence[Run]], list[Table]]
-    picture: Callable[[Sequence[Run]], Figure]
+    tables: Callable[[Sequence[RunRecord]], list[Table]]
+    picture: Callable[[Sequence[RunRecord]], Figure]
 
 
-def case(setup: Setup, arm: Arm, **changes: Any) -> Case:
-    """A case as the setup has it, without warmup but for the arm that is named for it."""
-    usual = Case(
+def case(
+    setup: Setup,
+    arm: Arm,
+    *,
+    lr: float | None = None,
+    warmup: int | None = None,
+    optimizer: Options = ADAM,
+    scored: bool = False,
+    scales_of: Case | None = None,
+) -> Case:
+    """A case as the setup has it, without warmup except for the arm that is named for it.
+
+    Its corpus is a name until it is run.
+
+    Args:
+        lr: the peak of the schedule, which falls to 0 in a line at the last update.
+        scored: whether the test set is translated and scored.
+    """
+    if warmup is None:
+        warmup = setup.warmup if arm == WARMUP else 0
+    length = str(setup.updates)
+    return Case(
+        recipe=f"{setup.corpus}/{arm.name}",
+        title=arm.title,
+        model=setup.model.name,
         corpus=setup.corpus,
-        arm=arm,
-        model=setup.model,
-        optimizer=ADAM,
-        lr=setup.lr,
-        warmup=setup.warmup if arm == WARMUP else 0,
-        updates=setup.updates,
-        max_tokens=setup.max_tokens,
+        source="de",
+        target="en",
+        pieces="sentencepiece",
+        options=(
+            *(*PLUGIN, *COMMON),
+            *("--lr", f"{setup.lr if lr is None else lr:g}", "--warmup-updates", f"{warmup}"),
+            *("--total-num-update", length, "--max-update", length),
+            *("--validate-interval-updates", f"{max(1, setup.updates // VALIDATIONS)}"),
+            *("--log-interval", f"{max(1, setup.updates // LOG_LINES)}"),
+            *("--max-tokens", f"{setup.max_tokens}"),
+            *(*setup.model.options, *optimizer.options, *arm.options),
+            "--no-epoch-checkpoints" if scored else "--no-save",
+        ),
+        tokens_per_batch=setup.max_tokens,
+        decoding=DECODING,
+        subsets=("test",) if scored else (),
+        scales_of=scales_of,
     )
-    return replace(usual, **changes)
 
 
 def with_seeds(cases: Iterable[Case], seeds: Sequence[int]) -> tuple[Case, ...]:
     """Each setting with each seed; one seed of all before the next."""
-    kinds = dict.fromkeys(map(settings, cases))
+    kinds = dict.fromkeys(replace(case, seed=0) for case in cases)
     return tuple(replace(kind, seed=seed) for seed in seeds for kind in kinds)
 
 
 def variant_arms() -> list[Arm]:
-    """GradInit with more options, in matplotlib's colours one after the other."""
+    """GradInit with more options."""
     return [
-        Arm(name.replace(" ", "-"), f"GradInit, {name}", f"C{i}", ("--gradinit", *options))
-        for i, (name, options) in enumerate(VARIANTS.items())
+        Arm(name.replace(" ", "-"), f"GradInit, {name}", (*GRADINIT.options, *options))
+        for name, options in VARIANTS.items()
     ]
 
 
 def transfer_cases() -> Iterator[Case]:
-    """Scales that were learned for another run."""
-    for i, (name, changes) in enumerate(TRANSFER_FROM.items()):
-        arm = Arm(f"scales-of-{name.replace(' ', '-')}", f"GradInit, scales of {name}", f"C{i}")
-        other = case(TRANSFER_SETUP, GRADINIT, **changes)
+    """Scales that were learned for another run, of seed 1."""
+    for name, setup in TRANSFER_FROM.items():
+        arm = Arm(f"scales-of-{name.replace(' ', '-')}", f"GradInit, scales of {name}")
+        other = case(setup, GRADINIT, lr=TRANSFER_SETUP.lr)
         yield case(TRANSFER_SETUP, replace(arm, options=GRADINIT.options), scales_of=other)
 
 
 def iteration_cases() -> Iterator[Case]:
     """Scales that took more or fewer iterations, at the best rates and at twice these."""
-    for setup, factor in product(SETUPS, (1, 2)):
-        for i, count in enumerate(ITERATIONS):
-            arm = Arm(f"{count}-iterations", f"GradInit, {count} iterations", f"C{i}")
-            options = (*GRADINIT.options, "--gradinit-iterations", str(count))
-            yield case(setup, replace(arm, options=options), lr=factor * setup.lr)
+    for setup, factor, count in product(SETUPS, (1, 2), ITERATIONS):
+        options = (*GRADINIT.options, "--gradinit-iterations", str(count))
+        arm = Arm(f"{count}-iterations", f"GradInit, {count} iterations", options)
+        yield case(setup, arm, lr=factor * setup.lr)
 
 
-LENGTHS = Grid(lambda c: f"{c.corpus}, {c.model.name}", lambda c: str(c.warmup), "warmup updates")
-STARTS = Grid(
-    lambda c: f"{c.corpus}, {c.model.name}", lambda c: f"{c.arm.title} ({c.warmup})", "start"
+def label(case: Case) -> str:
+    """What `--only` searches, and what progress is reported with."""
+    found = case.settings
+    schedule = f"lr {found.lr:g} warmup {found.warmup}"
+    name = case.recipe.replace("/", " ")
+    return f"{name} {schedule} {optimizer_name(found)} seed {case.seed}"
+
+
+def corpora_of(case: Case) -> set[str]:
+    """The names of those that a run reads."""
+    return {case.corpus, *(corpora_of(case.scales_of) if case.scales_of else ())}
+
+
+LENGTHS = Grid(
+    lambda r: f"{study_corpus(r)}, {r.settings.model}",
+    lambda r: str(r.settings.warmup),
+    "warmup updates",
 )
-BETAS = Grid(lambda c: c.arm.title, lambda c: c.optimizer.name, "optimizer")
+STARTS = Grid(
+    lambda r: f"{study_corpus(r)}, {r.settings.model}",
+    lambda r: f"{r.title} ({r.settings.warmup})",
+    "start",
+)
+BETAS = Grid(lambda r: r.title, lambda r: optimizer_name(r.settings), "optimizer")
 
 STUDIES = {
     study.name: study
@@ -287,7 +371,7 @@ STUDIES = {
             "stability",
             "at which learning rates and beta2 does a model train without warmup?",
             tuple(
-                case(MULTI30K, arm, lr=rate, optimizer=adam(beta2), updates=STABILITY_UPDATES)
+                case(STABILITY_SETUP, arm, lr=rate, optimizer=adam(beta2))
                 for arm in (DEFAULT, GRADINIT)
                 for beta2, rate in product(STABILITY_BETA2S, STABILITY_RATES)
             ),
@@ -346,27 +430,26 @@ STUDIES = {
 
 
 def kept_runs(
-    cases: Sequence[Case], runs: Iterable[Run], corpora: Mapping[str, Corpus]
-) -> list[Run]:
+    cases: Sequence[Case], runs: Iterable[RunRecord], corpora: Mapping[str, Corpus]
+) -> list[RunRecord]:
     """The runs to show: those of a study, of any seed, on its corpora as they are now.
 
     A corpus that is not given is as it was in its last run.
     """
-    kinds = {settings(case): case for case in cases}
-    digests = {run.case.corpus: run.corpus_digest for run in runs}
+    titles = {(case.recipe, case.settings): case.title for case in cases}
+    digests = {study_corpus(run): run.corpus_digest for run in runs}
     digests |= {name: corpus.digest for name, corpus in corpora.items()}
-    found = {}
-    for run in runs:
-        kind = kinds.get(settings(run.case))
-        if kind and run.corpus_digest == digests[run.case.corpus]:
-            # With the titles and colours of today.
-            case = replace(kind, seed=run.case.seed)
-            found[case] = replace(run, case=case)
-    order = list(kinds)
-    return sorted(found.values(), key=lambda run: (order.index(settings(run.case)), run.case.seed))
+    found = [
+        replace(run, title=titles[kind])
+        for run in runs
+        if (kind := (run.recipe, run.settings)) in titles
+        and run.corpus_digest == digests[study_corpus(run)]
+    ]
+    order = list(titles)
+    return sorted(found, key=lambda run: (order.index((run.recipe, run.settings)), run.seed))
 
 
-def show(study: Study, runs: Sequence[Run], results: Path) -> None:
+def show(study: Study, runs: Sequence[RunRecord], results: Path) -> None:
     """Print the tables, and write the picture."""
     if not runs:
         log.info("no runs of this study are kept in %s", results)
@@ -404,10 +487,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit status."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("runner").setLevel(logging.WARNING)
     options = parse(arguments)
     try:
         conduct(STUDIES[options.study], options)
-    except (RunError, GradInitError) as error:
+    except (CheckpointError, GradInitError, RunError, OSError) as error:
         log.error("training: %s", error)
         return 1
     except KeyboardInterrupt:
@@ -420,41 +504,89 @@ def conduct(study: Study, options: argparse.Namespace) -> None:
     """Do what the command line asks for.
 
     Raises:
-        GradInitError, RunError: a run failed, or a file cannot be used.
+        CheckpointError, GradInitError, OSError, RunError: a run failed, or a file cannot be used.
     """
-    cases = study.cases
-    chosen = with_seeds(cases, options.seeds) if options.seeds else cases
-    chosen = tuple(case for case in chosen if options.only in case.label)
+    chosen = with_seeds(study.cases, options.seeds) if options.seeds else study.cases
+    chosen = tuple(case for case in chosen if options.only in label(case))
     corpora = {name: Corpus.read(Path(path).resolve()) for name, path in options.corpus.items()}
-    file = RunsFile(options.results / f"training-{study.name}.jsonl")
-    kept = {run.case for run in kept_runs(cases, file.read(), corpora)}
+    file = options.results / f"training-{study.name}.jsonl"
+
+    def kept() -> list[RunRecord]:
+        return kept_runs(study.cases, read_runs([file]) if file.exists() else [], corpora)
+
+    done = {(run.recipe, run.settings, run.seed) for run in kept()}
+    missing = [c for c in chosen if (c.recipe, c.settings, c.seed) not in done]
     if options.list:
         for case in chosen:
-            print(f"{case.label}{', kept' if case in kept else ''}")
+            print(f"{label(case)}{'' if case in missing else ', kept'}")
         return
     if not options.table:
-        run_missing(chosen, kept, corpora, file, options)
-    show(study, kept_runs(cases, file.read(), corpora), options.results)
+        needed = dict.fromkeys(name for case in chosen for name in sorted(corpora_of(case)))
+        for name in (name for name in needed if name not in corpora):
+            log.info("no --corpus %s=DIR is given: its runs are left out", name)
+        log.info("%d runs, %d of them kept from before", len(chosen), len(chosen) - len(missing))
+        todo = [case for case in missing if corpora_of(case) <= corpora.keys()]
+        runs = [prepared(case, corpora, options.work.resolve()) for case in todo]
+        run_all(runs, file, options.workers)
+    show(study, kept(), options.results)
 
 
-def run_missing(
-    chosen: Sequence[Case],
-    kept: set[Case],
-    corpora: Mapping[str, Corpus],
-    file: RunsFile,
-    options: argparse.Namespace,
-) -> None:
-    """Run what is chosen and not kept.
+def prepared(case: Case, corpora: Mapping[str, Corpus], work: Path) -> Run:
+    """A case on the corpora that were given, in a folder of its own."""
+
+    def placed(case: Case) -> Case:
+        other = placed(case.scales_of) if case.scales_of else None
+        return replace(case, corpus=str(corpora[case.corpus].folder), scales_of=other)
+
+    digest = sha256(repr(case).encode()).hexdigest()
+    return Run(placed(case), work / f"{label(case).replace(' ', '-')}-{digest[:8]}", threads=1)
+
+
+def run_all(runs: Sequence[Run], file: Path, workers: int) -> None:
+    """Carry out runs side by side, and keep the record of each as soon as it has ended.
 
     Raises:
-        RunError: a run failed.
+        RunError: a run failed; those beside it have ended and are kept, no others were started.
     """
-    needed = dict.fromkeys(chain.from_iterable(case.corpora for case in chosen))
-    for name in (name for name in needed if name not in corpora):
-        log.info("no --corpus %s=DIR is given: its runs are left out", name)
-    todo = [case for case in chosen if case.corpora <= corpora.keys() and case not in kept]
-    log.info("%d runs, %d of them kept from before", len(chosen), len(kept & set(chosen)))
-    run_all(todo, Runner(corpora, options.work.resolve()), file, options.workers)
+    lock, stopped = threading.Lock(), threading.Event()
+    start, done = time.monotonic(), 0
+
+    def work(run: Run) -> None:
+        nonlocal done
+        if stopped.is_set():
+            return
+        try:
+            record = run.carry_out()
+            assert record is not None
+        except RunError as error:
+            stopped.set()
+            raise RunError(f"{label(run.case)}: {error}") from error
+        except BaseException:
+            stopped.set()
+            raise
+        shutil.rmtree(run.checkpoints, ignore_errors=True)
+        with lock:
+            append_run(file, record)
+            done += 1
+            what = f"{label(run.case)}: {summary(record)}"
+            log.info("%s; %s", what, progress(done, len(runs), time.monotonic() - start))
+
+    with ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(work, run) for run in runs]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        except BaseException:  # Ctrl-C, which has reached fairseq's programs too
+            stopped.set()
+            raise
+
+
+def progress(done: int, count: int, elapsed: float) -> str:
+    """How many runs have ended, and how long the others will take if they are like these."""
+    left = timedelta(seconds=round(elapsed / done * (count - done)))
+    so_far = timedelta(seconds=round(elapsed))
+    estimate = f", about {left} to go" if done < count else ""
+    return f"{done} of {count} after {so_far}{estimate}"
 
 
 if __name__ == "__main__":

@@ -6,13 +6,6 @@
 # A RUN is a folder with run.json in it, such as runs/multi30k/gradinit-adam/lr-2e-3-.../seed-1.
 set -euo pipefail
 HERE=$(cd "$(dirname "$0")" && pwd)
-: "${RESULTS:=$HERE/../runs/results.jsonl}"
-
-if ! command -v fairseq-train >/dev/null && [[ -x $HERE/../.venv/bin/fairseq-train ]]; then
-    PATH=$HERE/../.venv/bin:$PATH
-fi
+command -v fairseq-train >/dev/null || PATH=$HERE/../.venv/bin:$PATH
 export PYTHONPATH=$HERE/../data-prep${PYTHONPATH:+:$PYTHONPATH}
-(($# > 0)) || { echo "score.sh: name the folders of one run or more" >&2 && exit 2; }
-for run in "$@"; do
-    python3 "$HERE/run_record.py" score "$run" --results "$RESULTS"
-done
+python3 "$HERE/runner.py" --results "${RESULTS:-$HERE/../runs/results.jsonl}" -- "$@"

@@ -199,6 +199,7 @@ def write_manifest(corpus: Path, text_digest: str, **moses: bool) -> None:
     """As much of data-prep's manifest as is read by others; with `moses`, its settings."""
     tokenisation = {"name": "moses+bpe", "moses": moses} if moses else {"name": "sentencepiece"}
     manifest = {
+        "corpus": corpus.name,
         "direction": ["de", "en"],
         "outputs": {"text/train.de": text_digest},
         "tokenisation": tokenisation,

@@ -13,9 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import checkpoints as recipe_checkpoints
 import numpy as np
 import pytest
-import resume
 import torch
 from conftest import train_here, usual_options
 from fairseq.data.dictionary import Dictionary
@@ -203,7 +203,7 @@ def test_an_untrusted_checkpoint_is_named_in_one_line_and_not_taken_for_a_broken
     assert error.endswith(".html.\n")
     assert error.count("\n") == 1
     assert not re.search(r"[\x1b\t]|  ", error)
-    assert resume.main(["."]) == 1
+    assert recipe_checkpoints.main(["updates", "."]) == 1
     assert "Unsupported global: GLOBAL pathlib.PosixPath" in capsys.readouterr().err
     assert Path("checkpoint_last.pt").read_bytes() == before
 

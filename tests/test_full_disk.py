@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import average_checkpoints
+import checkpoints
 import prepare
 import pytest
 import torch
@@ -74,11 +74,11 @@ def inputs(tmp_path: Path) -> Path:
 def writers(inputs: Path, out: Path) -> dict[str, Callable[[], int]]:
     """Programs that write a file into a folder, by the file."""
     read, page, picture = str(inputs), str(out / "page.html"), str(out / "map.png")
-    average = [read, "--last", "2", "--output", str(out / "average.pt")]
+    average = ["average", read, "--last", "2", "--output", str(out / "average.pt")]
     return {
         "page.html": lambda: command.main(["report", read, "--out", page]),
         "map.png": lambda: command.main(["heat-map", f"{read}/results.jsonl", "--out", picture]),
-        "average.pt": lambda: average_checkpoints.main(average),
+        "average.pt": lambda: checkpoints.main(average),
     }
 
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import average_checkpoints
+import checkpoints
 import pytest
 from conftest import GRADINIT, PLUGIN, Training, digest, run_here, train_here
 from test_train import assert_scaled, same
@@ -165,7 +165,7 @@ def test_a_task_from_gradinit_to_the_evaluation_of_scaled_averages(corpus, tmp_p
     options = options if isinstance(options, dict) else vars(options)
     assert (options["gradinit"], options["gradinit_iterations"]) == (True, 3)
     average, scaled = (str(tmp_path / name) for name in ("average.pt", "scaled.pt"))
-    assert average_checkpoints.main([str(tmp_path), "--last", "2", "--output", average]) == 0
+    assert checkpoints.main(["average", str(tmp_path), "--last", "2", "--output", average]) == 0
     assert command.main(["apply", str(tmp_path), average, "--out", scaled]) == 0
     monolingual = BLOCKS[0] in TASKS[name][0]
     evaluate(name, folders[1 if monolingual else 0], Path(scaled))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from fairseq_runs import TrainingLog
+from training_log import TrainingLog
 
 RULER = "-" * 80
 NORMS = """FloatingPointError: Fatal error: gradients are inconsistent between workers. Try ...

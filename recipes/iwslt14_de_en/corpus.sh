@@ -8,20 +8,19 @@ source "$(dirname "$0")/../lib.sh"
 : "${SEEDS:=1 2 3 4 5}"
 : "${UPDATES:=100000}"
 : "${BATCH_TOKENS:=4096}"     # what an update learns from, of all processes
-: "${MAX_TOKENS:=$(share_of "$BATCH_TOKENS" 4096)}"  # what one takes at a time
+: "${MAX_TOKENS:=}"           # what one takes at a time; without it, a share of BATCH_TOKENS
 : "${SAVE_EVERY:=1000}"       # updates between two checkpoints, about an epoch
-: "${AVERAGE:=10}"            # the last so many are averaged
+: "${AVERAGE:=10}"            # how many of the last checkpoints are averaged
 : "${BEAM:=5}"
 : "${LENPEN:=1}"
 
 CORPUS=iwslt14-de-en
 SOURCE=de TARGET=en
 PIECES=subword_nmt
+MOST_TOKENS=4096
 SUBSETS=(test)
 COMPOUNDS=''
 MAX_LEN_A=1.2 MAX_LEN_B=10
-BASELINE=iwslt14_de_en/default-warmup
-# shellcheck disable=SC2034  # the recipes read them
 ADAM_LR=5e-4 ADAM_WARMUP=4000 SGD_LR=0.0625
 
 MODEL_NAME="6+6 layers, d 512, ffn 1024"

@@ -1,0 +1,194 @@
+"""Corpora that data-prep/prepare.py made, and the scores of their translated test sets."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cases import RunError
+from dataprep.moses import detokenise
+from sacrebleu.metrics.bleu import BLEU
+from sacrebleu.metrics.chrf import CHRF
+
+from fairseq_gradinit.results import TestScores
+
+LABEL_SMOOTHING = 0.1
+
+
+@dataclass(frozen=True)
+class Tokenisation:
+    """How data-prep tokenised a corpus, which is undone before translations are scored.
+
+    Attributes:
+        pieces: the kind of pieces that words are cut into, as fairseq calls it.
+        moses: whether words are tokens of the Moses tokeniser.
+        lowercase: whether they are in lower case, so that case cannot be scored.
+    """
+
+    pieces: str
+    moses: bool
+    lowercase: bool
+
+    @classmethod
+    def read(cls, corpus: Path) -> Tokenisation:
+        """As the manifest in the folder of a corpus has it."""
+        moses = _manifest(corpus)["tokenisation"].get("moses")
+        if moses is None:
+            return cls("sentencepiece", moses=False, lowercase=False)
+        return cls("subword_nmt", moses=True, lowercase=moses["lowercase"])
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A folder that data-prep/prepare.py made.
+
+    Attributes:
+        digest: a hash of the files that training and scoring read.
+        plateau: see `unigram_plateau`.
+    """
+
+    folder: Path
+    digest: str
+    plateau: float
+
+    @property
+    def name(self) -> str:
+        return str(_manifest(self.folder)["corpus"])
+
+    @classmethod
+    def read(cls, folder: Path) -> Corpus:
+        """Look at a folder.
+
+        Raises:
+            RunError: it is not such a folder.
+        """
+        try:
+            manifest = _manifest(folder)
+            outputs = json.dumps(manifest["outputs"], sort_keys=True)
+            digest = hashlib.sha256(outputs.encode()).hexdigest()
+            _, target = direction(folder)
+            dictionary = (folder / "data-bin" / f"dict.{target}.txt").read_text(encoding="utf-8")
+            entries = [line.rpartition(" ")[0] for line in dictionary.splitlines()]
+            train, valid = (
+                map(str.split, _lines(folder / "subwords" / f"{part}.{target}"))
+                for part in ("train", "valid")
+            )
+        except (OSError, ValueError, KeyError) as error:
+            what = f"{type(error).__name__}: {error}"
+            raise RunError(f"{folder} is no corpus of data-prep/prepare.py ({what})") from error
+        return cls(folder, digest, unigram_plateau(train, valid, entries))
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    return found
+
+
+def direction(corpus: Path) -> tuple[str, str]:
+    """Source and target language of the corpus in a folder."""
+    source, target = _manifest(corpus)["direction"]
+    return source, target
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+
+
+def unigram_plateau(
+    train: Iterable[Sequence[str]], valid: Iterable[Sequence[str]], dictionary: Collection[str]
+) -> float:
+    """The validation loss of the best model that sees neither source nor context.
+
+    Fairseq's loss of predicting q where y is right, with e = LABEL_SMOOTHING, V entries in the
+    vocabulary and e' = e / (V - 1), is
+
+        (1 - e - e') * -log2 q(y)  +  e' * sum over all v of -log2 q(v).
+
+    Its mean over the training tokens, with relative frequencies p, is lowest for
+    q(v) = (1 - e - e') p(v) + e'. This is the mean of the loss of that q over the validation
+    tokens. Each sentence ends with </s>, and what is not in the dictionary is <unk>.
+    """
+    vocabulary = {"<s>", "<pad>", "</s>", "<unk>", *dictionary}
+
+    def frequencies(sentences: Iterable[Sequence[str]]) -> dict[str, float]:
+        tokens = chain.from_iterable([*sentence, "</s>"] for sentence in sentences)
+        counts = Counter(token if token in vocabulary else "<unk>" for token in tokens)
+        return {token: count / counts.total() for token, count in counts.items()}
+
+    rest = LABEL_SMOOTHING / (len(vocabulary) - 1)
+    main = 1 - LABEL_SMOOTHING - rest
+    p = frequencies(train)
+    bits = {token: -math.log2(main * p.get(token, 0.0) + rest) for token in vocabulary}
+    right = math.fsum(share * bits[token] for token, share in frequencies(valid).items())
+    # The order of a set differs between processes, and with it the last digit of a plain sum.
+    return main * right + rest * math.fsum(bits.values())
+
+
+class Row(NamedTuple):
+    """A sentence of a translated test set: plain text, and the translation as tokens."""
+
+    source: str
+    reference: str
+    translation: str
+    tokens: str
+
+
+def read_translations(generated: Path, corpus: Path, subset: str = "test") -> list[Row]:
+    """The translations in a file of fairseq-generate, in the order of the test set.
+
+    What Moses did to the translations is undone.
+    """
+    source, reference = (
+        _lines(corpus / "text" / f"{subset}.{language}") for language in direction(corpus)
+    )
+    hypotheses: dict[int, str] = {}
+    for line in generated.read_text(encoding="utf-8").split("\n"):
+        if line.startswith("H-"):
+            number, _, hypothesis = line.removeprefix("H-").split("\t")
+            hypotheses[int(number)] = hypothesis
+    if sorted(hypotheses) != list(range(len(reference))):
+        raise RunError(f"{generated} does not hold each of the {len(reference)} sentences")
+    tokens = [hypotheses[number] for number in range(len(reference))]
+    moses = Tokenisation.read(corpus).moses
+    translations = detokenise(tokens, direction(corpus)[1]) if moses else tokens
+    return list(map(Row, source, reference, translations, tokens))
+
+
+def score(corpus: Path, subset: str, rows: Sequence[Row], split_compounds: bool) -> TestScores:
+    """Scores of translations, one reference for each; case counts if the corpus has it.
+
+    Args:
+        split_compounds: cut words at their hyphens, on both sides, before BLEU of tokens is
+            computed, as Vaswani et al. (2017) score English-German.
+    """
+    tokenisation = Tokenisation.read(corpus)
+    references, hypotheses = [r.reference for r in rows], [r.translation for r in rows]
+    lowercase = tokenisation.lowercase
+    metrics: list[BLEU | CHRF] = [BLEU(lowercase=lowercase), CHRF(lowercase=lowercase)]
+    bleu, chrf = (metric.corpus_score(hypotheses, [references]).score for metric in metrics)
+    tokenised = None
+    if tokenisation.moses:
+        # What Moses' multi-bleu.perl gives, and papers from before sacrebleu report.
+        references = _lines(corpus / "tokens" / f"{subset}.{direction(corpus)[1]}")
+        hypotheses = [row.tokens for row in rows]
+        if split_compounds:
+            references, hypotheses = map(_without_compounds, (references, hypotheses))
+        metrics.append(BLEU(tokenize="none", smooth_method="none", force=True))
+        tokenised = metrics[-1].corpus_score(hypotheses, [references]).score
+    signatures = tuple(str(metric.get_signature()) for metric in metrics)
+    return TestScores(subset, bleu, tokenised, chrf, signatures)
+
+
+def _without_compounds(lines: Iterable[str]) -> list[str]:
+    """The Moses tokeniser's -a has done some of it: "@-@" stands for those hyphens."""
+    return [
+        re.sub(r"(\S)-(\S)", r"\1 ##AT##-##AT## \2", line.replace(" @-@ ", "-")) for line in lines
+    ]

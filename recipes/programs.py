@@ -1,0 +1,124 @@
+"""Programs started in a tuned environment with their output in a file, and locks they inherit."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from cases import RunError
+
+log = logging.getLogger("runner")
+
+BIN = Path(sys.executable).parent
+WATCH_SECONDS = 0.5
+
+Watch = Callable[[str], None]
+"""Is told what a program has printed since the last time."""
+
+
+def environment(threads: int | None = None) -> dict[str, str]:
+    """Of the programs that are started.
+
+    Args:
+        threads: of each; None leaves it to the user's OMP_NUM_THREADS, or to torch.
+    """
+    # glibc returns freed memory at every step unless told otherwise: 10 to 30 % of the time.
+    keep = str(1 << 30)
+    tuning = {f"MALLOC_{name}_": keep for name in ("MMAP_THRESHOLD", "TRIM_THRESHOLD", "TOP_PAD")}
+    if threads is not None:
+        tuning["OMP_NUM_THREADS"] = str(threads)
+    return {
+        # Threads that wait for each other sleep: spinning, they take the cores from other programs.
+        "OMP_WAIT_POLICY": "PASSIVE",
+        **os.environ,
+        **tuning,
+        "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
+
+
+def shown(command: Sequence[str]) -> str:
+    """A command as one would type it; the path of a program that is not on PATH is added."""
+    name, *rest = command
+    return shlex.join([name if shutil.which(name) else str(BIN / name), *rest])
+
+
+def execute(
+    command: Sequence[str],
+    log_file: Path,
+    watch: Watch | None = None,
+    threads: int | None = None,
+    keep_open: Sequence[int] = (),
+) -> None:
+    """Run a command with its output at the end of a file.
+
+    Args:
+        keep_open: file descriptors that the program inherits.
+
+    Raises:
+        RunError: it failed; the message names it, its last line and the file.
+    """
+    with (
+        log_file.open("ab+") as output,
+        log_file.open(encoding="utf-8", errors="replace") as printed,
+    ):
+        if output.tell() and os.pread(output.fileno(), 1, output.tell() - 1) != b"\n":
+            output.write(b"\n")  # A log that was cut off ends within a line.
+            output.flush()
+        printed.seek(0, os.SEEK_END)
+        with subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment(threads),
+            pass_fds=keep_open,
+        ) as process:
+            try:
+                while process.poll() is None:
+                    if watch:
+                        watch(printed.read())
+                        time.sleep(WATCH_SECONDS)
+                    else:
+                        process.wait()
+            except BaseException:
+                process.terminate()
+                raise
+        if watch:
+            watch(printed.read())
+    if process.returncode != 0:
+        lines = log_file.read_text(errors="replace").strip().splitlines() or ["it printed nothing"]
+        name = Path(command[0]).name
+        raise RunError(f"{name} failed: {lines[-1][:300]} (its whole output: {log_file})")
+
+
+@contextmanager
+def locked(path: Path, wait: bool) -> Iterator[int]:
+    """Hold the lock of a file.
+
+    Raises:
+        RunError: another program has it, and `wait` is false.
+    """
+    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError as error:
+        os.close(lock)
+        raise RunError(
+            f"another program is at work in {path.parent}: wait for it, or end it"
+        ) from error
+    except OSError:
+        log.warning("%s is on a file system without locks: run nothing else there", path)
+    try:
+        yield lock
+    finally:
+        os.close(lock)

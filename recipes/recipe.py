@@ -1,0 +1,305 @@
+"""What a recipe does with its variables: `recipe "$@"` in lib.sh calls it.
+
+For each seed it prepares the corpus, trains, averages checkpoints, translates and scores, see
+`runner`. Everything lies in RUNS; the scores are lines of RESULTS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import logging
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from cases import Case, RunError
+from checkpoints import CheckpointError
+from programs import environment, shown
+from runner import ALL_SENTENCES, NO_READING_THREAD, PLUGIN, STEPS, Run, prepare
+
+from fairseq_gradinit.errors import GradInitError
+
+HERE = Path(__file__).resolve().parent
+ALL_STEPS = ("prepare", *STEPS)
+HEADING = re.compile(r"\A#!.*\n((?:#.*\n)+)")
+VARIABLE = re.compile(r'^: "\$\{([A-Z0-9_]+):=.*\}" *(.*)$', re.MULTILINE)
+
+# What has a variable, which tables and other steps read, is not to be set behind their backs.
+VARIABLES = {
+    **{"--lr": "LR", "--warmup-updates": "WARMUP", "--max-update": "UPDATES"},
+    **{"--total-num-update": "UPDATES", "--max-tokens": "MAX_TOKENS"},
+    **{"--update-freq": "BATCH_TOKENS", "--distributed-world-size": "WORKERS"},
+    **{"--seed": "SEEDS", "--save-dir": "RUNS", "--save-interval-updates": "SAVE_EVERY"},
+    **{"--keep-interval-updates": "AVERAGE", "--fp16": "FP16"},
+}
+SIZES = re.compile(r"--(en|de)coder-((ffn-)?embed-dim|layers)")
+SMOKE_SIZES = {"layers": 1, "embed-dim": 32, "ffn-embed-dim": 64, "attention-heads": 2}
+
+
+class Variables:
+    """Those of a recipe."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self._values = dict(environ)
+
+    def __getitem__(self, name: str) -> str:
+        return self._values[name]
+
+    def number(self, name: str) -> int:
+        try:
+            return int(self._values[name])
+        except ValueError:
+            raise RunError(f"{name}={self[name]} is no whole number") from None
+
+    def words(self, name: str) -> list[str]:
+        """Of an array in a recipe."""
+        return shlex.split(self._values[f"WORDS_{name}"])
+
+    def update(self, **values: object) -> None:
+        self._values |= {name: str(value) for name, value in values.items()}
+
+
+def split_batch(known: Variables) -> int:
+    """The update-freq with which an update learns from BATCH_TOKENS; sets MAX_TOKENS if it is not.
+
+    Raises:
+        RunError: the batch cannot be divided, or so many processes cannot be started.
+    """
+    workers, gpus, nodes = map(known.number, ("WORKERS", "GPUS", "NODES"))
+    batch, launch = known.number("BATCH_TOKENS"), known["LAUNCH"]
+    here = gpus or 1
+    if workers < 1:
+        raise RunError(f"WORKERS={workers}: there must be at least one process")
+    if not launch and workers > here:
+        raise RunError(
+            f"WORKERS={workers}, and without LAUNCH {here} can be started: LAUNCH=launch/gloo.sh "
+            "starts more on CPUs, launch/torchrun.sh or launch/srun.sh on several machines"
+        )
+    if launch.endswith(("torchrun.sh", "srun.sh")) and workers != nodes * gpus:
+        raise RunError(
+            f"WORKERS={workers}, and {launch} starts one for each of NODES x GPUS = "
+            f"{nodes} x {gpus}"
+        )
+    each, rest = divmod(batch, workers)
+    if rest:
+        raise RunError(
+            f"BATCH_TOKENS={batch} cannot be divided by the {workers} processes that train: "
+            "choose another BATCH_TOKENS, or another number of processes"
+        )
+    if not known["MAX_TOKENS"]:
+        known.update(MAX_TOKENS=share(each, known.number("MOST_TOKENS")))
+    frequency, rest = divmod(each, known.number("MAX_TOKENS"))
+    if rest or not frequency:
+        raise RunError(
+            f"BATCH_TOKENS={batch} is no multiple of MAX_TOKENS={known['MAX_TOKENS']} times the "
+            f"{workers} processes that train: choose a MAX_TOKENS that divides {each}"
+        )
+    return frequency
+
+
+def share(each: int, most: int) -> int:
+    """What a process takes at a time of the tokens it has in an update: `most` if it can be."""
+    parts = -(-each // most)
+    while parts and each // parts > most // 2:
+        if each % parts == 0:
+            return each // parts
+        parts += 1
+    return min(each, most) or most
+
+
+def shrink(known: Variables) -> None:
+    """A tiny corpus, model and length, in a folder of its own."""
+    runs = f"{known['RUNS']}/smoke"
+    # With update-freq where the recipe has it.
+    tokens = 500 * known.number("WORKERS") * min(2, split_batch(known))
+    known.update(
+        **{"RUNS": runs, "DATA": f"{runs}/data", "RESULTS": f"{runs}/results.jsonl"},
+        **{"CORPUS": "numbers", "PIECES": "subword_nmt", "MIRROR": "", "SEEDS": 1},
+        **{"WORDS_SUBSETS": "test", "BATCH_TOKENS": tokens, "MAX_TOKENS": 500, "UPDATES": 12},
+        **{"SAVE_EVERY": 4, "AVERAGE": 2, "BEAM": 2, "WARMUP": min(4, known.number("WARMUP"))},
+    )
+    if known["SOURCE"] == "en":
+        known.update(TARGET="de")
+    sizes = [
+        word
+        for side in ("encoder", "decoder")
+        for name, size in SMOKE_SIZES.items()
+        for word in (f"--{side}-{name}", str(size))
+    ]
+    known.update(WORDS_MODEL=shlex.join([*known.words("MODEL"), *sizes]))
+    if "--gradinit" in known.words("ARM"):
+        known.update(WORDS_ARM=shlex.join([*known.words("ARM"), "--gradinit-iterations", "2"]))
+
+
+def extra_options(text: str, corpus: Path) -> list[str]:
+    """Those of EXTRA.
+
+    Raises:
+        RunError: there is one that it must not have.
+    """
+    words = text.split()
+    for name in (word.partition("=")[0] for word in words):
+        if SIZES.fullmatch(name):
+            raise RunError(
+                f"EXTRA has {name}: the model's size, and its name in the tables, are in {corpus}"
+            )
+        if name in VARIABLES:
+            raise RunError(f"EXTRA has {name}: set {VARIABLES[name]} instead")
+    return words
+
+
+def training_options(known: Variables, corpus: Path) -> list[str]:
+    """All that decides what is trained, except for the corpus's bytes and the seed."""
+    extra = extra_options(known["EXTRA"], corpus)
+    frequency, updates = split_batch(known), known.number("UPDATES")
+    options = [
+        *(*PLUGIN, "--task", "translation"),
+        *("--source-lang", known["SOURCE"], "--target-lang", known["TARGET"]),
+        *(*known.words("MODEL"), *known.words("ARM")),
+        *("--criterion", "label_smoothed_cross_entropy", "--label-smoothing", "0.1"),
+        *("--lr", known["LR"], "--warmup-updates", known["WARMUP"], *known.words("SCHEDULE")),
+        *("--total-num-update", f"{updates}", "--max-update", f"{updates}"),
+        *("--max-tokens", known["MAX_TOKENS"], "--update-freq", f"{frequency}"),
+        *(*ALL_SENTENCES, *NO_READING_THREAD),
+        *("--save-interval-updates", known["SAVE_EVERY"]),
+        *("--keep-interval-updates", known["AVERAGE"], "--no-epoch-checkpoints"),
+        *("--save-interval", "1000000", "--validate-interval", "1000000"),
+        *("--log-format", "json", "--log-interval", f"{max(1, updates // 75)}"),
+    ]
+    if known.number("FP16"):
+        options.append("--fp16")
+    if known.number("GPUS") and not known["LAUNCH"]:
+        options += ["--distributed-world-size", known["WORKERS"]]
+    return [*options, *extra]
+
+
+def cases(known: Variables, script: Path) -> Iterator[tuple[Case, Path]]:
+    """The runs of a recipe, one for each seed, and their folders."""
+    folder = script.parent.absolute().name
+    # One script for many initialisations, each of which is an arm.
+    arm = known["SCHEME"] if script.stem == "scheme" else script.stem
+    options = training_options(known, script.parent / "corpus.sh")
+    batch = known["BATCH_TOKENS"]
+    # As many tokens on more processes are the same options, and another batch.
+    digest = hashlib.sha256(shlex.join([*options, batch]).encode()).hexdigest()
+    for seed in known["SEEDS"].split():
+        case = Case(
+            recipe=f"{folder}/{arm}",
+            title=known["TITLE"],
+            model=known["MODEL_NAME"],
+            corpus=str(Path(known["DATA"], known["CORPUS"]).absolute()),
+            source=known["SOURCE"],
+            target=known["TARGET"],
+            pieces=known["PIECES"],
+            options=tuple(options),
+            tokens_per_batch=int(batch),
+            seed=int(seed),
+            workers=known.number("WORKERS"),
+            average=known.number("AVERAGE"),
+            decoding=(
+                *("--beam", known["BEAM"], "--lenpen", known["LENPEN"]),
+                *("--max-len-a", known["MAX_LEN_A"], "--max-len-b", known["MAX_LEN_B"]),
+                *("--max-tokens", "8000"),
+            ),
+            subsets=tuple(known.words("SUBSETS")),
+            split_compounds=bool(known["COMPOUNDS"]),
+            baseline=f"{folder}/default-warmup",
+        )
+        name = f"lr-{known['LR']}-{digest[:8]}"
+        yield case, Path(known["RUNS"], case.recipe, name, f"seed-{seed}").absolute()
+
+
+def usage(known: Variables, script: Path) -> str:
+    """The comment at the top of the recipe, and its variables."""
+    own = script.read_text(encoding="utf-8")
+    heading = HEADING.match(own)
+    lines = [re.sub(r"^# ?", "", line) for line in heading[1].splitlines()] if heading else []
+    lines += ["", "Variables, and what they are now:"]
+    for name, meaning in variables(script).items():
+        if name in os.environ:
+            lines.append(f"  {name + '=' + known[name]:<24} {meaning}".rstrip())
+    return "\n".join(lines)
+
+
+def variables(script: Path) -> dict[str, str]:
+    """The variables of a recipe and what they mean."""
+    shared = (script.parent / "corpus.sh", HERE / "small_corpus.sh", HERE / "lib.sh")
+    files = (path.read_text(encoding="utf-8") for path in (script, *shared) if path.exists())
+    return {name: meaning for text in files for name, meaning in VARIABLE.findall(text)}
+
+
+def again(known: Variables, script: Path, seed: int, smoke: bool) -> str:
+    """The command that scores a run: this recipe, with the variables that it was given."""
+    given = {name: os.environ[name] for name in variables(script) if name in known["GIVEN"].split()}
+    given |= {"SEEDS": str(seed), "STEPS": "score"}
+    words = ["env", *(f"{n}={v}" for n, v in given.items()), "bash", str(script)]
+    return shown([*words, *(["--smoke"] if smoke else [])])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program; returns its exit status."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    parser = argparse.ArgumentParser(add_help=False, usage="bash SCRIPT [OPTION...]")
+    parser.add_argument("script", type=Path)
+    parser.add_argument("--dry-run", action="store_true", help="print the commands")
+    parser.add_argument("--smoke", action="store_true", help="try them on a tiny corpus")
+    parser.add_argument("--help", "-h", action="store_true", help="list the variables")
+    options = parser.parse_args(arguments)
+    known = Variables(os.environ)
+    try:
+        if options.help:
+            print(usage(known, options.script))
+        else:
+            run_recipe(known, options)
+    except (CheckpointError, GradInitError, RunError, OSError) as error:
+        print(f"{options.script.name}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{options.script.name}: interrupted; the same command resumes", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run_recipe(known: Variables, options: argparse.Namespace) -> None:
+    """Carry out, or print, what a recipe asks for.
+
+    Raises:
+        CheckpointError, GradInitError, OSError, RunError: a step failed.
+    """
+    script, steps = options.script, known["STEPS"].split()
+    for name in steps:
+        if name not in ALL_STEPS:
+            raise RunError(f"STEPS has {name}, which is none of: {' '.join(ALL_STEPS)}")
+    if options.smoke:
+        shrink(known)
+    found, node = list(cases(known, script)), known.number("NODE_RANK")
+    if not options.dry_run and shutil.which("fairseq-train", path=environment()["PATH"]) is None:
+        raise RunError(
+            "fairseq-train is not installed: run make test once, or "
+            "pip install '.[fairseq,quickstart]'"
+        )
+    if "prepare" in steps and found and node == 0:
+        prepare(found[0][0], known["CORPUS"], known["MIRROR"], options.dry_run)
+    launch = ("bash", str(HERE / known["LAUNCH"])) if known["LAUNCH"] else ()
+    for case, folder in found:
+        print(f"\n# == {case.recipe}, seed {case.seed}", flush=True)
+        run = Run(case, folder, node=node, launch=launch)
+        if not options.dry_run:
+            run.carry_out(steps, Path(known["RESULTS"]).absolute())
+            continue
+        run.show(steps)
+        if "score" in steps:
+            print(again(known, script, case.seed, options.smoke))
+    if "score" in steps and node == 0 and not options.dry_run:
+        table = ["fairseq-gradinit", "table", known["RESULTS"], "--published", known["PUBLISHED"]]
+        subprocess.run(table, env=environment(), check=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

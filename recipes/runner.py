@@ -1,0 +1,296 @@
+"""Runs a case with fairseq's own programs: train, average, translate, score.
+
+A step that ended well is skipped when the same case is run again, training resumes from its last
+checkpoint, and a training that diverges is a result. The folder of a run holds
+
+    run.json            the case, and when, where and with what it was begun
+    checkpoints/        of fairseq-train
+    STEP.log            what its program printed
+    STEP.done           the commands of the step and of those before it
+    diverged            why training ended early
+    average.pt, generate-SUBSET.txt
+
+    python recipes/runner.py RUN... --results FILE     score runs again
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import logging
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cases import Case, RunError, begin
+from checkpoints import CheckpointError, trained_updates
+from programs import Watch, execute, locked, shown
+from training_log import TrainingLog
+
+from fairseq_gradinit.errors import GradInitError
+from fairseq_gradinit.results import RunRecord
+from fairseq_gradinit.storage import write_atomically
+
+log = logging.getLogger("runner")
+
+HERE = Path(__file__).resolve().parent
+STEPS = ("train", "average", "translate", "score")
+PLUGIN = ("--user-dir", "fairseq_gradinit")
+# With fairseq's default of 8, ve-fairseq 0.12.3 drops sentences that do not fill a multiple of it.
+ALL_SENTENCES = ("--required-batch-size-multiple", "1")
+# Without the thread that reads ahead: it can abort a training that has just ended.
+NO_READING_THREAD = ("--data-buffer-size", "0")
+
+
+@dataclass
+class Run:
+    """A case in a folder.
+
+    Attributes:
+        node: number of this machine; those after the first only train, and write no stamps.
+        launch: what starts several processes, before the command of fairseq-train.
+        threads: of each program, see `environment`.
+        watch: is told what fairseq-train prints.
+    """
+
+    case: Case
+    folder: Path
+    node: int = 0
+    launch: tuple[str, ...] = ()
+    threads: int | None = None
+    watch: Watch | None = None
+    _lock: list[int] = field(default_factory=list)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def diverged(self) -> Path:
+        return self.folder / "diverged"
+
+    def log_file(self, step: str) -> Path:
+        """Of this machine: lines of several may not stay whole in one file."""
+        return self.folder / (f"{step}.node-{self.node}.log" if self.node else f"{step}.log")
+
+    def commands(self) -> Iterator[tuple[str, list[str]]]:
+        """Names and commands: learn the scales of another run, train, average, translate."""
+        case, other = self.case, self.case.scales_of
+        train = _training(case, self.checkpoints)
+        if other is not None:
+            learned = self.folder / "learned"
+            first = ("--max-update", "1", "--disable-validation")
+            yield "learn", [*_training(other, learned), *first]
+            train += ["--gradinit-scales", str(learned / "gradinit_scales.json")]
+        yield "train", train
+        model = self.checkpoints / "checkpoint_last.pt"
+        if case.average:
+            model = self.folder / "average.pt"
+            program = [sys.executable, str(HERE / "checkpoints.py"), "average"]
+            last = ("--last", f"{case.average}", "--output", f"{model}")
+            yield "average", [*program, str(self.checkpoints), *last]
+        for subset in case.subsets:
+            yield (
+                f"translate-{subset}",
+                [
+                    *("fairseq-generate", f"{case.corpus}/data-bin", *PLUGIN),
+                    *("--task", "translation", "--source-lang", case.source),
+                    *("--target-lang", case.target, "--gen-subset", subset),
+                    *("--path", str(model), "--results-path", str(self.folder), *case.decoding),
+                    *("--remove-bpe", case.pieces, *ALL_SENTENCES),
+                    *(["--fp16"] if "--fp16" in case.options else []),
+                ],
+            )
+
+    def plan(self, steps: Sequence[str]) -> Iterator[tuple[str, list[str], str]]:
+        """Of each program to run, the name, the command and the key: all that its output is of."""
+        before = ""
+        for name, command in self.commands():
+            key = before + shlex.join(command)
+            if not name.startswith("translate"):
+                before = f"{key}\n"
+            step = "train" if name == "learn" else name.partition("-")[0]
+            if step in steps:
+                yield name, [*(self.launch if name == "train" else ()), *command], key
+
+    def show(self, steps: Sequence[str] = STEPS) -> None:
+        """Print the commands instead of running them."""
+        print(shown(["mkdir", "-p", str(self.folder)]))
+        for name, command, _ in self.plan(steps):
+            print(f"{shown(command)} >> {shlex.quote(str(self.log_file(name)))} 2>&1")
+
+    def carry_out(
+        self, steps: Sequence[str] = STEPS, results: Path | None = None
+    ) -> RunRecord | None:
+        """Do what is not done yet.
+
+        Args:
+            results: file that the record is added to.
+
+        Returns:
+            The record, if the run was scored.
+
+        Raises:
+            RunError: a step failed; running again resumes there.
+            CheckpointError, GradInitError, OSError: a file cannot be used.
+        """
+        self._make_folder()
+        with self._locked():
+            self._require_same_corpus()
+            if self.node == 0:
+                begin(self.folder, self.case)
+            for name, command, key in self.plan(steps):
+                if name == "train":
+                    self._train(command, key)
+                elif self.node == 0 and not self.diverged.exists():
+                    self._step(name, command, key)
+            if self.node > 0 or "score" not in steps:
+                return None
+            from records import keep, record, summary  # what scores takes seconds to import
+
+            found = record(self.folder)
+            new = results is not None and keep(found, results)
+            log.info("%s%s", summary(found), f" (added to {results})" if new else "")
+            return found
+
+    def _train(self, command: list[str], key: str) -> None:
+        """Train; a run that diverges is a result, any other end an error."""
+        # fairseq-train would add an update to a training that ended before its stamp was written.
+        if trained_updates(self.checkpoints) >= self.case.settings.updates:
+            self._write("train.done", key)
+        try:
+            self._step("train", command, key, self.watch)
+        except RunError:
+            reason = TrainingLog.read(self.log_file("train")).diverged
+            if reason is None:
+                raise
+            log.info("diverged: %s", reason)
+            self._write("diverged", reason)
+            self._write("train.done", key)
+
+    def _step(self, name: str, command: list[str], key: str, watch: Watch | None = None) -> None:
+        """Run a program, unless it ended well before with the same key."""
+        stamp = self.folder / f"{name}.done"
+        if stamp.exists() and stamp.read_text() == key:
+            log.info("%s: done before", name)
+            return
+        if self.node == 0:
+            stamp.unlink(missing_ok=True)
+        log_file = self.log_file(name)
+        log.info("%s >> %s", shown(command), log_file)
+        try:
+            execute(command, log_file, watch, self.threads, self._lock)
+        except RunError as error:
+            self._require_room(name)
+            raise RunError(f"{name}: {error}") from error
+        self._write(stamp.name, key)
+
+    def _write(self, name: str, text: str) -> None:
+        """On the first machine."""
+        if self.node == 0:
+            write_atomically(self.folder / name, text)
+
+    def _make_folder(self) -> None:
+        # What cannot resume would only be mixed with what there is.
+        if "--no-save" in self.case.options and not (self.folder / "train.done").exists():
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def _require_room(self, step: str) -> None:
+        """Where a disk is full, a log does not end with the reason."""
+        try:
+            write_atomically(self.folder / "room", bytes(1 << 16))
+        except GradInitError as error:
+            raise RunError(
+                f"{step} failed: there is no room left in {self.folder}: make some, and give the "
+                "same command again"
+            ) from error
+        (self.folder / "room").unlink()
+
+    def _require_same_corpus(self) -> None:
+        """A run is of one corpus: what was trained on other bytes must not be resumed."""
+        data, mark = Path(self.case.corpus, "data-bin"), self.folder / "corpus.sha256"
+        digest = hashlib.sha256()
+        for pattern in ("dict.*", "*.idx", "*.bin"):
+            for path in sorted(data.glob(pattern)):
+                digest.update(path.read_bytes())
+        if not (data / f"dict.{self.case.target}.txt").exists():
+            raise RunError(f"there is no corpus in {data}")
+        if not mark.exists():  # Another machine may be here before the first one.
+            self._write(mark.name, digest.hexdigest())
+        elif mark.read_text() != digest.hexdigest():
+            raise RunError(
+                f"the corpus in {data} is another one than when {self.folder} was begun: remove "
+                "that folder, or choose another one"
+            )
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Alone in the folder, but for other machines that train with this one."""
+        if self.node > 0:
+            yield
+            return
+        with locked(self.folder / "lock", wait=False) as lock:
+            # Programs that outlive this one hold the lock too.
+            self._lock = [lock]
+            try:
+                yield
+            finally:
+                self._lock = []
+
+
+def _training(case: Case, save_dir: Path) -> list[str]:
+    words = ["fairseq-train", f"{case.corpus}/data-bin", *case.options]
+    return [*words, "--seed", f"{case.seed}", "--save-dir", f"{save_dir}"]
+
+
+def prepare(case: Case, name: str, mirror: str | None, dry_run: bool = False) -> None:
+    """Make the corpus of a case, as far as it is not there yet.
+
+    Args:
+        name: what data-prep/prepare.py calls it.
+
+    Raises:
+        RunError: it could not be made.
+    """
+    corpus = Path(case.corpus)
+    program = [sys.executable, str(HERE.parent / "data-prep" / "prepare.py")]
+    command = [*program, name, "--out", str(corpus)]
+    command += ["--source-lang", case.source, "--target-lang", case.target]
+    command += ["--mirror", mirror] if mirror else []
+    print(shown(command), flush=True)
+    if dry_run:
+        return
+    corpus.parent.mkdir(parents=True, exist_ok=True)
+    # Others that need it wait for the first one.
+    with locked(corpus.parent / f"{corpus.name}.lock", wait=True) as lock:
+        if subprocess.run(command, check=False, pass_fds=[lock]).returncode != 0:
+            raise RunError("the corpus could not be prepared, for the reason above")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Score runs again; returns the exit status."""
+    from records import keep, record, summary
+
+    parser = argparse.ArgumentParser(description="Score runs, and add what is new to the results.")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a folder with run.json")
+    parser.add_argument("--results", type=Path, required=True)
+    options = parser.parse_args(arguments)
+    try:
+        for run in options.runs:
+            found = record(run)
+            new = keep(found, options.results)
+            print(f"{summary(found)} ({'added to' if new else 'as in'} {options.results})")
+    except (CheckpointError, GradInitError, RunError, OSError) as error:
+        print(f"runner: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
