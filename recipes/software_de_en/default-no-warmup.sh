@@ -1,16 +1,1 @@
-#!/usr/bin/env bash
-# German-English software texts: post-LN, from the default initialisation, with Adam, without warmup.
-#
-#     [VARIABLE=value ...] bash recipes/software_de_en/default-no-warmup.sh [--dry-run] [--smoke]
-set -euo pipefail
-
-# shellcheck source=recipes/software_de_en/corpus.sh
-source "$(dirname "$0")/corpus.sh"
-
-: "${LR:=$ADAM_LR}"         # peak learning rate
-: "${WARMUP:=0}"            # updates in which the learning rate rises to its peak
-: "${BETA2:=0.98}"          # of Adam
-
-TITLE="default initialisation"
-ARM=(--optimizer adam --adam-betas "(0.9, $BETA2)")
-recipe "$@"
+../arms/default-no-warmup.sh

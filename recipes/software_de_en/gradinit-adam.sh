@@ -1,17 +1,1 @@
-#!/usr/bin/env bash
-# German-English software texts: post-LN, from the GradInit initialisation, with Adam, without warmup.
-#
-#     [VARIABLE=value ...] bash recipes/software_de_en/gradinit-adam.sh [--dry-run] [--smoke]
-set -euo pipefail
-
-# shellcheck source=recipes/software_de_en/corpus.sh
-source "$(dirname "$0")/corpus.sh"
-
-: "${PRESET:=default}"      # of GradInit; paper is the setting of its authors
-: "${LR:=$ADAM_LR}"         # peak learning rate
-: "${WARMUP:=0}"            # updates in which the learning rate rises to its peak
-: "${BETA2:=0.98}"          # of Adam
-
-TITLE="GradInit"
-ARM=(--optimizer adam --adam-betas "(0.9, $BETA2)" --gradinit --gradinit-preset "$PRESET")
-recipe "$@"
+../arms/gradinit-adam.sh

@@ -1,16 +1,1 @@
-#!/usr/bin/env bash
-# German-English software texts: post-LN, from the GradInit initialisation, with SGD, without warmup.
-#
-#     [VARIABLE=value ...] bash recipes/software_de_en/gradinit-sgd.sh [--dry-run] [--smoke]
-set -euo pipefail
-
-# shellcheck source=recipes/software_de_en/corpus.sh
-source "$(dirname "$0")/corpus.sh"
-
-: "${LR:=$SGD_LR}"          # peak learning rate
-: "${WARMUP:=0}"            # updates in which the learning rate rises to its peak
-: "${MOMENTUM:=0.9}"        # of SGD
-
-TITLE="GradInit"
-ARM=(--optimizer sgd --momentum "$MOMENTUM" --gradinit --gradinit-preset default)
-recipe "$@"
+../arms/gradinit-sgd.sh
