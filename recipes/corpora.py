@@ -28,12 +28,10 @@ class Tokenisation:
     """How data-prep tokenised a corpus, which is undone before translations are scored.
 
     Attributes:
-        pieces: the kind of pieces that words are cut into, as fairseq calls it.
         moses: whether words are tokens of the Moses tokeniser.
         lowercase: whether they are in lower case, so that case cannot be scored.
     """
 
-    pieces: str
     moses: bool
     lowercase: bool
 
@@ -42,8 +40,8 @@ class Tokenisation:
         """As the manifest in the folder of a corpus has it."""
         moses = _manifest(corpus)["tokenisation"].get("moses")
         if moses is None:
-            return cls("sentencepiece", moses=False, lowercase=False)
-        return cls("subword_nmt", moses=True, lowercase=moses["lowercase"])
+            return cls(moses=False, lowercase=False)
+        return cls(moses=True, lowercase=moses["lowercase"])
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cases import RunError
@@ -20,6 +20,7 @@ log = logging.getLogger("runner")
 
 BIN = Path(sys.executable).parent
 WATCH_SECONDS = 0.5
+PATIENCE_SECONDS = 30
 
 Watch = Callable[[str], None]
 """Is told what a program has printed since the last time."""
@@ -91,6 +92,9 @@ def execute(
                     else:
                         process.wait()
             except BaseException:
+                # Ctrl-C has reached it too, and a second signal would cut its saving short.
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(PATIENCE_SECONDS)
                 process.terminate()
                 raise
         if watch:
