@@ -218,7 +218,8 @@ class Run:
         digest = hashlib.sha256()
         for pattern in ("dict.*", "*.idx", "*.bin"):
             for path in sorted(data.glob(pattern)):
-                digest.update(path.read_bytes())
+                with path.open("rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
         if not (data / f"dict.{self.case.target}.txt").exists():
             raise RunError(f"there is no corpus in {data}")
         if not mark.exists():  # Another machine may be here before the first one.

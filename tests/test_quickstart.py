@@ -112,7 +112,7 @@ def fitting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, speed: float, arms:
 
 
 @pytest.mark.parametrize(
-    ("speed", "arms", "updates"), [(3.6, 1, 1610), (1.2, 1, 460), (3.6, 3, 820), (1.2, 3, 240)]
+    ("speed", "arms", "updates"), [(3.6, 1, 1610), (1.5, 1, 600), (3.6, 3, 820), (1.2, 3, 240)]
 )
 def test_trainings_fill_the_minutes(tmp_path, monkeypatch, caplog, speed, arms, updates):
     caplog.set_level("INFO")
