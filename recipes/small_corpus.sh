@@ -31,7 +31,7 @@ MOST_TOKENS=$tokens
 SUBSETS=(test)
 COMPOUNDS=''
 MAX_LEN_A=1.5 MAX_LEN_B=10
-ADAM_LR=$rate ADAM_WARMUP=$((UPDATES / 4)) SGD_LR=0.0625
+ADAM_LR=$rate GRADINIT_LR=$rate ADAM_WARMUP=$((UPDATES / 4)) SGD_LR=0.0625
 
 read -r layers width ffn heads <<<"$sizes"
 MODEL_NAME="$layers+$layers layers, d $width, ffn $ffn"

@@ -8,7 +8,7 @@ set -euo pipefail
 source "$(dirname "$0")/corpus.sh"
 
 : "${PRESET:=default}"      # of GradInit; paper is the setting of its authors
-: "${LR:=$ADAM_LR}"         # peak learning rate
+: "${LR:=$GRADINIT_LR}"     # peak learning rate
 : "${WARMUP:=0}"            # updates in which the learning rate rises to its peak
 : "${BETA2:=0.98}"          # of Adam
 

@@ -21,7 +21,7 @@ MOST_TOKENS=4096
 SUBSETS=(test)
 COMPOUNDS=''
 MAX_LEN_A=1.2 MAX_LEN_B=10
-ADAM_LR=5e-4 ADAM_WARMUP=4000 SGD_LR=0.0625
+ADAM_LR=5e-4 GRADINIT_LR=5e-4 ADAM_WARMUP=4000 SGD_LR=0.0625
 
 MODEL_NAME="6+6 layers, d 512, ffn 1024"
 MODEL=(--arch transformer_iwslt_de_en --share-decoder-input-output-embed

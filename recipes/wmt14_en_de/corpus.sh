@@ -29,8 +29,9 @@ COMPOUNDS=
 [[ $TARGET != de ]] || COMPOUNDS=1
 
 case $SIZE in
-    base) MODEL=(--arch transformer_wmt_en_de --dropout 0.1) WIDTHS="d 512, ffn 2048" ;;
-    big) MODEL=(--arch transformer_wmt_en_de_big --dropout 0.3) WIDTHS="d 1024, ffn 4096" ;;
+    # Without warmup GradInit holds up to lr sqrt(d ffn) = 0.51: docs/experiments.md.
+    base) MODEL=(--arch transformer_wmt_en_de --dropout 0.1) WIDTHS="d 512, ffn 2048" GRADINIT_LR=5e-4 ;;
+    big) MODEL=(--arch transformer_wmt_en_de_big --dropout 0.3) WIDTHS="d 1024, ffn 4096" GRADINIT_LR=2.5e-4 ;;
     *) echo "SIZE=$SIZE is not among: base big" >&2 && exit 1 ;;
 esac
 MODEL_NAME="$LAYERS+$LAYERS layers, $WIDTHS"
