@@ -38,8 +38,6 @@ def environment(threads: int | None = None) -> dict[str, str]:
     if threads is not None:
         tuning["OMP_NUM_THREADS"] = str(threads)
     return {
-        # Threads that wait for each other sleep: spinning, they take the cores from other programs.
-        "OMP_WAIT_POLICY": "PASSIVE",
         **os.environ,
         **tuning,
         "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', os.defpath)}",

@@ -13,17 +13,17 @@ import argparse
 import json
 import logging
 import math
+import os
 import re
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from cases import Case, RunError
-from checkpoints import CheckpointError
 from corpora import Row, read_translations
 from programs import execute, shown
 from runner import (
@@ -36,6 +36,7 @@ from runner import (
 from tqdm import tqdm
 from training_log import TrainingLog
 
+from checkpoints import CheckpointError
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.report.plot import save_picture
 from fairseq_gradinit.results import RunRecord
@@ -81,11 +82,13 @@ class Settings:
         run_dir: folder for everything that the program makes.
         updates: length of training.
         seed: of initialisation, data order and dropout.
+        threads: of each program; None leaves it to the user's OMP_NUM_THREADS, or to torch.
     """
 
     run_dir: Path
     updates: int
     seed: int
+    threads: int | None = None
 
     @property
     def corpus(self) -> Path:
@@ -125,7 +128,8 @@ class Settings:
         return self.run_dir / f"{self.updates}-updates-seed-{self.seed}"
 
     def run(self, case: Case) -> Run:
-        return Run(case, self.outcome / case.recipe.partition("/")[2])
+        folder = self.outcome / case.recipe.partition("/")[2]
+        return Run(case, folder, threads=self.threads)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -173,8 +177,7 @@ def conduct(options: argparse.Namespace) -> None:
     corpus_seconds = time.monotonic() - start
     arms = 3 if options.compare else 1
     if options.updates is None:
-        updates = fitting_updates(settings, arms, options.minutes or MINUTES[arms])
-        settings = Settings(settings.run_dir, updates, settings.seed)
+        settings = fitting(settings, arms, options.minutes or MINUTES[arms])
     runs = [settings.run(case) for case in settings.cases()[:arms]]
     records = [train_and_score(run, settings) for run in runs]
     picture = settings.outcome / ("compare.png" if options.compare else "quickstart.png")
@@ -187,25 +190,32 @@ def conduct(options: argparse.Namespace) -> None:
     show_files(settings, picture, "make test" if options.compare else "make quickstart-compare")
 
 
-def fitting_updates(settings: Settings, arms: int, minutes: float) -> int:
-    """The length of each training, so that all of them take so many minutes here.
+def fitting(settings: Settings, arms: int, minutes: float) -> Settings:
+    """The length and the threads with which all trainings take that many minutes here.
 
-    It is measured once and kept, so that what was interrupted can resume.
+    Both are measured once and kept, so that what was interrupted can resume. Beside another busy
+    program, two threads on two cores can be slower than one.
     """
     kept = settings.run_dir / f"updates-of-{arms}-in-{minutes:g}-minutes.json"
     if kept.exists():
-        return int(json.loads(kept.read_text(encoding="utf-8"))["updates"])
+        found = json.loads(kept.read_text(encoding="utf-8"))
+        return replace(settings, updates=found["updates"], threads=found["threads"])
     log.info("\n== how fast is this machine? %d updates tell", TIMED_UPDATES)
-    per_second = updates_per_second(settings)
+    choices = (None,) if "OMP_NUM_THREADS" in os.environ else (None, 1)
+    speeds = {
+        threads: updates_per_second(replace(settings, threads=threads)) for threads in choices
+    }
+    threads = max(choices, key=speeds.__getitem__)
+    per_second = speeds[threads]
     updates = max(planned(per_second, arms, minutes), FEWEST_UPDATES[arms])
     expected = (arms * updates + GRADINIT_UPDATES) / per_second / 60
     length = f"{updates} updates" + (f" for each of {arms} trainings" if arms > 1 else "")
     log.info("%.1f updates a second here: %s, about %.0f minutes", per_second, length, expected)
     if expected > 1.1 * minutes:
         log.info("That is longer than %g minutes: fewer updates would show nothing.", minutes)
-    found = {"updates": updates, "updates_per_second": per_second}
+    found = {"updates": updates, "threads": threads, "updates_per_second": per_second}
     write_atomically(kept, json.dumps(found) + "\n")
-    return updates
+    return replace(settings, updates=updates, threads=threads)
 
 
 def planned(per_second: float, arms: int, minutes: float) -> int:
@@ -225,6 +235,7 @@ def updates_per_second(settings: Settings) -> float:
                 *("--no-save", "--disable-validation", "--save-dir", folder),
             ],
             log_file,
+            threads=settings.threads,
         )
         seconds = TrainingLog.read(log_file).seconds_per_update
     if seconds is None:

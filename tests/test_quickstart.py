@@ -108,7 +108,21 @@ def test_the_program_shows_the_arms_side_by_side(settings, records, caplog, monk
 def fitting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, speed: float, arms: int) -> int:
     monkeypatch.setattr(quickstart, "updates_per_second", lambda _: speed)
     settings = quickstart.Settings(tmp_path, updates=1, seed=1)
-    return quickstart.fitting_updates(settings, arms, quickstart.MINUTES[arms])
+    return quickstart.fitting(settings, arms, quickstart.MINUTES[arms]).updates
+
+
+@pytest.mark.parametrize(("all_cores", "threads"), [(2.0, None), (0.7, 1)])
+def test_threads_are_those_that_train_faster(tmp_path, monkeypatch, all_cores, threads):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    speeds = {None: all_cores, 1: 1.3}
+    monkeypatch.setattr(quickstart, "updates_per_second", lambda each: speeds[each.threads])
+    settings = quickstart.Settings(tmp_path, updates=1, seed=1)
+    for _ in range(2):  # measured, and as it was kept
+        found = quickstart.fitting(settings, 1, 60)
+        assert found.run(found.cases()[0]).threads == threads
+        assert found.updates == quickstart.planned(speeds[threads], 1, 60)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert quickstart.fitting(settings, 1, 30).threads is None
 
 
 @pytest.mark.parametrize(
@@ -134,7 +148,7 @@ def test_a_slow_machine_is_told_how_long_it_takes(tmp_path, monkeypatch, caplog,
 
 
 def test_speed_is_that_of_a_short_training(settings, monkeypatch):
-    def report(command: Sequence[str], log_file: Path) -> None:
+    def report(command: Sequence[str], log_file: Path, threads: int | None) -> None:
         assert "--gradinit" not in command
         assert "--no-save" in command
         speeds = ("1.0", "2.5", "2.5")
@@ -145,7 +159,7 @@ def test_speed_is_that_of_a_short_training(settings, monkeypatch):
 
     monkeypatch.setattr(quickstart, "execute", report)
     assert quickstart.updates_per_second(settings) == 2.5
-    monkeypatch.setattr(quickstart, "execute", lambda _, log_file: log_file.touch())
+    monkeypatch.setattr(quickstart, "execute", lambda _, log_file, threads: log_file.touch())
     with pytest.raises(RunError, match="did not say how long they took"):
         quickstart.updates_per_second(settings)
 
