@@ -52,12 +52,11 @@ from fairseq_gradinit.results import RunRecord, append_run, read_runs
 sys.path += [str(REPOSITORY / "recipes"), str(REPOSITORY / "data-prep")]
 
 from cases import Case, RunError
+from checkpoints import CheckpointError
 from corpora import Corpus
 from quickstart import DECODING
 from records import summary
 from runner import ALL_SENTENCES, NO_READING_THREAD, PLUGIN, Run
-
-from checkpoints import CheckpointError
 
 log = logging.getLogger("training")
 

@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 
 from cases import Case, RunError
+from checkpoints import CheckpointError
 from corpora import Row, read_translations
 from programs import execute, shown
 from runner import (
@@ -36,7 +37,6 @@ from runner import (
 from tqdm import tqdm
 from training_log import TrainingLog
 
-from checkpoints import CheckpointError
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.report.plot import save_picture
 from fairseq_gradinit.results import RunRecord

@@ -19,10 +19,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from cases import Case, RunError
+from checkpoints import CheckpointError
 from programs import environment, shown
 from runner import ALL_SENTENCES, NO_READING_THREAD, PLUGIN, STEPS, Run, prepare
 
-from checkpoints import CheckpointError
 from fairseq_gradinit.errors import GradInitError
 
 HERE = Path(__file__).resolve().parent

@@ -28,10 +28,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cases import Case, RunError, begin
+from checkpoints import CheckpointError, trained_updates
 from programs import Watch, execute, locked, shown
 from training_log import TrainingLog
 
-from checkpoints import CheckpointError, trained_updates
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.results import RunRecord
 from fairseq_gradinit.storage import write_atomically

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import checkpoints as recipe_checkpoints
 import numpy as np
 import pytest
 import torch
@@ -21,7 +22,6 @@ from fairseq.data.dictionary import Dictionary
 from fairseq.logging import meters
 from omegaconf import OmegaConf
 
-import checkpoints as recipe_checkpoints
 from fairseq_gradinit.cli import command
 from fairseq_gradinit.plugin.safe_loading import allow_fairseq_checkpoints, read_checkpoint
 from fairseq_gradinit.scales.file import BlockScale, Scales

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import checkpoints
 import prepare
 import pytest
 import torch
@@ -23,7 +24,6 @@ from test_report import save_run
 from test_results import RUN
 from test_train import same
 
-import checkpoints
 from fairseq_gradinit.cli import command
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.results.records import append_run, read_runs

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import checkpoints
 import programs
 import pytest
 import records
@@ -18,7 +19,6 @@ from cases import Begun, Case, RunError, begin
 from conftest import write_corpus, write_manifest
 from runner import Run
 
-import checkpoints
 from fairseq_gradinit.results import read_runs
 
 CASE = Case(

@@ -11,11 +11,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import checkpoints
 import pytest
 from conftest import GRADINIT, PLUGIN, Training, digest, run_here, train_here
 from test_train import assert_scaled, same
 
-import checkpoints
 from fairseq_gradinit.cli import command
 from fairseq_gradinit.plugin.safe_loading import read_checkpoint
 
