@@ -16,16 +16,15 @@ import argparse
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fairseq_gradinit.check.batches import ProbeData
-from fairseq_gradinit.check.probes import Watched
-from fairseq_gradinit.plugin.session import Session
+from fairseq_gradinit.check.probes import Prober
+from fairseq_gradinit.check.records import Arm
 from fairseq_gradinit.storage import append_line, read_lines
 
 WARMUP, KEPT_AT, UPDATES = 140, 100, 250
@@ -96,45 +95,37 @@ STARTS: dict[str, Start] = {
 }
 
 
-class Trainings:
-    """Trainings of one command from GradInit's start."""
+def run(
+    prober: Prober,
+    updates: int,
+    start: Callable[[str, Tensor], Tensor],
+    warmup: int = 0,
+    kept_at: int | None = None,
+) -> tuple[list[dict[str, Any]], Weights]:
+    """What was seen of a training, and its weights after `kept_at` updates."""
+    kept: Weights = {}
 
-    def __init__(self, words: Sequence[str], folder: Path) -> None:
-        self._session = Session(words, folder)
-        self._data: ProbeData | None = None
+    @torch.no_grad()
+    def visit(update: int, tensors: Mapping[str, Tensor]) -> None:
+        if update == 0:
+            for name, tensor in tensors.items():
+                tensor.copy_(start(name, tensor.clone()))
+        if update == kept_at:
+            kept.update({name: tensor.clone() for name, tensor in tensors.items()})
 
-    def run(
-        self, warmup: int, updates: int, start: Callable[[str, Tensor], Tensor], kept_at: int = 0
-    ) -> tuple[list[dict[str, Any]], Weights]:
-        """What was seen of a training, and its weights after `kept_at` updates."""
-        trainer = self._session.trainer(self._session.lr, warmup)
-        self._data = self._data or ProbeData(trainer)
-        self._session.run_gradinit(trainer)
-        trainer.begin_epoch(1)
-        watched = Watched(trainer, self._data.looked)
-        initial = {name: tensor.detach().clone() for name, tensor in watched.tensors.items()}
-        with torch.no_grad():
-            for name, tensor in watched.tensors.items():
-                tensor.copy_(start(name, initial[name]))
-        looks, kept = [watched.look()], initial
-        batches = iter(self._data)
-        for update in range(1, updates + 1):
-            watched.update(next(batches))
-            if update in LOOKS:
-                looks.append(watched.look())
-            if update == kept_at:
-                kept = {name: tensor.detach().clone() for name, tensor in watched.tensors.items()}
-        sides = {name.partition(".")[0]: i for i, name in enumerate(watched.layers)}
-        seen = [
-            {
-                "update": look.update,
-                "loss": round(look.loss, 3),
-                "source_bits": None if look.source_bits is None else round(look.source_bits, 3),
-                "shares": {side: float(f"{look.shares[i]:.2g}") for side, i in sides.items()},
-            }
-            for look in looks
-        ]
-        return seen, kept
+    arm = Arm("gradinit", warmup=warmup > 0)
+    probe = prober.run(arm, prober.lr, updates, LOOKS, warmup, visit)
+    shares = probe.last_layer_shares()
+    seen = [
+        {
+            "update": look.update,
+            "loss": round(look.loss, 3),
+            "source_bits": None if look.source_bits is None else round(look.source_bits, 3),
+            "shares": {side: float(f"{curve[i]:.2g}") for side, curve in shares.items()},
+        }
+        for i, look in enumerate(probe.looks)
+    ]
+    return seen, kept
 
 
 def looks_in(path: Path) -> dict[str, list[dict[str, Any]]]:
@@ -168,11 +159,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         warnings.simplefilter("ignore")
         logging.disable(logging.INFO)
         with tempfile.TemporaryDirectory() as folder:
-            run_all(Trainings(options.training, Path(folder)), options.updates, options.results)
+            run_all(Prober(options.training, Path(folder)), options.updates, options.results)
     print(table(options.results))
 
 
-def run_all(trainings: Trainings, updates: int, results: Path) -> None:
+def run_all(prober: Prober, updates: int, results: Path) -> None:
     """Run what is not in the file."""
     done = looks_in(results)
 
@@ -180,8 +171,8 @@ def run_all(trainings: Trainings, updates: int, results: Path) -> None:
         if name not in done:
             append_line(results, {"start": name, "looks": looks})
 
-    looks, warmed = trainings.run(
-        WARMUP, updates, lambda name, tensor: tensor, min(KEPT_AT, updates)
+    looks, warmed = run(
+        prober, updates, lambda name, tensor: tensor, WARMUP, kept_at=min(KEPT_AT, updates)
     )
     keep(f"warmup over {WARMUP} updates", looks)
     starts: dict[str, Start] = {"no warmup": lambda name, before, after: before, **STARTS}
@@ -191,7 +182,7 @@ def run_all(trainings: Trainings, updates: int, results: Path) -> None:
             def begin(tensor: str, before: Tensor, start: Start = start) -> Tensor:
                 return start(tensor, before, warmed[tensor])
 
-            keep(name, trainings.run(0, updates, begin)[0])
+            keep(name, run(prober, updates, begin)[0])
 
 
 if __name__ == "__main__":

@@ -21,6 +21,9 @@ from fairseq_gradinit.plugin.batches import MicroBatch
 from fairseq_gradinit.plugin.loss import TaskLoss
 from fairseq_gradinit.plugin.session import Session, make_update
 
+Visit = Callable[[int, Mapping[str, Tensor]], None]
+"""Is given the number of updates made, and the trained tensors by name, which it may change."""
+
 
 class Prober:
     """Runs probes: the first updates of a command line of fairseq-train.
@@ -41,17 +44,29 @@ class Prober:
         """The peak learning rate of the command."""
         return self._session.lr
 
-    def run(self, arm: Arm, lr: float, updates: int, looked: Collection[int]) -> Probe:
-        """Make so many updates from the initialisation.
+    def run(
+        self,
+        arm: Arm,
+        lr: float,
+        updates: int,
+        looked: Collection[int],
+        warmup: int | None = None,
+        visit: Visit = lambda update, tensors: None,
+    ) -> Probe:
+        """Make that many updates from the initialisation.
 
         Args:
             looked: the numbers of updates after which the model is looked at.
+            warmup: updates in which the learning rate rises, if not the whole probe, or none of it.
+            visit: called before the first look, and after each update.
 
         Raises:
             GradInitError: GradInit cannot work on this run, or memory ran out.
         """
         start = time.monotonic()
-        trainer = self._session.trainer(lr, warmup=updates if arm.warmup else 0)
+        if warmup is None:
+            warmup = updates if arm.warmup else 0
+        trainer = self._session.trainer(lr, warmup)
         self._data = self._data or ProbeData(trainer)
         if arm.start == "gradinit":
             self._session.run_gradinit(trainer)
@@ -60,6 +75,7 @@ class Prober:
         made: list[Update] = []
         looks: list[Look] = []
         diverged = None
+        visit(0, watched.tensors)
         try:
             looks.append(watched.look())
             for samples in self._data:
@@ -67,6 +83,7 @@ class Prober:
                 if update is None:
                     continue
                 made.append(update)
+                visit(len(made), watched.tensors)
                 if len(made) in looked:
                     looks.append(watched.look())
                 if len(made) == updates:
