@@ -18,7 +18,6 @@ from fairseq_gradinit.engine.batch_pairs import (
     thirds,
 )
 from fairseq_gradinit.engine.blocks import (
-    BLOCK_STATES,
     Block,
     BlockState,
     at_fixed_scales,
@@ -47,7 +46,6 @@ from fairseq_gradinit.engine.processes import OneProcess, Processes, ProcessGrou
 from fairseq_gradinit.engine.state import StateFile
 
 __all__ = [
-    "BLOCK_STATES",
     "PRECISION_NAMES",
     "SECOND_ORDER_NAMES",
     "TARGET_NAMES",

@@ -20,7 +20,6 @@ from fairseq_gradinit.engine.config import NormGains
 from fairseq_gradinit.errors import GradInitError
 
 BlockState = Literal["learned", "zero", "norm gain", "centered", "fixed"]
-BLOCK_STATES: tuple[BlockState, ...] = ("learned", "zero", "norm gain", "centered", "fixed")
 
 
 @dataclass(frozen=True)

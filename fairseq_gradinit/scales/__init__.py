@@ -3,12 +3,11 @@
 `Description` lists everything that determines the scales of a run. `Scales` is the file of the
 learned scales (SCALES_FILE), with the settings and the iterations that they come from; it loads,
 checks, saves and applies them. `Effect` is the file of what the scales did to the norms of the
-weights and to the residual branches (EFFECT_FILE). `differing_scales` and `differing_settings`
-compare two runs.
+weights and to the residual branches (EFFECT_FILE). The subcommand `diff`, which compares two runs,
+is imported by the program.
 """
 
 from fairseq_gradinit.scales.description import Description
-from fairseq_gradinit.scales.diff import differing_scales, differing_settings
 from fairseq_gradinit.scales.effect import EFFECT_FILE, Change, Effect, Snapshot, effect_between
 from fairseq_gradinit.scales.file import (
     SCALES_FILE,
@@ -29,8 +28,6 @@ __all__ = [
     "Effect",
     "Scales",
     "Snapshot",
-    "differing_scales",
-    "differing_settings",
     "effect_between",
     "kinds_of_blocks",
     "scales_file",

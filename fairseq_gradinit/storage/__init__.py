@@ -2,17 +2,14 @@
 
 `save_document` and `load_document` keep a dataclass with the format and version of its file.
 `write_atomically` replaces a file; `append_line` and `read_lines` keep a file of JSON lines that
-several processes may append to. `parse` makes a dataclass of what JSON holds, `parse_json` refuses
-repeated keys, and the `require_` functions check single values.
+several processes may append to. `parse` makes a dataclass of what JSON holds, and
+`require_printable` checks a text.
 """
 
 from fairseq_gradinit.storage.documents import Format, load_document, save_document
 from fairseq_gradinit.storage.files import (
     abbreviate,
-    parse_json,
-    require_finite,
     require_printable,
-    require_type,
     write_atomically,
 )
 from fairseq_gradinit.storage.json_lines import append_line, read_lines
@@ -24,11 +21,8 @@ __all__ = [
     "append_line",
     "load_document",
     "parse",
-    "parse_json",
     "read_lines",
-    "require_finite",
     "require_printable",
-    "require_type",
     "save_document",
     "write_atomically",
 ]
