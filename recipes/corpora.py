@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -69,20 +70,26 @@ class Corpus:
             RunError: it is not such a folder.
         """
         try:
-            manifest = _manifest(folder)
-            outputs = json.dumps(manifest["outputs"], sort_keys=True)
+            outputs = json.dumps(_manifest(folder)["outputs"], sort_keys=True)
             digest = hashlib.sha256(outputs.encode()).hexdigest()
-            _, target = direction(folder)
-            dictionary = (folder / "data-bin" / f"dict.{target}.txt").read_text(encoding="utf-8")
-            entries = [line.rpartition(" ")[0] for line in dictionary.splitlines()]
-            train, valid = (
-                map(str.split, _lines(folder / "subwords" / f"{part}.{target}"))
-                for part in ("train", "valid")
-            )
+            plateau = _plateau(folder, digest)
         except (OSError, ValueError, KeyError) as error:
             what = f"{type(error).__name__}: {error}"
             raise RunError(f"{folder} is no corpus of data-prep/prepare.py ({what})") from error
-        return cls(folder, digest, unigram_plateau(train, valid, entries))
+        return cls(folder, digest, plateau)
+
+
+@functools.cache
+def _plateau(folder: Path, digest: str) -> float:
+    """Of the corpus of this digest, once for all its runs: it takes the whole training text."""
+    _, target = direction(folder)
+    dictionary = (folder / "data-bin" / f"dict.{target}.txt").read_text(encoding="utf-8")
+    entries = [line.rpartition(" ")[0] for line in dictionary.splitlines()]
+    train, valid = (
+        map(str.split, _lines(folder / "subwords" / f"{part}.{target}"))
+        for part in ("train", "valid")
+    )
+    return unigram_plateau(train, valid, entries)
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
