@@ -27,7 +27,6 @@ SUBCOMMANDS = {
     "check": ("check.program:add_check", "say whether training will hold without warmup"),
     "report": ("report.command:add_report", "make a page that shows what GradInit did"),
     "diff": ("scales.diff:add_diff", "compare the scales of two runs"),
-    "apply": ("plugin.checkpoint_scaling:add_apply", "multiply a checkpoint's weights by scales"),
     "table": ("results.commands:add_table", "print Markdown tables of runs"),
     "heat-map": ("results.commands:add_heat_map", "draw the runs of sweeps"),
     "doctor": ("cli.doctor:add_doctor", "say whether GradInit can work here"),

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator
 from pathlib import Path
 
-from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.scales.file import BlockScale, Scales, scales_file
 
 
@@ -21,13 +18,6 @@ def add_diff(parser: ArgumentParser) -> None:
         parser.add_argument(
             name, type=Path, metavar=name.upper(), help="the --save-dir of a run, or a scales file"
         )
-    parser.add_argument(
-        "--tolerance",
-        type=float,
-        default=0.0,
-        metavar="RELATIVE",
-        help="scales that differ by less count as equal (default: %(default)s)",
-    )
     parser.set_defaults(run=print_diff, trouble=2)
 
 
@@ -35,45 +25,25 @@ def print_diff(options: Namespace) -> int:
     """Print the differences; returns 1 if scales differ.
 
     Raises:
-        GradInitError: a file cannot be read, or the tolerance is negative.
+        GradInitError: a file cannot be read.
     """
-    if not options.tolerance >= 0:
-        raise GradInitError(f"--tolerance {options.tolerance:g} is not a number from 0 up")
     a, b = (Scales.load(scales_file(path)) for path in (options.a, options.b))
-    for line in differing_settings(a, b):
-        print(f"setting {line}")
-    scales = differing_scales(a, b, options.tolerance)
-    for line in scales:
-        print(line)
-    print(f"{len(scales)} of {len({x.name for s in (a, b) for x in s.blocks})} tensors differ")
-    return int(bool(scales))
-
-
-def differing_scales(a: Scales, b: Scales, tolerance: float) -> list[str]:
-    """One line for each tensor whose scale differs.
-
-    Args:
-        tolerance: how far apart, relative to the larger one, two scales may be and count as equal.
-    """
-    return list(_lines(a, b, tolerance))
-
-
-def differing_settings(a: Scales, b: Scales) -> list[str]:
-    """One line for each setting that differs."""
-    names = dict.fromkeys((*a.settings, *b.settings))
-    values = {name: (a.settings.get(name, "-"), b.settings.get(name, "-")) for name in names}
-    return [f"{name}  {one}  {other}" for name, (one, other) in values.items() if one != other]
-
-
-def _lines(a: Scales, b: Scales, tolerance: float) -> Iterator[str]:
-    first, second = ({block.name: block for block in scales.blocks} for scales in (a, b))
-    for name in dict.fromkeys((*first, *second)):
-        one, other = first.get(name), second.get(name)
-        if one is None or other is None:
-            yield f"{name}  {_shown(one)}  {_shown(other)}"
-        elif not math.isclose(one.scale, other.scale, rel_tol=tolerance):
-            ratio = f"  ratio {other.scale / one.scale:.4g}" if one.scale else ""
-            yield f"{name}  {_shown(one)}  {_shown(other)}{ratio}"
+    for name in dict.fromkeys((*a.settings, *b.settings)):
+        settings = a.settings.get(name, "-"), b.settings.get(name, "-")
+        if settings[0] != settings[1]:
+            print(f"setting {name}  {'  '.join(settings)}")
+    blocks_a, blocks_b = ({block.name: block for block in scales.blocks} for scales in (a, b))
+    names = dict.fromkeys((*blocks_a, *blocks_b))
+    differing = 0
+    for name in names:
+        one, other = blocks_a.get(name), blocks_b.get(name)
+        if one and other and one.scale == other.scale:
+            continue
+        differing += 1
+        ratio = f"  ratio {other.scale / one.scale:.4g}" if one and other and one.scale else ""
+        print(f"{name}  {_shown(one)}  {_shown(other)}{ratio}")
+    print(f"{differing} of {len(names)} tensors differ")
+    return int(differing > 0)
 
 
 def _shown(block: BlockScale | None) -> str:
