@@ -1,10 +1,7 @@
 """What a run of GradInit leaves beside its checkpoints.
 
-`Description` lists everything that determines the scales of a run. `Scales` is the file of the
-learned scales (SCALES_FILE), with the settings and the iterations that they come from; it loads,
-checks, saves and applies them. `Effect` is the file of what the scales did to the norms of the
-weights and to the residual branches (EFFECT_FILE). The subcommand `diff`, which compares two runs,
-is imported by the program.
+`Scales` are the learned scales, with the settings and the iterations that they come from, and
+`Effect` is what they did. `Description` lists everything that determines the scales of a run.
 """
 
 from fairseq_gradinit.scales.description import Description

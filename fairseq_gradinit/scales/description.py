@@ -7,7 +7,6 @@ together, and what tells whether a saved state is of the same run are all render
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import torch
@@ -21,20 +20,13 @@ class Description:
     """What determines the scales of a run; None for what its caller does not have.
 
     Attributes:
-        config: the settings of the method.
         weights: fingerprint of the initial weights.
-        device: where it runs.
         preset: what filled the settings that were left open.
-        centering: whether LayerNorms are centered.
         encoder_branches: fixed scale of the encoder's residual branches; None if they are learned.
-        scale_loaded: whether tensors that were loaded from files are scaled too.
         tokens, sentences: size of a batch before its cut in thirds.
         micro_batches: in one gradient of each process.
-        processes: how many share each batch.
-        task, criterion: their names.
         batches: fingerprint of which sentences the batches hold.
         model_settings, criterion_settings: fingerprints of these sections of the configuration.
-        fairseq: its version.
     """
 
     config: GradInitConfig
@@ -70,7 +62,6 @@ class Description:
         """What determined the scales, in words and figures for a reader.
 
         Args:
-            second_order: how second-order products were taken.
             data: fingerprint of the batches that were used.
         """
         config = self.config
@@ -106,11 +97,6 @@ class Description:
             "fairseq": self.fairseq,
         }
         return {name: _shown(value) for name, value in found.items() if value is not None}
-
-
-def line_of(settings: Mapping[str, str]) -> str:
-    """One line that names everything that determined the scales."""
-    return "|".join(f"{name}:{value}" for name, value in settings.items())
 
 
 def _shown(value: object) -> str:

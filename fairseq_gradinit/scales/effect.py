@@ -28,13 +28,11 @@ class Effect:
     Attributes:
         signature: that of the scales.
         norms: the l2 norm of every trainable parameter tensor, in the order of the scales.
-        shares: for every residual branch x + f(x), by a name such as
-            "encoder.layers.0.self_attn" and in the order of the forward pass, what f(x) makes up of
-            the variance, Var[f] / (Var[x] + Var[f]), over all elements of the tokens of 32 training
-            sentences. In a post-LN model that is Admin's beta_{i,i}^2, by which the output of a
-            sublayer depends on its own branch (Liu et al., EMNLP 2020, section 4), with x and
-            f(x) taken as uncorrelated. Empty for a model without layers of fairseq's Transformer,
-            and where scales from a file are applied to data that have no sentences by index.
+        shares: for every residual branch x + f(x), by a name such as "encoder.layers.0.self_attn"
+            and in the order of the forward pass, Var[f] / (Var[x] + Var[f]) over all elements of
+            the tokens of 32 training sentences. In a post-LN model that is Admin's beta_{i,i}^2
+            (Liu et al., EMNLP 2020, section 4), with x and f(x) taken as uncorrelated. Empty
+            without layers of fairseq's Transformer, or without data that have sentences by index.
     """
 
     signature: str
@@ -61,11 +59,8 @@ class Snapshot:
 
 def effect_between(before: Snapshot, after: Snapshot, signature: str) -> Effect:
     """What happened between two snapshots of one model."""
-    return Effect(
-        signature,
-        _changes(before.norms, after.norms),
-        _changes(before.shares, after.shares),
-    )
+    norms, shares = _changes(before.norms, after.norms), _changes(before.shares, after.shares)
+    return Effect(signature, norms, shares)
 
 
 def _changes(before: dict[str, float], after: dict[str, float]) -> tuple[Change, ...]:

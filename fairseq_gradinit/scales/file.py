@@ -1,4 +1,4 @@
-"""The learned scales as a file: plain JSON, versioned, readable, written whole or not at all."""
+"""The learned scales as a file: plain JSON, versioned and readable."""
 
 from __future__ import annotations
 
@@ -6,28 +6,14 @@ import hashlib
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import chain
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from fairseq_gradinit.engine import (
-    Block,
-    BlockState,
-    Iteration,
-    base_weights,
-    set_weights,
-)
+from fairseq_gradinit.engine import Block, BlockState, Iteration, base_weights, set_weights
 from fairseq_gradinit.errors import GradInitError
-from fairseq_gradinit.scales.description import line_of
-from fairseq_gradinit.storage import (
-    Format,
-    abbreviate,
-    load_document,
-    require_printable,
-    save_document,
-)
+from fairseq_gradinit.storage import Format, load_document, save_document
 
 FORMAT = Format("fairseq-gradinit-scales", 2, "the scales of a run")
 SCALES_FILE = "gradinit_scales.json"
@@ -35,14 +21,7 @@ SCALES_FILE = "gradinit_scales.json"
 
 @dataclass(frozen=True)
 class BlockScale:
-    """The scale of one parameter tensor.
-
-    Attributes:
-        name: dotted name of the tensor in the model.
-        shape: its shape.
-        scale: the factor on its initial value.
-        state: why it has the scale it has, see `fairseq_gradinit.engine.blocks.Block`.
-    """
+    """The factor on the initial value of one parameter tensor; for its state see `Block`."""
 
     name: str
     shape: tuple[int, ...]
@@ -62,7 +41,14 @@ class Scales:
 
     blocks: tuple[BlockScale, ...]
     settings: Mapping[str, str]
-    history: tuple[Iteration, ...] = field(default=())
+    history: tuple[Iteration, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse, with a ValueError, what no run can come to."""
+        if any(block.scale < 0.0 for block in self.blocks):
+            raise ValueError("a scale is negative")
+        if len({block.name for block in self.blocks}) != len(self.blocks):
+            raise ValueError("a name is repeated")
 
     @property
     def centered(self) -> bool:
@@ -72,7 +58,7 @@ class Scales:
     @property
     def signature(self) -> str:
         """One line that says what determined the result."""
-        return line_of(self.settings)
+        return "|".join(f"{name}:{value}" for name, value in self.settings.items())
 
     @property
     def eta(self) -> float:
@@ -105,17 +91,8 @@ class Scales:
 
     @classmethod
     def load(cls, path: Path) -> Scales:
-        """Read a file written by `save`.
-
-        Raises:
-            GradInitError: the file cannot be read, is damaged, or is not of this format.
-        """
-        scales = load_document(path, FORMAT, cls)
-        try:
-            scales._require_sound()
-        except ValueError as error:
-            raise GradInitError(f"{path} is damaged: {error}") from error
-        return scales
+        """See `load_document`."""
+        return load_document(path, FORMAT, cls)
 
     def apply(self, blocks: Sequence[Block]) -> Scales:
         """Multiply the model's freshly initialised tensors by these scales, in place.
@@ -127,22 +104,17 @@ class Scales:
             These scales, with the shapes of this model.
 
         Raises:
-            GradInitError: the names or the numbers of dimensions are not those of the model, or
-                a scale takes a tensor beyond the numbers of its precision; nothing is changed then.
+            GradInitError: the names are not those of the model; nothing is changed then.
         """
-        self._check_fits(blocks)
         row_of = {row.name: row for row in self.blocks}
         as_learned = [Block(b.name, b.parameter, "learned") for b in blocks]
-        factors = torch.tensor([row_of[b.name].scale for b in blocks], dtype=torch.float64)
-        base = base_weights(as_learned)
-        set_weights(as_learned, base, factors)
-        broken = [b for b in blocks if not torch.isfinite(b.parameter).all()]
-        if broken:
-            set_weights(as_learned, base, torch.ones_like(factors))
-            raise GradInitError(
-                f"the scale {row_of[broken[0].name].scale:g} makes {broken[0].name} infinite: the "
-                "scales are damaged, learn them again"
-            )
+        names = dict.fromkeys(block.name for block in blocks)
+        problems = [f"{name} is not in the model" for name in row_of if name not in names]
+        problems += [f"{name} is not in the file" for name in names if name not in row_of]
+        if problems:
+            raise GradInitError(f"the scales were learned for another model: {some(problems)}")
+        factors = torch.tensor([row_of[name].scale for name in names], dtype=torch.float64)
+        set_weights(as_learned, base_weights(as_learned), factors)
         rows = (replace(row_of[b.name], shape=tuple(b.parameter.shape)) for b in blocks)
         return replace(self, blocks=tuple(rows))
 
@@ -165,28 +137,6 @@ class Scales:
         )
         return replace(self, blocks=tuple(rows))
 
-    def _require_sound(self) -> None:
-        for text in (*(block.name for block in self.blocks), *chain(*self.settings.items())):
-            require_printable(text)
-        for block in self.blocks:
-            if block.scale < 0.0 or any(size < 0 for size in block.shape):
-                raise ValueError(f"scale or shape of {_short(block.name)} is negative")
-        if not self.blocks or len({block.name for block in self.blocks}) != len(self.blocks):
-            raise ValueError("a name is missing or repeated")
-
-    def _check_fits(self, blocks: Sequence[Block]) -> None:
-        file = {row.name: list(row.shape) for row in self.blocks}
-        model = {block.name: list(block.parameter.shape) for block in blocks}
-        problems = [f"{_short(name)} is not in the model" for name in file if name not in model]
-        problems += [f"{name} is not in the file" for name in model if name not in file]
-        problems += [
-            f"{name} has shape {abbreviate(file[name])} in the file and {model[name]} in the model"
-            for name in file
-            if name in model and len(file[name]) != len(model[name])
-        ]
-        if problems:
-            raise GradInitError(f"the scales were learned for another model: {some(problems)}")
-
 
 def size_changes(learned: Scales, applied: Scales) -> str | None:
     """What `Scales.apply` changed, in a few words; None if the shapes are those of the file."""
@@ -207,18 +157,13 @@ def scales_file(path: Path) -> Path:
     """
     if not path.is_dir():
         return path
-    places = [path / SCALES_FILE, path / "checkpoints" / SCALES_FILE]
-    for place in places:
+    for place in (path / SCALES_FILE, path / "checkpoints" / SCALES_FILE):
         if place.exists():
             return place
     raise GradInitError(
         f"there is no {SCALES_FILE} in {path} or its folder checkpoints: give the "
         "--save-dir of a run with --gradinit that has learned its scales, or a scales file"
     )
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= 100 else f"{name[:97]}..."
 
 
 def some(items: Sequence[str]) -> str:

@@ -1,19 +1,18 @@
-"""Small JSON files, written whole or not at all and read with distrust.
+"""Small JSON files, written whole or not at all and checked field by field when read.
 
 `save_document` and `load_document` keep a dataclass with the format and version of its file.
 `write_atomically` replaces a file; `append_line` and `read_lines` keep a file of JSON lines that
-several processes may append to. `parse` makes a dataclass of what JSON holds, and
-`require_printable` checks a text.
+several processes may append to. `parse` makes a dataclass of what JSON holds.
 """
 
-from fairseq_gradinit.storage.documents import Format, load_document, save_document
 from fairseq_gradinit.storage.files import (
-    abbreviate,
-    require_printable,
+    Format,
+    load_document,
+    save_document,
     write_atomically,
 )
 from fairseq_gradinit.storage.json_lines import append_line, read_lines
-from fairseq_gradinit.storage.typed_json import parse
+from fairseq_gradinit.storage.typed_json import abbreviate, parse
 
 __all__ = [
     "Format",
@@ -22,7 +21,6 @@ __all__ = [
     "load_document",
     "parse",
     "read_lines",
-    "require_printable",
     "save_document",
     "write_atomically",
 ]

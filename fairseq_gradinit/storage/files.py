@@ -1,18 +1,17 @@
-"""Small JSON files: written whole or not at all, and read with distrust."""
+"""Files that are written whole, and JSON files that say what they hold and of which version."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
-import reprlib
 import tempfile
-from collections import Counter
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from fairseq_gradinit.errors import GradInitError
+from fairseq_gradinit.storage.typed_json import abbreviate, parse
 
 T = TypeVar("T")
 
@@ -46,65 +45,52 @@ def write_atomically(path: Path, content: str | bytes) -> None:
                 os.unlink(temporary)
 
 
-def parse_json(text: str) -> Any:
-    """The value of a JSON text in which no object says the same thing twice.
+@dataclass(frozen=True)
+class Format:
+    """A kind of document.
+
+    Attributes:
+        name: stands in each of them.
+        version: of the format; others are not read.
+        contents: what it holds, for messages: "the scales of a run".
+    """
+
+    name: str
+    version: int
+    contents: str
+
+
+def save_document(path: Path, form: Format, value: Any) -> None:
+    """Write the dataclass `value`; `path` keeps its old content or gets all of the new one.
 
     Raises:
-        ValueError: it is not JSON, or a key is repeated.
-        RecursionError: it is nested too deep.
+        GradInitError: the file cannot be written.
     """
-    return json.loads(text, object_pairs_hook=_object)
+    document = {"format": form.name, "version": form.version, **asdict(value)}
+    write_atomically(path, json.dumps(document, indent=1, allow_nan=False) + "\n")
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        ((key, _),) = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"the key {abbreviate(key)} is repeated")
-    return found
-
-
-def abbreviate(value: Any) -> str:
-    """`value` in a few printable characters, however large or deep it is."""
-    return _SHORT.repr(value)
-
-
-_SHORT = reprlib.Repr()
-_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 2, 60, 60, 40
-
-
-def require_type(value: Any, kind: type[T]) -> T:
-    """`value`, which must be of type `kind`.
+def load_document(path: Path, form: Format, kind: type[T]) -> T:
+    """Read back what `save_document` made of an instance of `kind`, see `parse`.
 
     Raises:
-        TypeError: it is not; True and False are not numbers here.
+        GradInitError: the file cannot be read, is damaged, or is not of this format and version.
     """
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise TypeError(f"{abbreviate(value)} is not of type {kind.__name__}")
-    return value
-
-
-def require_printable(value: Any) -> str:
-    """`value`, which must be text that can be shown in a log.
-
-    Raises:
-        TypeError: it is not text.
-        ValueError: it has line breaks, control characters or halves of characters.
-    """
-    if not require_type(value, str).isprintable():
-        raise ValueError(f"{abbreviate(value)} has characters that cannot be printed")
-    return str(value)
-
-
-def require_finite(value: Any) -> float:
-    """`value` as a float, which must be a finite number.
-
-    Raises:
-        TypeError: it is not a number.
-        ValueError: it is not finite.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{abbreviate(value)} is not a number")
-    if not math.isfinite(value):
-        raise ValueError(f"{value} is not a finite number")
-    return float(value)
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise GradInitError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise GradInitError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(document, dict) or document.pop("format", None) != form.name:
+        raise GradInitError(f"{path} does not hold {form.contents} (no format {form.name!r} in it)")
+    version = document.pop("version", None)
+    if type(version) is not int or version != form.version:
+        raise GradInitError(
+            f"{path} has version {abbreviate(version)} of its format, and this fairseq-gradinit "
+            f"reads version {form.version}: make the file again, or use the release that wrote it"
+        )
+    try:
+        return parse(kind, document)
+    except ValueError as error:
+        raise GradInitError(f"{path} is damaged: {error}") from error

@@ -7,8 +7,7 @@ import fcntl
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,8 +22,8 @@ def read_lines(path: Path, parse: Callable[[Any], T], what: str) -> list[T]:
     """Read every line; a last one that was not written to its end is left out.
 
     Args:
-        parse: makes of the JSON value of a line what it stands for; raises KeyError, TypeError or
-            ValueError if it cannot.
+        parse: makes of the JSON value of a line what it stands for; raises TypeError or ValueError
+            if it cannot.
         what: a line is, for messages, such as "a run".
 
     Raises:
@@ -36,21 +35,16 @@ def read_lines(path: Path, parse: Callable[[Any], T], what: str) -> list[T]:
         raise GradInitError(
             f"cannot read {path}: {error.strerror or error}; name a file of results"
         ) from error
+    found = []
     # Behind the last newline stands what a killed writer left, or nothing.
-    return [
-        _parse_line(line, parse, f"line {i} of {path} is not {what}")
-        for i, line in enumerate(content.split(b"\n")[:-1], 1)
-    ]
-
-
-def _parse_line(line: bytes, parse: Callable[[Any], T], problem: str) -> T:
-    try:
-        return parse(json.loads(line))
-    except KeyError as error:
-        reason = f"{error} is missing"
-    except (TypeError, ValueError, RecursionError) as error:
-        reason = str(error)
-    raise GradInitError(f"{problem} ({reason}): mend or remove it")
+    for i, line in enumerate(content.split(b"\n")[:-1], 1):
+        try:
+            found.append(parse(json.loads(line)))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise GradInitError(
+                f"line {i} of {path} is not {what} ({error}): mend or remove it"
+            ) from error
+    return found
 
 
 def append_line(path: Path, value: Any) -> None:
@@ -66,9 +60,12 @@ def append_line(path: Path, value: Any) -> None:
     line = (json.dumps(value, allow_nan=False) + "\n").encode()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(path) as file:
-            _repair(file, path)
-            if os.write(file, line) < len(line):
+        with path.open("ab", buffering=0) as file:
+            # A line must not get lost for want of locks, which some network file systems lack.
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
+            _cut_torn_line(path)
+            if os.write(file.fileno(), line) < len(line):
                 raise OSError("there is no room for the whole line")
     except OSError as error:
         raise GradInitError(
@@ -76,23 +73,10 @@ def append_line(path: Path, value: Any) -> None:
         ) from error
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[int]:
-    """The file, open to append, and to no other writer of this program."""
-    file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        # A line must not get lost for want of locks, which some network file systems do not have.
-        with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield file
-    finally:
-        os.close(file)
-
-
-def _repair(file: int, path: Path) -> None:
+def _cut_torn_line(path: Path) -> None:
     """Cut off a last line that was not written to its end."""
     content = path.read_bytes()
     end = content.rfind(b"\n") + 1
     if end < len(content):
         logger.warning("the last line of %s was not written to its end: removed", path)
-        os.truncate(file, end)
+        os.truncate(path, end)

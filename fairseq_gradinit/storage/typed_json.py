@@ -1,18 +1,26 @@
-"""Frozen dataclasses from JSON, read with distrust."""
+"""Frozen dataclasses from JSON, checked field by field."""
 
 from __future__ import annotations
 
 import functools
+import reprlib
+import sys
 import types
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
-
-from fairseq_gradinit.storage.files import abbreviate, require_finite, require_type
 
 T = TypeVar("T")
 
 _hints = functools.cache(get_type_hints)
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 2, 60, 60, 40
+
+
+def abbreviate(value: Any) -> str:
+    """`value` in a few characters, however large or deep it is."""
+    return _SHORT.repr(value)
 
 
 def parse(kind: type[T], row: Any) -> T:
@@ -31,18 +39,13 @@ def parse(kind: type[T], row: Any) -> T:
 
 
 def _dataclass(kind: Any, row: Any, place: str) -> Any:
-    if not isinstance(row, Mapping):
-        raise _wrong(place, f"{abbreviate(row)} is not an object")
-    names = [field.name for field in fields(kind)]
-    missing = [name for name in names if name not in row]
-    unknown = [name for name in row if name not in names]
-    if missing or unknown:
-        what = [f"{name} is missing" for name in missing]
-        what += [f"{abbreviate(name)[1:-1]} is unknown" for name in unknown[:5]]
-        raise _wrong(place, ", ".join(what))
     hints = _hints(kind)
+    _require(isinstance(row, dict), place, f"{abbreviate(row)} is not an object")
+    wrong = [f"{name} is missing" for name in hints if name not in row]
+    wrong += [f"{name} is unknown" for name in row if name not in hints]
+    _require(not wrong, place, ", ".join(wrong))
     dot = f"{place}." if place else ""
-    return kind(**{name: _value(hints[name], row[name], f"{dot}{name}") for name in names})
+    return kind(**{name: _value(hints[name], row[name], f"{dot}{name}") for name in hints})
 
 
 def _value(kind: Any, value: Any, place: str) -> Any:
@@ -50,44 +53,33 @@ def _value(kind: Any, value: Any, place: str) -> Any:
     if origin in (Union, types.UnionType):
         (other,) = (argument for argument in arguments if argument is not types.NoneType)
         return None if value is None else _value(other, value, place)
-    if origin is tuple:
-        return _tuple(arguments, value, place)
-    if origin is Mapping:
-        return _mapping(arguments, value, place)
     if is_dataclass(kind):
         return _dataclass(kind, value, place)
+    if origin is tuple:
+        _require(isinstance(value, list), place, f"{abbreviate(value)} is not an array")
+        kinds = arguments[:1] * len(value) if arguments[1:] == (...,) else arguments
+        _require(len(kinds) == len(value), place, f"{len(value)} values, not {len(kinds)}")
+        return tuple(_value(kinds[i], item, f"{place}[{i}]") for i, item in enumerate(value))
+    if origin is Mapping:
+        _require(isinstance(value, dict), place, f"{abbreviate(value)} is not an object")
+        keys, values = arguments
+        return {
+            _value(keys, key, place): _value(values, item, f"{place}.{key}")
+            for key, item in value.items()
+        }
     if origin is Literal:
-        if value not in arguments:
-            raise _wrong(place, f"{abbreviate(value)} is none of {', '.join(map(repr, arguments))}")
+        known = ", ".join(map(repr, arguments))
+        _require(value in arguments, place, f"{abbreviate(value)} is none of {known}")
         return value
-    try:
-        if kind is float:
-            return require_finite(value)
-        return value if kind is bool and isinstance(value, bool) else require_type(value, kind)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise _wrong(place, str(error)) from error
+    if kind is float:
+        _require(type(value) in (int, float), place, f"{abbreviate(value)} is not a number")
+        finite = abs(value) <= sys.float_info.max
+        _require(finite, place, f"{abbreviate(value)} is not a finite number")
+        return float(value)
+    _require(type(value) is kind, place, f"{abbreviate(value)} is not of type {kind.__name__}")
+    return value
 
 
-def _mapping(kinds: tuple[Any, ...], value: Any, place: str) -> dict[Any, Any]:
-    key_kind, kind = kinds
-    if not isinstance(value, dict):
-        raise _wrong(place, f"{abbreviate(value)} is not an object")
-    return {
-        _value(key_kind, key, place): _value(kind, item, f"{place}.{abbreviate(key)[1:-1]}")
-        for key, item in value.items()
-    }
-
-
-def _tuple(kinds: tuple[Any, ...], value: Any, place: str) -> tuple[Any, ...]:
-    if not isinstance(value, list):
-        raise _wrong(place, f"{abbreviate(value)} is not an array")
-    if kinds[1:] == (...,):
-        kinds = kinds[:1] * len(value)
-    if len(kinds) != len(value):
-        raise _wrong(place, f"{len(value)} values, not {len(kinds)}")
-    pairs = zip(kinds, value, strict=True)
-    return tuple(_value(kind, item, f"{place}[{i}]") for i, (kind, item) in enumerate(pairs))
-
-
-def _wrong(place: str, what: str) -> ValueError:
-    return ValueError(f"{place}: {what}" if place else what)
+def _require(right: bool, place: str, otherwise: str) -> None:
+    if not right:
+        raise ValueError(f"{place}: {otherwise}" if place else otherwise)
