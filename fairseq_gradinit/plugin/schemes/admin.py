@@ -5,8 +5,6 @@ LayerNorm(omega x + f(x)), with one vector omega for each sublayer, trained like
 starts as omega_i^2 = sum over j < i of Var[f_j], the variances being measured with the initial
 weights on training data. As in the authors' code (LiyuanLucasLiu/Transformer-Clinic,
 modules/transformer_layer.py), omega_1 is 1, and the sum begins with the variance of the embeddings.
-The i-th branch makes up about 1/i of the variance of its sublayer's output, while in a stock
-post-LN model each makes up about the same part.
 """
 
 from __future__ import annotations
@@ -22,10 +20,9 @@ from torch import nn
 from fairseq_gradinit.engine import Processes, deterministic
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.plugin.batches import PairedBatches
-from fairseq_gradinit.plugin.branches import Stack, branch_names, stacks, variances
+from fairseq_gradinit.plugin.branches import branch_names, stacks, variances
 from fairseq_gradinit.plugin.loss import TaskLoss
-from fairseq_gradinit.plugin.schemes.shortcuts import attach, weights_of
-from fairseq_gradinit.plugin.schemes.variants import register_variants, require_post_ln, switch
+from fairseq_gradinit.plugin.schemes.shortcuts import weigh_shortcuts
 from fairseq_gradinit.plugin.trainer import data_parallel_processes, trained_modules
 
 logger = logging.getLogger("fairseq_gradinit")
@@ -34,63 +31,36 @@ SENTENCES = 32
 """Some hundred tokens, each with every dimension of an output."""
 
 
-def configure(model: Any) -> None:
-    """Have a model's configuration build the variant with omega.
-
-    Raises:
-        GradInitError: the model is not a post-LN Transformer of fairseq.
-    """
-    require_post_ln(model, "admin")
-    switch(model, "admin")
-
-
-def initialise(trainer: Any) -> None:
-    """Measure the branches of the trainer's model, and set its omegas.
-
-    Raises:
-        GradInitError: an output is not finite, or there are too few training data.
-    """
-    sentences = _training_batches(trainer).sentences(SENTENCES)
-    processes = data_parallel_processes(trainer)
-    with deterministic(*trained_modules(trainer).values()):
-        found = set_omegas(trainer.get_model(), TaskLoss(trainer), sentences, processes)
-    for side, omegas in found.items():
-        shown = " ".join(f"{omega:.3g}" for omega in omegas)
-        logger.info("omega of the %s's %d sublayers: %s", side, len(omegas), shown)
-
-
-def _training_batches(trainer: Any) -> PairedBatches:
-    """Batches as GradInit draws them, of the size of the run's own; one for each process.
-
-    Raises:
-        GradInitError: the training data do not give enough of them.
-    """
-    data = trainer.cfg.dataset
-    try:
-        return PairedBatches(trainer, data.max_tokens, data.batch_size, micro_batches=1)
-    except GradInitError as error:
-        raise GradInitError(
-            f"--init-scheme {trainer.cfg.task.init_scheme} draws sentences by index from training "
-            f"data of at least {max(2, trainer.data_parallel_world_size)} batches with three "
-            "sentences or more, and these are not: change --max-tokens or --batch-size, or the "
-            "data"
-        ) from error
-
-
 def add_omegas(model: nn.Module) -> None:
     """Give every sublayer of a post-LN model its omega, a trainable vector of ones."""
     for stack in stacks(model):
         for layer in stack.layers:
             width = cast(Any, layer).embed_dim
-            names = branch_names(layer)
-            attach(layer, {name: nn.Parameter(torch.ones(width)) for name in names})
+            omegas = {name: nn.Parameter(torch.ones(width)) for name in branch_names(layer)}
+            weigh_shortcuts(layer, omegas)
 
 
-@torch.no_grad()
-def fill(stack: Stack, index: int, omega: float) -> None:
-    """Set the omega of the branch with this index in its stack."""
-    branch = stack.branches[index]
-    weights_of(branch.layer)[branch.name].fill_(omega)
+def measure_omegas(trainer: Any) -> None:
+    """Measure the branches of the trainer's model, and set its omegas.
+
+    Raises:
+        GradInitError: an output is not finite, or there are too few training data.
+    """
+    data = trainer.cfg.dataset
+    try:
+        batches = PairedBatches(trainer, data.max_tokens, data.batch_size, micro_batches=1)
+    except GradInitError as error:
+        raise GradInitError(
+            "--init-scheme admin draws sentences by index from training data of several batches "
+            "with three sentences or more, and these are not: change --max-tokens or --batch-size, "
+            "or the data"
+        ) from error
+    sentences, processes = batches.sentences(SENTENCES), data_parallel_processes(trainer)
+    with deterministic(*trained_modules(trainer).values()):
+        found = set_omegas(trainer.get_model(), TaskLoss(trainer), sentences, processes)
+    for side, omegas in found.items():
+        shown = " ".join(f"{omega:.3g}" for omega in omegas)
+        logger.info("omega of the %s's %d sublayers: %s", side, len(omegas), shown)
 
 
 def set_omegas(
@@ -105,11 +75,7 @@ def set_omegas(
     read. Call this inside `deterministic`.
 
     Args:
-        evaluate: runs the model on a batch.
         batches: the same ones in every process, which share them; without padding.
-
-    Returns:
-        The omegas by side, "encoder" or "decoder".
 
     Raises:
         GradInitError: the output of a branch is not finite.
@@ -120,7 +86,7 @@ def set_omegas(
         total = 1.0
         for index, branch in enumerate(stack.branches):
             omegas.append(math.sqrt(total))
-            fill(stack, index, omegas[-1])
+            nn.init.constant_(getattr(cast(Any, branch.layer).shortcuts, branch.name), omegas[-1])
             ((shortcut, output),) = variances([branch], evaluate, batches, processes)
             # What LayerNorms put out has variance 1.
             total = (shortcut if index == 0 else total) + output
@@ -130,6 +96,3 @@ def set_omegas(
                     "before training: check how the model initialises its parameters, and the data"
                 )
     return found
-
-
-register_variants("admin", add_omegas)

@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Optional
 
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
@@ -13,7 +14,15 @@ from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.plugin.option_values import read_value
 from fairseq_gradinit.plugin.options import read_options
 from fairseq_gradinit.plugin.plan import refuse_unsupported
-from fairseq_gradinit.plugin.schemes import admin, deepnorm, pre_ln, t_fixup, zero_branches
+from fairseq_gradinit.plugin.schemes.admin import add_omegas, measure_omegas
+from fairseq_gradinit.plugin.schemes.deepnorm import deepnorm
+from fairseq_gradinit.plugin.schemes.t_fixup import t_fixup
+from fairseq_gradinit.plugin.schemes.variants import (
+    choose_pre_ln,
+    choose_variant,
+    register_variants,
+)
+from fairseq_gradinit.plugin.schemes.zero_branches import zero_branches
 from fairseq_gradinit.plugin.trainer import (
     drop_copies,
     full_precision,
@@ -22,10 +31,14 @@ from fairseq_gradinit.plugin.trainer import (
 
 logger = logging.getLogger("fairseq_gradinit")
 
+register_variants("deepnorm", deepnorm)
+register_variants("t_fixup", t_fixup, of=["transformer"])
+register_variants("admin", add_omegas)
+
 
 @dataclass(frozen=True)
 class Scheme:
-    """An initialisation, as a change to the configuration of the model, to its weights, or to both.
+    """An initialisation.
 
     Attributes:
         configure: changes the model's configuration before the model is built.
@@ -39,11 +52,11 @@ class Scheme:
 
 
 SCHEMES = {
-    "pre-ln": Scheme(configure=pre_ln.configure, sets_weights=False),
-    "zero-branches": Scheme(initialise=zero_branches.initialise),
-    "deepnorm": Scheme(configure=deepnorm.configure),
-    "t-fixup": Scheme(configure=t_fixup.configure),
-    "admin": Scheme(configure=admin.configure, initialise=admin.initialise),
+    "pre-ln": Scheme(configure=choose_pre_ln, sets_weights=False),
+    "zero-branches": Scheme(initialise=lambda trainer: zero_branches(trainer.get_model())),
+    "deepnorm": Scheme(configure=partial(choose_variant, scheme="deepnorm")),
+    "t-fixup": Scheme(configure=partial(choose_variant, scheme="t_fixup", post_ln=False)),
+    "admin": Scheme(partial(choose_variant, scheme="admin"), measure_omegas),
 }
 
 SchemeChoice = ChoiceEnum(list(SCHEMES))

@@ -6,32 +6,25 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-NAME = "shortcuts"
-
 
 class Shortcuts(nn.Module):
     """The weights of one layer's shortcuts, in the place of fairseq's `residual_connection`.
 
-    They are part of the model's state, also where they are constants, so that a model without them
-    cannot be given these weights unnoticed.
-
     Args:
         weights: by the branch's name, in the order of the forward pass: a scalar or one element for
-            each dimension of x. Parameters are trained, other tensors are constants.
+            each dimension of x. Each is an nn.Parameter, which is trained, or an nn.Buffer, so that
+            all are part of the model's state.
     """
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         super().__init__()
         for name, weight in weights.items():
-            if isinstance(weight, nn.Parameter):
-                self.register_parameter(name, weight)
-            else:
-                self.register_buffer(name, weight)
+            setattr(self, name, weight)
         self._names = tuple(weights)
         self._passed = 0
 
     def restart(self, *_: object) -> None:
-        """Begin with the first branch again, as at the beginning of the layer's forward pass."""
+        """Begin with the first branch again."""
         self._passed = 0
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
@@ -41,17 +34,11 @@ class Shortcuts(nn.Module):
         return x + weight * residual
 
 
-def attach(layer: nn.Module, weights: Mapping[str, Tensor]) -> Shortcuts:
+def weigh_shortcuts(layer: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Weigh the shortcuts of a layer of fairseq's Transformer, for all of its branches."""
     shortcuts = Shortcuts(weights)
-    layer.add_module(NAME, shortcuts)
+    layer.add_module("shortcuts", shortcuts)
     # In the layer's own attributes, where it takes precedence over the method of its class.
     vars(layer)["residual_connection"] = shortcuts
     # A forward pass that an error broke off leaves the count where it was.
     layer.register_forward_pre_hook(shortcuts.restart)
-    return shortcuts
-
-
-def weights_of(layer: nn.Module) -> dict[str, Tensor]:
-    """The weights of a layer's shortcuts, by the branch's name."""
-    return dict(layer.get_submodule(NAME).named_parameters())

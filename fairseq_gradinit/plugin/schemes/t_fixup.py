@@ -8,13 +8,10 @@ and models/transformer.py): Xavier's uniform distribution, for queries and keys 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
 from fairseq_gradinit.plugin.branches import stacks
-from fairseq_gradinit.plugin.schemes.variants import register_variants, switch
 
 
 def branch_factor(side: str, layers: int) -> float:
@@ -27,20 +24,15 @@ def embedding_factor(layers: int) -> float:
     return float((9 * layers) ** (-1 / 4))
 
 
-def configure(model: Any) -> None:
-    """Have a model's configuration build the T-Fixup variant.
-
-    Raises:
-        GradInitError: the model is not an encoder-decoder Transformer of fairseq.
-    """
-    switch(model, "t_fixup")
-
-
 @torch.no_grad()
 def t_fixup(model: nn.Module) -> None:
     """Take the LayerNorms out of an encoder-decoder model, and scale its weights."""
-    _remove_layer_norms(model)
-    scaled: set[nn.Parameter] = set()
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            # By name: apex has a LayerNorm of its own.
+            if "layernorm" in type(child).__name__.lower():
+                setattr(parent, name, nn.Identity())
+    scaled = set()
     for stack in stacks(model):
         factor = branch_factor(stack.side, len(stack.layers))
         for branch in stack.branches:
@@ -50,19 +42,7 @@ def t_fixup(model: nn.Module) -> None:
             for linear in branch.values:
                 nn.init.xavier_uniform_(linear.weight)
                 linear.weight.mul_(factor)
-        embeddings = model.get_submodule(f"{stack.side}.embed_tokens").weight
-        assert isinstance(embeddings, nn.Parameter)
+        embeddings = model.get_parameter(f"{stack.side}.embed_tokens.weight")
         if embeddings not in scaled:
             embeddings.mul_(embedding_factor(len(stack.layers)))
             scaled.add(embeddings)
-
-
-def _remove_layer_norms(model: nn.Module) -> None:
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            # By name: apex has a LayerNorm of its own.
-            if "layernorm" in type(child).__name__.lower():
-                setattr(parent, name, nn.Identity())
-
-
-register_variants("t_fixup", t_fixup, of=["transformer"])

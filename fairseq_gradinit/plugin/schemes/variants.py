@@ -1,13 +1,12 @@
-"""Architectures of ours that differ from a stock one in how the built model is changed.
+"""The architectures that schemes need: pre-LN, and ours, which change a stock model once built.
 
-Each has a name of its own, under which its checkpoints are loaded: they need
-`--user-dir fairseq_gradinit`.
+Ours have names of their own, under which checkpoints are loaded with `--user-dir fairseq_gradinit`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from fairseq.models import (
@@ -25,6 +24,8 @@ from torch import nn
 
 from fairseq_gradinit.errors import GradInitError
 
+SIDES = ("encoder", "decoder")
+
 STOCK: dict[str, Any] = {
     "transformer": TransformerModel,
     "transformer_lm": TransformerLanguageModel,
@@ -35,18 +36,11 @@ STOCK: dict[str, Any] = {
 def register_variants(
     scheme: str, change: Callable[[nn.Module], None], of: Sequence[str] = tuple(STOCK)
 ) -> None:
-    """Register `transformer_SCHEME` and `transformer_lm_SCHEME`.
-
-    Args:
-        scheme: its name, with underscores.
-        change: what is done to each model when it is built.
-        of: the stock models that have this variant.
-    """
+    """Register `transformer_SCHEME` and `transformer_lm_SCHEME`, whose models `change` makes."""
     for name in of:
-        stock = STOCK[name]
         variant = f"{name}_{scheme}"
         register_model(variant, dataclass=MODEL_DATACLASS_REGISTRY.get(name))(
-            _subclass(stock, variant, change)
+            _subclass(STOCK[name], variant, change)
         )
         # A model with a dataclass registers an architecture of its own name.
         if variant not in ARCH_MODEL_REGISTRY:
@@ -62,60 +56,55 @@ def _subclass(stock: Any, name: str, change: Callable[[nn.Module], None]) -> typ
     return type(name, (stock,), {"build_model": classmethod(build_model)})
 
 
-def switch(model: Any, scheme: str) -> None:
+def choose_pre_ln(model: Any) -> None:
+    """Set those of fairseq's flags of pre-LN that a model's configuration has.
+
+    LayerNorm is before each sublayer instead of after it, and one more at the end of each stack
+    (Xiong et al., ICML 2020, section 3.1).
+
+    Raises:
+        GradInitError: it has none of them.
+    """
+    flags = [f"{side}_normalize_before" for side in SIDES]
+    flags = [flag for flag in flags if getattr(model, flag, None) is not None]
+    if not flags:
+        raise GradInitError(
+            "--init-scheme pre-ln sets --encoder-normalize-before and --decoder-normalize-before, "
+            "and this --arch has neither: choose another, or leave --init-scheme out"
+        )
+    for flag in flags:
+        setattr(model, flag, True)
+
+
+def choose_variant(model: Any, scheme: str, post_ln: bool = True) -> None:
     """Have a model's configuration build the scheme's variant, with the sizes that it has.
 
     Args:
         model: fairseq's configuration of the model: a Namespace, or a DictConfig.
-        scheme: as in `register_variants`.
+        post_ln: whether it needs LayerNorm after the sublayers.
 
     Raises:
-        GradInitError: it is of a class that has no such variant.
+        GradInitError: LayerNorm is before them, or the model is one that has no such variant.
     """
-    name = str(given(model, "_name") or given(model, "arch"))
-    found = ARCH_MODEL_REGISTRY.get(name)
-    variants = {key: f"{key}_{scheme}" for key in STOCK if f"{key}_{scheme}" in MODEL_REGISTRY}
-    if any(found is MODEL_REGISTRY[variant] for variant in variants.values()):
-        return
-    stock = next((key for key in variants if found is STOCK[key]), None)
+    option = f"--init-scheme {scheme.replace('_', '-')}"
+    for side in SIDES:
+        if post_ln and getattr(model, f"{side}_normalize_before", False):
+            raise GradInitError(
+                f"{option} is for post-LN models, and this {side} has LayerNorm before its "
+                f"sublayers: choose an --arch without --{side}-normalize-before"
+            )
+    arch = str(getattr(model, "_name", None) or model.arch)
+    variants = {name: f"{name}_{scheme}" for name in STOCK if f"{name}_{scheme}" in MODEL_REGISTRY}
+    stock = next((name for name in variants if ARCH_MODEL_REGISTRY.get(arch) is STOCK[name]), None)
     if stock is None:
         raise GradInitError(
-            f"--init-scheme {scheme.replace('_', '-')} changes fairseq's models "
-            f"{' and '.join(variants)} (--arch {', '.join(f'{key}...' for key in variants)}), and "
-            f"--arch {name} is another model: choose one of these"
+            f"{option} changes fairseq's models {' and '.join(variants)} "
+            f"(--arch {', '.join(f'{name}...' for name in variants)}), and --arch {arch} is "
+            "another model: choose one of these"
         )
-    with writable(model):
+    with open_dict(model) if OmegaConf.is_config(model) else nullcontext():
         if stock not in MODEL_DATACLASS_REGISTRY:
-            ARCH_CONFIG_REGISTRY[name](model)
+            ARCH_CONFIG_REGISTRY[arch](model)
         for key in ("_name", "arch"):
-            if given(model, key) is not None:
+            if getattr(model, key, None) is not None:
                 setattr(model, key, variants[stock])
-
-
-def require_post_ln(model: Any, scheme: str) -> None:
-    """Refuse a configuration with LayerNorm before the sublayers.
-
-    Raises:
-        GradInitError: it has one.
-    """
-    for side in ("encoder", "decoder"):
-        if given(model, f"{side}_normalize_before"):
-            raise GradInitError(
-                f"--init-scheme {scheme} is for post-LN models, and this {side} has LayerNorm "
-                f"before its sublayers: choose an --arch without --{side}-normalize-before"
-            )
-
-
-def given(model: Any, key: str) -> Any:
-    """The value of a key in a model's configuration, None if there is none."""
-    return getattr(model, key, None)
-
-
-@contextmanager
-def writable(model: Any) -> Iterator[None]:
-    """Allow changes to a model's configuration, of whichever type it is."""
-    if OmegaConf.is_config(model):
-        with open_dict(model):
-            yield
-    else:
-        yield
