@@ -16,7 +16,6 @@ import pytest
 from conftest import GRADINIT, PLUGIN, Training, digest, run_here, train_here
 from test_train import assert_scaled, same
 
-from fairseq_gradinit.cli import command
 from fairseq_gradinit.plugin.safe_loading import read_checkpoint
 
 
@@ -152,7 +151,7 @@ def evaluate(name: str, data: Path, checkpoint: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TASKS)
-def test_a_task_from_gradinit_to_the_evaluation_of_scaled_averages(corpus, tmp_path, name):
+def test_a_task_from_gradinit_to_the_evaluation_of_averages(corpus, tmp_path, name):
     folders = corpus.translation, corpus.language_model, tmp_path
     without = train_task(name, *folders, "--no-save")
     saving = [*GRADINIT, "--save-interval-updates", "2"]
@@ -164,8 +163,8 @@ def test_a_task_from_gradinit_to_the_evaluation_of_scaled_averages(corpus, tmp_p
     options = read_checkpoint(tmp_path / "checkpoint_last.pt")["cfg"]["task"]
     options = options if isinstance(options, dict) else vars(options)
     assert (options["gradinit"], options["gradinit_iterations"]) == (True, 3)
-    average, scaled = (str(tmp_path / name) for name in ("average.pt", "scaled.pt"))
-    assert checkpoints.main(["average", str(tmp_path), "--last", "2", "--output", average]) == 0
-    assert command.main(["apply", str(tmp_path), average, "--out", scaled]) == 0
+    average = tmp_path / "average.pt"
+    words = ["average", str(tmp_path), "--last", "2", "--output", str(average)]
+    assert checkpoints.main(words) == 0
     monolingual = BLOCKS[0] in TASKS[name][0]
-    evaluate(name, folders[1 if monolingual else 0], Path(scaled))
+    evaluate(name, folders[1 if monolingual else 0], average)
