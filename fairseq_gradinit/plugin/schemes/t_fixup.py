@@ -14,16 +14,6 @@ from torch import nn
 from fairseq_gradinit.plugin.branches import stacks
 
 
-def branch_factor(side: str, layers: int) -> float:
-    """Factor on v_proj, out_proj, fc1 and fc2 of a stack with so many layers."""
-    return float(0.67 * layers ** (-1 / 4) if side == "encoder" else (9 * layers) ** (-1 / 4))
-
-
-def embedding_factor(layers: int) -> float:
-    """Factor on N(0, d^(-1/2)), the distribution of embeddings, by the layers that they feed."""
-    return float((9 * layers) ** (-1 / 4))
-
-
 @torch.no_grad()
 def t_fixup(model: nn.Module) -> None:
     """Take the LayerNorms out of an encoder-decoder model, and scale its weights."""
@@ -34,7 +24,9 @@ def t_fixup(model: nn.Module) -> None:
                 setattr(parent, name, nn.Identity())
     scaled = set()
     for stack in stacks(model):
-        factor = branch_factor(stack.side, len(stack.layers))
+        depth = len(stack.layers)
+        small = (9 * depth) ** (-1 / 4)
+        factor = 0.67 * depth ** (-1 / 4) if stack.side == "encoder" else small
         for branch in stack.branches:
             for linear in (*branch.queries_and_keys, *branch.values):
                 if linear.bias is not None:
@@ -44,5 +36,5 @@ def t_fixup(model: nn.Module) -> None:
                 linear.weight.mul_(factor)
         embeddings = model.get_parameter(f"{stack.side}.embed_tokens.weight")
         if embeddings not in scaled:
-            embeddings.mul_(embedding_factor(len(stack.layers)))
+            embeddings.mul_(small)
             scaled.add(embeddings)
