@@ -213,10 +213,3 @@ def test_too_few_data_for_admin_are_refused(corpus, tmp_path):
         corpus.translation, tmp_path, "--init-scheme", "admin", "--max-tokens", "100000"
     )
     assert done.error().startswith("--init-scheme admin draws sentences by index")
-
-
-def test_outputs_that_are_not_finite_are_refused_by_admin():
-    model = build("transformer_admin")
-    nn.init.constant_(model.encoder.layers[0].fc2.bias, torch.inf)
-    with pytest.raises(GradInitError, match="branch 2 of the encoder does not put out finite"):
-        set_omegas(model, lambda _: outputs(model), [None], OneProcess())

@@ -45,8 +45,6 @@ class Scales:
 
     def __post_init__(self) -> None:
         """Refuse, with a ValueError, what no run can come to."""
-        if any(block.scale < 0.0 for block in self.blocks):
-            raise ValueError("a scale is negative")
         if len({block.name for block in self.blocks}) != len(self.blocks):
             raise ValueError("a name is repeated")
 

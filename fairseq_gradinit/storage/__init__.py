@@ -1,8 +1,7 @@
 """Small JSON files, written whole or not at all and checked field by field when read.
 
-`save_document` and `load_document` keep a dataclass with the format and version of its file.
-`write_atomically` replaces a file; `append_line` and `read_lines` keep a file of JSON lines that
-several processes may append to. `parse` makes a dataclass of what JSON holds.
+`save_document` and `load_document` keep a dataclass, `append_line` and `read_lines` JSON lines that
+several processes may append to; `parse` makes a dataclass of what JSON holds.
 """
 
 from fairseq_gradinit.storage.files import (

@@ -47,13 +47,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 @dataclass(frozen=True)
 class Format:
-    """A kind of document.
-
-    Attributes:
-        name: stands in each of them.
-        version: of the format; others are not read.
-        contents: what it holds, for messages: "the scales of a run".
-    """
+    """A kind of document, and what it holds, for messages: "the scales of a run"."""
 
     name: str
     version: int

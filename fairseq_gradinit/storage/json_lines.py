@@ -64,19 +64,14 @@ def append_line(path: Path, value: Any) -> None:
             # A line must not get lost for want of locks, which some network file systems lack.
             with contextlib.suppress(OSError):
                 fcntl.flock(file, fcntl.LOCK_EX)
-            _cut_torn_line(path)
+            content = path.read_bytes()
+            end = content.rfind(b"\n") + 1
+            if end < len(content):
+                logger.warning("the last line of %s was not written to its end: removed", path)
+                os.truncate(path, end)
             if os.write(file.fileno(), line) < len(line):
                 raise OSError("there is no room for the whole line")
     except OSError as error:
         raise GradInitError(
             f"cannot append to {path}: {error.strerror or error}; choose a file that can be written"
         ) from error
-
-
-def _cut_torn_line(path: Path) -> None:
-    """Cut off a last line that was not written to its end."""
-    content = path.read_bytes()
-    end = content.rfind(b"\n") + 1
-    if end < len(content):
-        logger.warning("the last line of %s was not written to its end: removed", path)
-        os.truncate(path, end)

@@ -17,8 +17,7 @@ from fairseq.models import (
     register_model,
     register_model_architecture,
 )
-from fairseq.models.transformer import TransformerModel, transformer_legacy
-from fairseq.models.transformer_lm import TransformerLanguageModel
+from fairseq.models.transformer import transformer_legacy
 from omegaconf import OmegaConf, open_dict
 from torch import nn
 
@@ -26,21 +25,18 @@ from fairseq_gradinit.errors import GradInitError
 
 SIDES = ("encoder", "decoder")
 
-STOCK: dict[str, Any] = {
-    "transformer": TransformerModel,
-    "transformer_lm": TransformerLanguageModel,
-}
+STOCK = ("transformer", "transformer_lm")
 """fairseq's models that have variants."""
 
 
 def register_variants(
-    scheme: str, change: Callable[[nn.Module], None], of: Sequence[str] = tuple(STOCK)
+    scheme: str, change: Callable[[nn.Module], None], of: Sequence[str] = STOCK
 ) -> None:
     """Register `transformer_SCHEME` and `transformer_lm_SCHEME`, whose models `change` makes."""
     for name in of:
         variant = f"{name}_{scheme}"
         register_model(variant, dataclass=MODEL_DATACLASS_REGISTRY.get(name))(
-            _subclass(STOCK[name], variant, change)
+            _subclass(MODEL_REGISTRY[name], variant, change)
         )
         # A model with a dataclass registers an architecture of its own name.
         if variant not in ARCH_MODEL_REGISTRY:
@@ -95,7 +91,8 @@ def choose_variant(model: Any, scheme: str, post_ln: bool = True) -> None:
             )
     arch = str(getattr(model, "_name", None) or model.arch)
     variants = {name: f"{name}_{scheme}" for name in STOCK if f"{name}_{scheme}" in MODEL_REGISTRY}
-    stock = next((name for name in variants if ARCH_MODEL_REGISTRY.get(arch) is STOCK[name]), None)
+    kind = ARCH_MODEL_REGISTRY.get(arch)
+    stock = next((name for name in variants if kind is MODEL_REGISTRY[name]), None)
     if stock is None:
         raise GradInitError(
             f"{option} changes fairseq's models {' and '.join(variants)} "
