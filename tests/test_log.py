@@ -1,4 +1,4 @@
-"""What a run of GradInit tells: progress, the table of scales, the signature, the trackers."""
+"""What a run of GradInit tells: progress, the table of scales, the signature, TensorBoard."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import copy
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from conftest import GRADINIT, train_here
+from fairseq.logging import progress_bar
 
 from fairseq_gradinit.engine.config import GradInitConfig
 from fairseq_gradinit.engine.history import Iteration
@@ -36,15 +36,14 @@ def test_lines_of_iterations(told):
     lines = told.lines("| gradinit: ")
     steps = [re.search(r"gradinit: +(\d+ / \d+) ", line).group(1) for line in lines]
     assert steps == ["1 / 3", "2 / 3", "3 / 3"]
-    history = Scales.load(Path(told.trainer.cfg.checkpoint.save_dir, SCALES_FILE)).history
-    for line, row in zip(lines, map(vars, history), strict=True):
-        columns = dict(re.findall(r"(\w+)=([^,\s]+)", line))
-        assert (columns["kind"], columns["gamma"]) == ("objective", "off")
-        # A terminal of 80 columns cuts the rest off a progress bar.
-        assert list(columns)[:2] == ["trial_loss", "loss"]
-        assert float(columns["gnorm"]) == round(row["grad_norm"], 2)
-        for name, digits in {"loss": 4, "trial_loss": 4, "min_scale": 3, "max_scale": 3}.items():
-            assert float(columns[name]) == round(row[name], digits)
+    (last,) = Scales.load(Path(told.trainer.cfg.checkpoint.save_dir, SCALES_FILE)).history[-1:]
+    columns = dict(re.findall(r"(\w+)=([^,\s]+)", lines[-1]))
+    # A terminal of 80 columns cuts the rest off a progress bar.
+    assert list(columns)[:2] == ["trial_loss", "loss"]
+    assert (columns["kind"], columns["gamma"]) == ("objective", "off")
+    assert float(columns["gnorm"]) == round(last.grad_norm, 2)
+    for name, digits in {"loss": 4, "trial_loss": 4, "min_scale": 3, "max_scale": 3}.items():
+        assert float(columns[name]) == round(getattr(last, name), digits)
 
 
 def test_the_table_has_a_row_for_every_kind_and_a_column_for_every_layer(told):
@@ -56,8 +55,7 @@ def test_the_table_has_a_row_for_every_kind_and_a_column_for_every_layer(told):
             break
         kind, cells = re.split(r"\s{2,}", line)
         rows[kind] = cells
-    names = told.initial.keys()
-    assert rows.keys() == {re.sub(r"\.\d+\.", ".*.", name) for name in names}
+    assert rows.keys() == {re.sub(r"\.\d+\.", ".*.", name) for name in told.initial}
     assert re.fullmatch(r"\d\.\d\d \d\.\d\d", rows["decoder.layers.*.fc1.weight"])
     assert rows["encoder.layers.*.fc1.weight"] == "0.1 (fixed)"
     assert re.fullmatch(r"\d\.\d\d", rows["encoder.embed_tokens.weight"])
@@ -78,91 +76,37 @@ def test_the_signature_names_what_decides_the_result(told, corpus, tmp_path):
     assert differs == {"seed", "model", "data"}
 
 
-@pytest.fixture
-def write_log(told, tmp_path):
-    """Writes 40 iterations as a run with some logging options does."""
-
-    def write(**common):
-        cfg = copy.deepcopy(told.trainer.cfg)
-        for name, value in common.items():
-            cfg.common[name] = value
-        log = IterationLog(cfg, GradInitConfig(eta=1e-3, iterations=40), tracked=True)
-        for index in range(1, 41):
-            log.write(Iteration(index, "objective", 5.25, 4.125, 1e3, 0.9, 1.1))
-
-    return write
-
-
 @pytest.mark.parametrize("format_", ["json", "none", "tqdm"])
-def test_every_log_format(write_log, caplog, format_):
+def test_every_second_of_40_iterations_in_every_log_format_and_in_tensorboard(
+    format_, told, tmp_path, caplog, monkeypatch
+):
+    written = []
+
+    class Writer:
+        """Stands for TensorBoard's, which is not installed."""
+
+        def __init__(self, folder):
+            self.tag = Path(folder).name
+
+        def add_scalar(self, key, value, step):
+            written.append((self.tag, key, step))
+
+        def add_text(self, *_): ...
+
+        def flush(self): ...
+
+    monkeypatch.setattr(progress_bar, "SummaryWriter", Writer)
+    monkeypatch.setattr(progress_bar, "_tensorboard_writers", {})
     caplog.set_level("INFO")
-    write_log(log_format=format_)
-    found = [record.message for record in caplog.records if record.name == "gradinit"]
+    cfg = copy.deepcopy(told.trainer.cfg)
+    cfg.common.log_format, cfg.common.tensorboard_logdir = format_, str(tmp_path)
+    log = IterationLog(cfg, GradInitConfig(eta=1e-3, iterations=40), tracked=True)
+    for index in range(1, 41):
+        log.write(Iteration(index, "objective", 5.25, 4.125, 1e3, 0.9, 1.1))
+    found = [record.message for record in caplog.records if record.name == TAG]
     if format_ == "json":
         assert [json.loads(line)["kind"] for line in found] == ["objective"] * 20
-    if format_ == "none":
-        assert not found
-
-
-class Trackers:
-    """What fairseq hands to its three trackers, none of which is installed."""
-
-    def __init__(self, monkeypatch) -> None:
-        from fairseq.logging import progress_bar
-
-        self.tensorboard: list[tuple] = []
-        self.aim: list[tuple] = []
-        self.wandb: list[tuple] = []
-        self.begun: list[dict] = []
-        trackers = self
-
-        class Writer:
-            def __init__(self, folder):
-                self.tag = folder.rpartition("/")[2]
-
-            def add_scalar(self, key, value, step):
-                trackers.tensorboard.append((self.tag, key, step))
-
-            def add_text(self, *_): ...
-            def flush(self): ...
-            def close(self): ...
-
-        class Run:
-            def track(self, value, name, step, context):
-                trackers.aim.append((context["tag"], name, value, step))
-
-            def set(self, key, value, strict): ...
-
-        wandb = SimpleNamespace(
-            init=lambda **options: self.begun.append(options),
-            log=lambda values, step: self.wandb.append((step, values)),
-            config=SimpleNamespace(update=lambda *_, **__: None),
-            run=SimpleNamespace(name="a run"),
-        )
-        monkeypatch.setattr(progress_bar, "SummaryWriter", Writer)
-        monkeypatch.setattr(progress_bar, "_tensorboard_writers", {})
-        monkeypatch.setattr(progress_bar, "get_aim_run", lambda repo, run_hash: Run())
-        monkeypatch.setattr(progress_bar, "wandb", wandb)
-
-
-def test_trackers_get_the_iterations(write_log, tmp_path, monkeypatch):
-    """Each second of 40 iterations."""
-    trackers = Trackers(monkeypatch)
-    write_log(
-        tensorboard_logdir=str(tmp_path / "tb"),
-        **{"aim_repo": str(tmp_path / "aim"), "aim_run_hash": "abc", "wandb_project": "p"},
-    )
-    shown = list(range(2, 41, 2))
+    assert (format_ == "none") == (not found)
     for key in ("loss", "trial_loss", "gnorm", "min_scale", "max_scale"):
-        steps = [step for tag, name, step in trackers.tensorboard if (tag, name) == (TAG, key)]
-        assert steps == shown
-    ours = [(name, value, step) for tag, name, value, step in trackers.aim if tag == TAG]
-    assert [step for name, _, step in ours if name == "trial_loss"] == shown
-    logged = [values for _, values in trackers.wandb]
-    found = [row["gradinit/iteration"] for row in logged if "gradinit/iteration" in row]
-    assert found == shown
-    steps = [step for step, row in trackers.wandb if any(key.startswith(TAG) for key in row)]
-    assert steps == sorted(steps)
-    assert steps[-1] <= 20
-    assert {options["project"] for options in trackers.begun} == {"p"}
-    assert len({options["name"] for options in trackers.begun}) == 1
+        steps = [step for tag, name, step in written if (tag, name) == (TAG, key)]
+        assert steps == list(range(2, 41, 2))

@@ -1,15 +1,14 @@
-"""What a user reads of a run: the progress bar and trackers, and the table of scales."""
+"""What a user reads of a run: the progress bar, TensorBoard, and the table of scales."""
 
 from __future__ import annotations
 
 import math
-import os
 from typing import Any
 
 from fairseq.logging import progress_bar
 
 from fairseq_gradinit.engine import GradInitConfig, Iteration
-from fairseq_gradinit.scales import BlockScale, Scales, kinds_of_blocks
+from fairseq_gradinit.scales import Scales, kinds_of_blocks
 
 LINES_OF_LOG = 20
 TAG = "gradinit"
@@ -21,7 +20,7 @@ class IterationLog:
     Args:
         cfg: fairseq's configuration, whose logging options it follows.
         config: the settings of the run.
-        tracked: whether this process writes to experiment trackers too.
+        tracked: whether this process writes to TensorBoard too.
     """
 
     def __init__(self, cfg: Any, config: GradInitConfig, tracked: bool) -> None:
@@ -33,23 +32,9 @@ class IterationLog:
             log_format=common.log_format,
             log_interval=self._interval,
             prefix=TAG,
-            aim_repo=common.aim_repo if tracked else None,
-            aim_run_hash=common.aim_run_hash if tracked else None,
-            aim_param_checkpoint_dir=cfg.checkpoint.save_dir,
             tensorboard_logdir=common.tensorboard_logdir if tracked else None,
             default_log_format="simple" if common.no_progress_bar else "tqdm",
-            azureml_logging=common.azureml_logging and tracked,
         )
-        self._wandb: Any = None
-        if common.wandb_project and tracked:
-            self._wandb = progress_bar.progress_bar(
-                [],
-                log_format="none",
-                wandb_project=common.wandb_project,
-                wandb_run_name=os.environ.get(
-                    "WANDB_NAME", os.path.basename(cfg.checkpoint.save_dir)
-                ),
-            )
         self._steps = iter(self._bar)
         self._shown = 0
 
@@ -60,36 +45,23 @@ class IterationLog:
             self._shown += 1
         last = iteration.index == self._config.iterations
         if iteration.index % self._interval == 0 or last:
-            self._show(iteration)
+            self._bar.log(self._stats(iteration), tag=TAG, step=iteration.index)
         if last:
             # What the progress bar does after its last item.
             next(self._steps, None)
 
-    def _wandb_step(self, index: int) -> int:
-        # W&B drops what comes with a step below the last one: counting lines, not iterations,
-        # leaves the steps of training free.
-        return -(-index // self._interval)
-
-    def _show(self, iteration: Iteration) -> None:
-        stats = iteration_stats(iteration, self._config.gamma)
-        self._bar.log(stats, tag=TAG, step=iteration.index)
-        if self._wandb is not None:
-            stats["iteration"] = iteration.index
-            self._wandb.log(stats, tag=TAG, step=self._wandb_step(iteration.index))
-
-
-def iteration_stats(iteration: Iteration, gamma: float) -> dict[str, Any]:
-    """One iteration as the values of one log line; a progress bar has room for the first two."""
-    trial = {} if iteration.trial_loss is None else {"trial_loss": round(iteration.trial_loss, 4)}
-    return {
-        **trial,
-        "loss": round(iteration.loss, 4),
-        "min_scale": round(iteration.min_scale, 3),
-        "max_scale": round(iteration.max_scale, 3),
-        "gnorm": round(iteration.grad_norm, 2),
-        "gamma": gamma if math.isfinite(gamma) else "off",
-        "kind": iteration.kind,
-    }
+    def _stats(self, iteration: Iteration) -> dict[str, Any]:
+        """The values of one log line; a progress bar has room for the first two."""
+        trial_loss, gamma = iteration.trial_loss, self._config.gamma
+        return {
+            **({} if trial_loss is None else {"trial_loss": round(trial_loss, 4)}),
+            "loss": round(iteration.loss, 4),
+            "min_scale": round(iteration.min_scale, 3),
+            "max_scale": round(iteration.max_scale, 3),
+            "gnorm": round(iteration.grad_norm, 2),
+            "gamma": gamma if math.isfinite(gamma) else "off",
+            "kind": iteration.kind,
+        }
 
 
 def scale_table(scales: Scales) -> list[str]:
@@ -98,12 +70,9 @@ def scale_table(scales: Scales) -> list[str]:
     width = max(len(kind) for kind in groups)
     lines = [f"{'scales by kind of block':{width}}  first layer to last"]
     for kind, blocks in groups.items():
-        cells = [_cell(block) for block in blocks]
-        if all(block.state != "learned" for block in blocks):
+        if any(block.state == "learned" for block in blocks):
+            cells = [f"{b.scale:.2f}" if b.state == "learned" else "-" for b in blocks]
+        else:
             cells = [f"{blocks[0].scale:g} ({', '.join(sorted({b.state for b in blocks}))})"]
         lines.append(f"{kind:{width}}  {' '.join(cells)}")
     return lines
-
-
-def _cell(block: BlockScale) -> str:
-    return f"{block.scale:.2f}" if block.state == "learned" else "-"
