@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import signal
-import threading
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 
 class StopSignals:
     """While this context is open, the first SIGTERM or SIGINT is only remembered.
 
-    A second one acts as it would have without this context. Python runs signal handlers in the
-    main thread, so in any other thread this does nothing.
+    A second one acts as it would have without this context.
 
     Attributes:
         received: number of the signal, or None.
@@ -23,18 +21,13 @@ class StopSignals:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._previous[number] = signal.signal(number, self._remember)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._remember)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._give_back()
+    def __exit__(self, *_: object) -> None:
+        while self._previous:
+            signal.signal(*self._previous.popitem())
 
     def __call__(self) -> bool:
         """Whether a signal has come."""
@@ -42,8 +35,4 @@ class StopSignals:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.received = number
-        self._give_back()
-
-    def _give_back(self) -> None:
-        while self._previous:
-            signal.signal(*self._previous.popitem())
+        self.__exit__()
