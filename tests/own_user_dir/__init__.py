@@ -24,13 +24,6 @@ class NoSampleSize(CrossEntropyCriterion):
         return loss, None, log
 
 
-@register_criterion("nothing_counted")
-class NothingCounted(CrossEntropyCriterion):
-    def forward(self, model, sample, reduce=True):
-        loss, _, log = super().forward(model, sample, reduce)
-        return loss, 0, log
-
-
 @register_criterion("nan_loss")
 class NanLoss(CrossEntropyCriterion):
     def forward(self, model, sample, reduce=True):
@@ -68,21 +61,13 @@ class HalfFrozenTransformer(TransformerModel):
     @classmethod
     def build_model(cls, args, task):
         model = super().build_model(args, task)
-        (model if args.freeze_but_norms else model.encoder).requires_grad_(False)
-        if args.freeze_but_norms:
-            for module in model.modules():
-                module.requires_grad_(isinstance(module, torch.nn.LayerNorm))
+        model.encoder.requires_grad_(False)
         return model
 
-    @classmethod
-    def add_args(cls, parser):
-        super().add_args(parser)
-        parser.add_argument("--freeze-but-norms", action="store_true", default=False)
 
-
-@register_model_architecture("half_frozen_transformer", "half_frozen_transformer")
-def half_frozen_transformer(args):
-    transformer_iwslt_de_en(args)
+register_model_architecture("half_frozen_transformer", "half_frozen_transformer")(
+    transformer_iwslt_de_en
+)
 
 
 class OwnLayer(TransformerEncoderLayerBase):
@@ -110,6 +95,6 @@ class TransformerOfOwnLayers(TransformerModel):
         return EncoderOfOwnLayers(args, src_dict, embed_tokens)
 
 
-@register_model_architecture("transformer_of_own_layers", "transformer_of_own_layers")
-def transformer_of_own_layers(args):
-    transformer_iwslt_de_en(args)
+register_model_architecture("transformer_of_own_layers", "transformer_of_own_layers")(
+    transformer_iwslt_de_en
+)
