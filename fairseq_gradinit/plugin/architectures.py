@@ -1,9 +1,7 @@
 """Post-LN Transformers for training without warmup.
 
-Each is its stock fairseq counterpart with LayerNorm after the residual addition written down, and
-its regularisation where stock leaves it to the command line. The architecture's name is replaced
-by that of the stock model once its values are filled in, so that checkpoints load in a fairseq
-without this plugin.
+Each names itself like the stock model once its values are filled in, so that checkpoints load in a
+fairseq without this plugin.
 """
 
 from __future__ import annotations
@@ -33,17 +31,9 @@ def _post_ln(args: Any, counterpart: Callable[[Any], None]) -> None:
 @register_model_architecture(MODEL, "transformer_gradinit_tiny")
 def transformer_gradinit_tiny(args: Any) -> None:
     """3+3 layers of width 256: what two CPU cores train in minutes."""
-    for side in ("encoder", "decoder"):
-        _fill(
-            args,
-            **{
-                f"{side}_layers": 3,
-                f"{side}_embed_dim": 256,
-                f"{side}_ffn_embed_dim": 1024,
-                f"{side}_attention_heads": 4,
-            },
-        )
-    _fill(args, share_all_embeddings=True)
+    sizes = {"layers": 3, "embed_dim": 256, "ffn_embed_dim": 1024, "attention_heads": 4}
+    both = {f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in sizes.items()}
+    _fill(args, **both, share_all_embeddings=True)
     _post_ln(args, stock.base_architecture)
 
 
