@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from fairseq_gradinit.engine import Block
 from fairseq_gradinit.plugin.optimizers import FIRST_STEPS
@@ -22,12 +21,8 @@ FAR = 4.0
 1e-3 for lr 5e-4); of the runs in docs/experiments.md some with 3 trained, and the one with 10 did
 not."""
 
-_BEGIN_AT_THE_PEAK = ("polynomial_decay", "fixed", "cosine", "step", "reduce_lr_on_plateau")
-"""fairseq's schedules that do so with --warmup-updates 0."""
 
-
-@dataclass(frozen=True)
-class Beginning:
+class Beginning(NamedTuple):
     """How a schedule begins.
 
     Attributes:
@@ -71,41 +66,27 @@ def rate_warning(cfg: Any, blocks: Iterable[Block], eta: float, beginning: Begin
     """
     known = FIRST_STEPS.get(getattr(cfg.optimizer, "_name", ""))
     step = known(cfg.optimizer) if known else None
-    too_high = _too_high(cfg, blocks) if step and step.target == "adam" else None
+    lr, updates = float(cfg.optimization.lr[0]), math.ceil(SHORT * cfg.optimization.max_update)
+    short_warmup = f"--warmup-updates {updates}" if updates else "some 7 % of training"
+    sizes = [b.parameter.numel() for b in blocks if b.name.endswith("fc1.weight")]
+    size = max(sizes, default=0)
+    too_high = step is not None and step.target == "adam" and lr * math.sqrt(size) > HELD
     slow = beginning.rate * FAR < peak_lr(cfg)
     if too_high and not slow:
-        return too_high
-    if too_high and not beginning.rising:
-        return None
+        return (
+            f"--lr {lr:g} times the square root of {size:,}, the size of fc1, is "
+            f"{lr * math.sqrt(size):.2f}: at 0.7 and more, training without warmup failed in most "
+            f"of our runs from GradInit too, and a short warmup was enough: {short_warmup}"
+        )
     length = step.length if step else 1.0
     wanted, found = eta / length, beginning.rate
-    if math.isnan(wanted) or wanted / FAR <= found <= wanted * FAR:
+    close = math.isnan(wanted) or wanted / FAR <= found <= wanted * FAR
+    if close or (too_high and not beginning.rising):
         return None
     both = f"the first update has learning rate {found:g}, and the scales are for {wanted:g}"
     if not slow or found > wanted:
         return f"{both}: learn them for the first update, with --gradinit-eta {found * length:g}"
+    instead = "use --lr-scheduler polynomial_decay --warmup-updates 0"
     if too_high:
-        instead = f"a short warmup is enough: {_short_warmup(cfg)}"
-    elif getattr(cfg.lr_scheduler, "_name", "") in _BEGIN_AT_THE_PEAK:
-        instead = "use --warmup-updates 0"
-    else:
-        instead = "use --lr-scheduler polynomial_decay --warmup-updates 0"
+        instead = f"a short warmup is enough: {short_warmup}"
     return f"{both}: the step that GradInit prepares is never taken; {instead}"
-
-
-def _too_high(cfg: Any, blocks: Iterable[Block]) -> str | None:
-    """What to do without warmup about a rate that Adam does not hold; None if it does."""
-    sizes = [b.parameter.numel() for b in blocks if b.name.endswith("fc1.weight")]
-    lr, size = float(cfg.optimization.lr[0]), max(sizes, default=0)
-    if lr * math.sqrt(size) <= HELD:
-        return None
-    return (
-        f"--lr {lr:g} times the square root of {size:,}, the size of fc1, is "
-        f"{lr * math.sqrt(size):.2f}: at 0.7 and more, training without warmup failed in most of "
-        f"our runs from GradInit too, and a short warmup was enough: {_short_warmup(cfg)}"
-    )
-
-
-def _short_warmup(cfg: Any) -> str:
-    length = math.ceil(SHORT * cfg.optimization.max_update)
-    return f"--warmup-updates {length}" if length else "some 7 % of training"
