@@ -13,9 +13,6 @@ from hydra.core.config_search_path import ConfigSearchPath
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.utils import to_absolute_path
 
-USER_DIR_OPTION = "common.user_dir="
-OUR_OPTIONS = ("task.gradinit", "task.init_scheme")
-
 
 class FairseqGradInitSearchPath(SearchPathPlugin):
     """Adds nothing to the search path; it is the earliest moment that Hydra offers."""
@@ -26,12 +23,10 @@ class FairseqGradInitSearchPath(SearchPathPlugin):
             return
         from fairseq.utils import import_user_module
 
-        words = sys.argv[1:]
-        # A user dir of one's own that imports ours looks like any other.
-        ours = any(word.lstrip("+").startswith(OUR_OPTIONS) for word in words)
-        for word in words:
-            option, _, path = word.partition(USER_DIR_OPTION)
-            if not option.strip("+") and (ours or "fairseq_gradinit" in path):
+        for word in sys.argv[1:]:
+            option, _, path = word.partition("common.user_dir=")
+            if path and not option.strip("+"):
+                # Any, since a user dir of one's own may import ours.
                 import_user_module(Namespace(user_dir=path))
         add_defaults = program.add_defaults
 
@@ -43,10 +38,7 @@ class FairseqGradInitSearchPath(SearchPathPlugin):
             # Covers a user dir that a configuration file names.
             import_user_module(cfg.common)
             if "fairseq_gradinit.plugin.hook" in sys.modules:
-                hook = sys.modules["fairseq_gradinit.plugin.hook"]
-                hook.extend_tasks()
-                # Before OmegaConf answers them, at length.
-                hook.check_options(cfg.task)
+                sys.modules["fairseq_gradinit.plugin.hook"].extend_tasks()
             add_defaults(cfg)
 
         program.add_defaults = with_user_dir

@@ -11,8 +11,7 @@ from typing import Any, Optional
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 
 from fairseq_gradinit.errors import GradInitError
-from fairseq_gradinit.plugin.option_values import read_value
-from fairseq_gradinit.plugin.options import read_options
+from fairseq_gradinit.plugin.options import read_options, read_value
 from fairseq_gradinit.plugin.plan import refuse_unsupported
 from fairseq_gradinit.plugin.schemes.admin import add_omegas, measure_omegas
 from fairseq_gradinit.plugin.schemes.deepnorm import deepnorm
