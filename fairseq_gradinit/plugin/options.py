@@ -233,12 +233,9 @@ def _converted(value: Any, kind: Any) -> Any:
         return str(kind({True: "on", False: "off"}[value] if isinstance(value, bool) else value))
     if kind is str and isinstance(value, (list, ListConfig)):
         return ",".join(map(str, value))
-    if kind in (bool, str):
-        right = isinstance(value, kind)
-    else:
-        fractional = kind is int and isinstance(value, float) and not value.is_integer()
-        right = not fractional and not isinstance(value, bool)
-    if not right:
+    exact = kind in (bool, str) or isinstance(value, bool)
+    fractional = kind is int and isinstance(value, float) and not value.is_integer()
+    if fractional or (exact and type(value) is not kind):
         raise ValueError
     return kind(value)
 
