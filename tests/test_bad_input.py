@@ -10,8 +10,6 @@ import pytest
 from conftest import OWN_USER_DIR, SCALES_ALONE, train_here, usual_options
 from test_train import same
 
-from fairseq_gradinit.errors import GradInitError
-from fairseq_gradinit.plugin.trainer import require_writable
 from fairseq_gradinit.scales.file import SCALES_FILE
 
 QUICK = ["--gradinit", "--gradinit-iterations", "2", "--max-update", "1", *SCALES_ALONE]
@@ -55,9 +53,6 @@ def test_a_scales_file_of_other_sizes_and_of_another_model(corpus, tmp_path):
 
 
 def test_a_save_dir_that_cannot_be_written(corpus, tmp_path):
-    for folder in ("/proc/gradinit", __file__):
-        with pytest.raises(GradInitError, match=f"cannot write to --save-dir {folder}: "):
-            require_writable(folder)
     run = train_here(corpus.translation, __file__, *QUICK)
     assert f"cannot write to --save-dir {__file__}: " in run.error()
     assert run.trainer is None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import logging
 
 import pytest
 import torch
@@ -83,7 +82,7 @@ def test_an_interrupted_run_resumes(corpus, tmp_path):
 
 def test_micro_batches_are_halved_until_they_fit(caplog):
     """With less memory than a whole batch takes, the scales are the same."""
-    caplog.set_level(logging.WARNING)
+    caplog.set_level("WARNING")
     width, rows, megabytes = 256, 65_536, 2**20
     config = GradInitConfig(eta=1e-3, iterations=2)
 

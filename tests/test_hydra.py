@@ -24,7 +24,6 @@ from fairseq_gradinit.plugin.options import GradInitOptions, read_options
 from fairseq_gradinit.plugin.plan import Plan, make_plan
 from fairseq_gradinit.plugin.safe_loading import read_checkpoint
 
-MODEL = {"layers": 2, "embed_dim": 32, "ffn_embed_dim": 64, "attention_heads": 2}
 REST = {
     "criterion": {"_name": "cross_entropy"},
     "optimizer": {"_name": "adam"},
@@ -43,10 +42,10 @@ REST = {
 
 def configuration(data: Path, save_dir: Path, options: dict, user_dir="fairseq_gradinit") -> dict:
     task = {"_name": "language_modeling", "data": str(data), "tokens_per_sample": 16}
-    model = {f"decoder_{name}": size for name, size in MODEL.items()}
+    sizes = {"layers": 2, "embed_dim": 32, "ffn_embed_dim": 64, "attention_heads": 2}
     return {
         "task": task | options,
-        "model": {"_name": "transformer_lm", **model},
+        "model": {"_name": "transformer_lm", **{f"decoder_{k}": n for k, n in sizes.items()}},
         "common": {"user_dir": user_dir, "cpu": True, "log_format": "simple", "log_interval": 1},
         "checkpoint": {"save_dir": str(save_dir)},
         **REST,

@@ -18,7 +18,6 @@ LEARNING = [
     *(*GRADINIT, "--gradinit-iterations", "6", "--gradinit-save-interval", "2"),
     *("--encoder-layers", "1", "--decoder-layers", "1", "--max-update", "2"),
 ]
-IN_VAIN = ["--gradinit-save-interval", "0", *SCALES_ALONE]
 write = IterationLog.write
 
 
@@ -60,6 +59,7 @@ def test_a_signal_stops_learning_and_the_same_command_resumes_it(number, corpus,
 
 
 def test_without_a_state_the_learning_starts_over(corpus, tmp_path):
-    broken, again, _ = stop_and_resume(corpus, tmp_path, *IN_VAIN)
+    words = ["--gradinit-save-interval", "0", *SCALES_ALONE]
+    broken, again, _ = stop_and_resume(corpus, tmp_path, *words)
     assert broken.lines("nothing is saved, as --gradinit-save-interval 0 asks")
     assert not again.lines("gradinit_state.json")

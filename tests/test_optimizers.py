@@ -48,9 +48,3 @@ def test_for_another_optimizer_a_step_is_to_be_chosen(name):
     for target in TARGET_NAMES:
         config = plan_of("--optimizer", name, "--gradinit-optimizer", target).config
         assert (config.target, config.eta) == (target, pytest.approx(0.002))
-
-
-@pytest.mark.parametrize("betas", ["0.9", "None", "(0.9, 0.9, 0.9)", "0.9,"])
-def test_betas_that_are_not_two_numbers_are_refused(betas):
-    message = refusal("--optimizer", "adamax", "--adamax-betas", betas)
-    assert message.startswith(f"--adamax-betas '{betas}' is not two numbers")

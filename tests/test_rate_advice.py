@@ -23,7 +23,6 @@ FC1 = Block("encoder.layers.0.fc1.weight", torch.nn.Parameter(torch.ones(512, 12
 EMBEDDING = Block("encoder.embed_tokens.weight", torch.nn.Parameter(torch.ones(9, 128)), "learned")
 # From this rate on FC1 wants a short warmup.
 HIGH = 4e-3
-HABIT = "use --lr-scheduler polynomial_decay --warmup-updates 0"
 
 
 @functools.cache
@@ -77,7 +76,8 @@ def test_a_warmup_left_on_by_habit_is_named_with_what_to_do():
     for schedule, settings in (("polynomial_decay", {"warmup_updates": 1}), ("inverse_sqrt", {})):
         assert warning(schedule, **settings) == (
             "the first update has learning rate 0, and the scales are for 0.002: the step that "
-            f"GradInit prepares is never taken; {HABIT}"
+            "GradInit prepares is never taken; "
+            "use --lr-scheduler polynomial_decay --warmup-updates 0"
         )
     assert warning(warmup_updates=0) is None
 

@@ -1,8 +1,7 @@
-"""A user's own --user-dir, in which a process comes to harm if its environment says so.
+"""A user's own --user-dir, in which a process is sent a signal if its environment says so.
 
-KILLED_AT, STOPPED_AT   at the all-reduce of this number, counted from 1, it is sent the signal
-
-Once they have all begun, processes wait for each other for five seconds.
+KILLED_AT and STOPPED_AT are numbers of all-reduces. Once all processes have begun, they wait for
+each other for five seconds.
 """
 
 import functools
@@ -20,16 +19,16 @@ SIGNALS = {
     os.environ.get("KILLED_AT"): signal.SIGKILL,
     os.environ.get("STOPPED_AT"): signal.SIGSTOP,
 }
-BEGUN = 10
 
 all_reduce = torch.distributed.all_reduce
 numbers = itertools.count(1)
 
 
+# An error names it.
 @functools.wraps(all_reduce)
 def dangerous_all_reduce(tensor, op=torch.distributed.ReduceOp.SUM, group=None, async_op=False):
     number = next(numbers)
-    if number == BEGUN:
+    if number == 10:
         distributed_c10d._set_pg_timeout(timedelta(seconds=5), group)
     if found := SIGNALS.get(str(number)):
         os.kill(os.getpid(), found)
