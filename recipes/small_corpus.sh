@@ -1,6 +1,8 @@
 # shellcheck shell=bash
-# How small German-English corpora are trained on. Their corpus.sh reads lib.sh, then this file; what it
-# sets in between stays: updates, save, rate and sizes (layers, width, ffn, heads).
+# How small German-English corpora are trained on. Their corpus.sh reads this file; what it sets before
+# stays: updates, save, rate and sizes (layers, width, ffn, heads).
+
+source "$(dirname "$0")/../lib.sh"
 
 : "${SIZE:=small}"            # or base: model and batch of IWSLT'14, for a GPU
 case $SIZE in

@@ -41,35 +41,33 @@ points() {
 
 # point SEED RECIPE BETA2 LR: one run.
 point() {
-    local gpus devices
+    local gpus devices script=$HERE/$2.sh
     gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
     if [[ -n ${SLOT:-} ]] && ((gpus > 0)); then
         IFS=, read -ra devices <<<"${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((gpus - 1)))}"
         export CUDA_VISIBLE_DEVICES=${devices[SLOT % ${#devices[@]}]} GPUS=1
     fi
-    local script=$HERE/$2.sh
     if [[ ! -e $script ]]; then
         export SCHEME=${2#*/}
         script=$HERE/${2%/*}/scheme.sh
     fi
-    SEEDS=$1 BETA2=${3#none} LR=$4 bash "$script" ${OPTIONS[@]+"${OPTIONS[@]}"} || {
+    SEEDS=$1 BETA2=${3#none} LR=$4 bash "$script" "${options[@]}" || {
         echo "sweep.sh: $2 with SEEDS=$1 BETA2=$3 LR=$4 failed, for the reason above" >&2
         return 1
     }
 }
 
-OPTIONS=()
+options=() dry_run='' results=${RESULTS:-$RUNS/results.jsonl}
 for word in "$@"; do
     case $word in
-        --dry-run) OPTIONS+=("$word") ;;
-        --smoke) OPTIONS+=("$word") && results=$RUNS/smoke/results.jsonl ;;
+        --dry-run) options+=("$word") dry_run=1 ;;
+        --smoke) options+=("$word") results=$RUNS/smoke/results.jsonl ;;
         --count) points | wc -l && exit ;;
         --point) point "${@: -4}" && exit ;;
         --help | -h) usage && exit ;;
         *) echo "sweep.sh: $word is no option" >&2 && usage >&2 && exit 2 ;;
     esac
 done
-: "${results:=${RESULTS:-$RUNS/results.jsonl}}"
 
 if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
     read -ra chosen < <(points | sed -n "$((SLURM_ARRAY_TASK_ID + 1))p")
@@ -81,8 +79,8 @@ fi
 status=0
 # A point that fails does not keep the others from being run.
 points | xargs -P "$JOBS" --process-slot-var=SLOT -L 1 \
-    bash "$HERE/sweep.sh" ${OPTIONS[@]+"${OPTIONS[@]}"} --point || status=1
-[[ " ${OPTIONS[*]-} " != *" --dry-run "* ]] || exit "$status"
+    bash "$HERE/sweep.sh" "${options[@]}" --point || status=1
+[[ ! $dry_run ]] || exit "$status"
 PATH=$PATH:$HERE/../.venv/bin
 fairseq-gradinit table "$results" --published "${PUBLISHED:-$HERE/published.json}"
 fairseq-gradinit heat-map "$results" --out "$RUNS/heat-map.png"

@@ -4,7 +4,6 @@
 #     [VARIABLE=value ...] bash recipes/CORPUS/default-no-warmup.sh [--dry-run] [--smoke]
 set -euo pipefail
 
-# shellcheck source=recipes/multi30k/corpus.sh
 source "$(dirname "$0")/corpus.sh"
 
 : "${LR:=$ADAM_LR}"         # peak learning rate

@@ -4,7 +4,6 @@
 #     [VARIABLE=value ...] bash recipes/CORPUS/gradinit-adam.sh [--dry-run] [--smoke]
 set -euo pipefail
 
-# shellcheck source=recipes/multi30k/corpus.sh
 source "$(dirname "$0")/corpus.sh"
 
 : "${PRESET:=default}"      # of GradInit; paper is the setting of its authors

@@ -4,7 +4,6 @@
 #     SCHEME=admin [VARIABLE=value ...] bash recipes/CORPUS/scheme.sh [--dry-run] [--smoke]
 set -euo pipefail
 
-# shellcheck source=recipes/multi30k/corpus.sh
 source "$(dirname "$0")/corpus.sh"
 
 : "${SCHEME:=pre-ln}"       # of fairseq-train's --init-scheme, see docs/rivals.md

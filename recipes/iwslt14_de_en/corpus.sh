@@ -2,7 +2,6 @@
 # IWSLT'14 German-English, as all recipes of this folder train on it: read by them, not run.
 # Model, regularisation, batch and schedule are those of the GradInit authors' script.
 
-# shellcheck source=recipes/lib.sh
 source "$(dirname "$0")/../lib.sh"
 
 : "${SEEDS:=1 2 3 4 5}"

@@ -8,39 +8,23 @@
 # srun's exit status. DRY_RUN=1 prints the command line instead.
 set -euo pipefail
 
+source "$(dirname "$0")/common.sh"
+
 : "${NODES:=${SLURM_JOB_NUM_NODES:-1}}"              # of the allocation
 : "${GPUS_PER_NODE:=${SLURM_GPUS_ON_NODE:-0}}"       # on each of them
 : "${CPUS_PER_TASK:=${SLURM_CPUS_PER_TASK:-1}}"      # cores of each task
 : "${MASTER_PORT:=$((20000 + ${SLURM_JOB_ID:-0} % 10000))}"  # apart from other jobs' on the node
 : "${SRUN_OPTIONS:=}"                                # more options for srun, in words
-: "${OMP_NUM_THREADS:=1}"                            # threads of each task on the CPU
-: "${DRY_RUN:=0}"
-export OMP_NUM_THREADS
 
-die() {
-    echo "srun.sh: $*" >&2
-    exit 1
-}
-
-(($# > 0)) || die "no command: give it a fairseq-train command line"
 [[ ${SLURM_JOB_ID:-} ]] || die "there is no allocation: call it in a batch script or under salloc"
 ((GPUS_PER_NODE > 0)) ||
     die "GPUS_PER_NODE is 0: ask Slurm for GPUs, for example with --gpus-per-node"
 
+tasks=$((NODES * GPUS_PER_NODE))
 read -ra more <<<"$SRUN_OPTIONS"
-start=(
-    # Variables of torchrun would be believed before those of Slurm.
-    env -u RANK -u WORLD_SIZE
-    srun --nodes "$NODES" --ntasks "$((NODES * GPUS_PER_NODE))" --ntasks-per-node "$GPUS_PER_NODE"
-    --cpus-per-task "$CPUS_PER_TASK" --kill-on-bad-exit=1
-    # fairseq chooses the GPU by the task's number on its node, so each must see all of them.
-    --gpu-bind=none
-    ${more[@]+"${more[@]}"}
-    "$@" --distributed-world-size "$((NODES * GPUS_PER_NODE))" --distributed-port "$MASTER_PORT"
-)
-
-if ((DRY_RUN)); then
-    printf '%q ' "${start[@]}" && echo
-    exit
-fi
-exec "${start[@]}"
+# Variables of torchrun would be believed before those of Slurm. fairseq chooses the GPU by the
+# task's number on its node, so each must see all of them.
+show_or_exec env -u RANK -u WORLD_SIZE \
+    srun --nodes "$NODES" --ntasks "$tasks" --ntasks-per-node "$GPUS_PER_NODE" \
+    --cpus-per-task "$CPUS_PER_TASK" --kill-on-bad-exit=1 --gpu-bind=none "${more[@]}" \
+    "$@" --distributed-world-size "$tasks" --distributed-port "$MASTER_PORT"

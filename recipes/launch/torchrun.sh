@@ -8,37 +8,23 @@
 # the command line instead.
 set -euo pipefail
 
+source "$(dirname "$0")/common.sh"
+
 : "${NODES:=1}"                  # machines
 : "${GPUS_PER_NODE:=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)}"  # on each of them
 : "${NODE_RANK:=0}"              # of this machine, from 0
 : "${MASTER_ADDR:=}"             # name or address of machine 0, as the others reach it
 : "${MASTER_PORT:=29500}"        # a free port there
-: "${OMP_NUM_THREADS:=1}"        # threads of each process on the CPU
-: "${DRY_RUN:=0}"
-export OMP_NUM_THREADS
 
-die() {
-    echo "torchrun.sh: $*" >&2
-    exit 1
-}
-
-(($# > 0)) || die "no command: give it a fairseq-train command line"
 # fairseq gives the process of rank r the GPU r modulo their number, which must not be 0.
 ((GPUS_PER_NODE > 0)) || die "GPUS_PER_NODE is 0: on a machine without GPUs use gloo.sh"
 
-start=(torchrun --nproc-per-node "$GPUS_PER_NODE")
+meeting=(--standalone)
 if ((NODES > 1)); then
     [[ $MASTER_ADDR ]] || die "MASTER_ADDR is not set: $NODES machines need the address of the first"
-    start+=(--nnodes "$NODES" --node-rank "$NODE_RANK"
+    meeting=(--nnodes "$NODES" --node-rank "$NODE_RANK"
         --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT")
-else
-    start+=(--standalone)
 fi
 # fairseq's default is the number of GPUs of this machine, and with 1 it ignores the other machines.
-start+=(--no-python "$@" --distributed-world-size "$((NODES * GPUS_PER_NODE))")
-
-if ((DRY_RUN)); then
-    printf '%q ' "${start[@]}" && echo
-    exit
-fi
-exec "${start[@]}"
+show_or_exec torchrun --nproc-per-node "$GPUS_PER_NODE" "${meeting[@]}" \
+    --no-python "$@" --distributed-world-size "$((NODES * GPUS_PER_NODE))"

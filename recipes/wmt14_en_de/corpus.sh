@@ -2,7 +2,6 @@
 # WMT'14 English-German, as all recipes of this folder train on it: read by them, not run.
 # The schedule is linear in all arms: fairseq's inverse_sqrt is not defined without warmup.
 
-# shellcheck source=recipes/lib.sh
 source "$(dirname "$0")/../lib.sh"
 
 : "${LANGUAGES:=en-de}"       # or en-fr
