@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.results import Circumstances, Settings, current_circumstances
 from fairseq_gradinit.storage import parse, write_atomically
 
@@ -20,7 +21,7 @@ ELSEWHERE = {
 }
 
 
-class RunError(Exception):
+class RunError(GradInitError):
     """What went wrong with a run, where, and what to do."""
 
 
@@ -31,11 +32,9 @@ class Case:
     Attributes:
         recipe, title, model: see `fairseq_gradinit.results.records`.
         corpus: the folder that data-prep/prepare.py makes.
-        source, target: languages.
         pieces: of words, as fairseq's --remove-bpe calls them.
         options: for fairseq-train, all but the data, the seed and the folder.
         tokens_per_batch: max-tokens times update-freq times workers.
-        workers: processes that train.
         average: how many of the last checkpoints are averaged; with 0 the last one is translated.
         decoding: options for fairseq-generate that decide the translations.
         subsets: parts of the corpus that are translated and scored.
@@ -64,7 +63,7 @@ class Case:
 
     @property
     def settings(self) -> Settings:
-        """What decides the training and the translations, as records have it."""
+        """As records have them."""
         pairs = _pairs(self.options)
         values = dict(pairs)
         momentum = f"momentum {values.get('--momentum', '0')}"
@@ -86,7 +85,7 @@ class Case:
 
     @property
     def label(self) -> str:
-        """What tells it from the others of a study, for people."""
+        """For people."""
         found = self.settings
         schedule = f"lr {found.lr:g} warmup {found.warmup}"
         how = f"{found.optimizer} {found.optimizer_settings}"
@@ -114,28 +113,13 @@ class Begun:
 
     @classmethod
     def read(cls, run: Path) -> Begun:
-        """Of the run in this folder.
-
-        Raises:
-            RunError: there is none.
-        """
-        try:
-            return parse(cls, json.loads((run / "run.json").read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise RunError(f"{run} is no run of a recipe: run.json: {error}") from error
+        return parse(cls, json.loads((run / "run.json").read_text(encoding="utf-8")))
 
 
 def begin(run: Path, case: Case) -> None:
-    """Write down what is going to be run; the circumstances stay those of the start of training.
-
-    Raises:
-        GradInitError: the file cannot be written.
-        RunError: another training was begun in the folder.
-    """
-    begun = Begun(case, current_circumstances(ROOT, workers=case.workers))
+    """Write down what is going to be run; the circumstances stay those of the start of training."""
     if (run / "run.json").exists():
-        before = Begun.read(run)
-        if (before.case.options, before.case.seed) != (case.options, case.seed):
-            raise RunError(f"{run} holds another training: remove that folder, or choose another")
-        begun = replace(before, case=case)
+        begun = replace(Begun.read(run), case=case)
+    else:
+        begun = Begun(case, current_circumstances(ROOT, workers=case.workers))
     write_atomically(run / "run.json", json.dumps(asdict(begun), indent=1) + "\n")

@@ -3,10 +3,6 @@
     python recipes/checkpoints.py updates CHECKPOINTS
     python recipes/checkpoints.py average CHECKPOINTS --last 10 --output average.pt
 
-`updates` prints the updates of the last checkpoint, 0 without one. fairseq-train writes each
-checkpoint under another name first, and then copies it to checkpoint_last.pt; a kill during that
-copy leaves a file that cannot be read. It is replaced by the newest of --save-interval-updates.
-
 `average` takes the last checkpoints of --save-interval-updates, named checkpoint_EPOCH_UPDATE.pt.
 Its output is a fairseq checkpoint for generation: the mean in fp32, without optimizer state.
 """
@@ -27,23 +23,8 @@ from fairseq_gradinit.storage import write_atomically
 NAME = re.compile(r"checkpoint_\d+_(\d+)\.pt")
 
 
-class CheckpointError(Exception):
+class CheckpointError(GradInitError):
     """What is missing or broken, and what to do."""
-
-
-def _read(checkpoint: Path) -> dict[str, Any] | None:
-    """None if the file is not whole.
-
-    Raises:
-        GradInitError: it cannot be read.
-    """
-    # torch takes seconds to import, and most calls find no checkpoint.
-    from fairseq_gradinit.plugin.safe_loading import BrokenCheckpoint, read_checkpoint
-
-    try:
-        return read_checkpoint(checkpoint)
-    except BrokenCheckpoint:
-        return None
 
 
 def interval_checkpoints(folder: Path) -> list[Path]:
@@ -53,68 +34,73 @@ def interval_checkpoints(folder: Path) -> list[Path]:
 
 
 def trained_updates(folder: Path) -> int:
-    """Updates of the last checkpoint in the folder, which is repaired if a kill has broken it.
+    """Updates of the last checkpoint in the folder, 0 without one.
+
+    fairseq-train writes each checkpoint under another name first, and then copies it to
+    checkpoint_last.pt. A kill during that copy leaves a file that cannot be read; it is replaced
+    by the newest of --save-interval-updates.
 
     Raises:
         CheckpointError: it is broken, and there is no other to resume from.
         GradInitError: a file cannot be read, or the last one cannot be written.
-        OSError: the checkpoint to resume from cannot be copied.
     """
     last = folder / "checkpoint_last.pt"
     if not last.exists():
         return 0
+    # torch takes seconds to import, and most calls find no checkpoint.
+    from fairseq_gradinit.plugin.safe_loading import BrokenCheckpoint, read_checkpoint
+
     for checkpoint in (last, *reversed(interval_checkpoints(folder))):
-        state = _read(checkpoint)
-        if state is not None:
-            if checkpoint != last:
-                write_atomically(last, checkpoint.read_bytes())
-            return int(state["optimizer_history"][-1]["num_updates"])
+        try:
+            updates = int(read_checkpoint(checkpoint)["optimizer_history"][-1]["num_updates"])
+        except BrokenCheckpoint:
+            continue
+        if checkpoint != last:
+            write_atomically(last, checkpoint.read_bytes())
+        return updates
     raise CheckpointError(
         f"{last} is broken, and there is no other checkpoint to resume from: remove it to train "
         "from the beginning"
     )
 
 
-def last_checkpoints(folder: Path, count: int) -> list[Path]:
-    """The checkpoints of the most updates, in the order of their updates.
-
-    Raises:
-        CheckpointError: there are fewer.
-    """
-    found = interval_checkpoints(folder)
-    if len(found) < count:
-        raise CheckpointError(
-            f"{folder} holds {len(found)} checkpoints named checkpoint_EPOCH_UPDATE.pt, and "
-            f"{count} are to be averaged: train for longer, save more often, or average fewer"
-        )
-    return found[-count:]
-
-
-def average(paths: Sequence[Path]) -> dict[str, Any]:
-    """The last checkpoint with the mean of all in place of its parameters.
+def average(folder: Path, count: int, output: Path) -> None:
+    """Write the last checkpoint with the mean of the last `count` in place of its parameters.
 
     Sums are in fp64 and the mean is fp32; tensors of integers are the last one's.
 
     Raises:
-        CheckpointError: a file is broken.
-        GradInitError: a file cannot be read.
+        CheckpointError: there are fewer.
+        GradInitError: a file cannot be read or written.
     """
+    import torch
+
+    from fairseq_gradinit.plugin.safe_loading import read_checkpoint
+
+    paths = interval_checkpoints(folder)[-count:]
+    if len(paths) < count:
+        raise CheckpointError(
+            f"{folder} holds {len(paths)} checkpoints named checkpoint_EPOCH_UPDATE.pt, and "
+            f"{count} are to be averaged: train for longer, save more often, or average fewer"
+        )
     sums: dict[str, Any] = {}
     for path in paths:
-        state = _read(path)
-        if state is None:
-            raise CheckpointError(f"{path} is broken: remove it, and average others")
+        state = read_checkpoint(path)
         for name, tensor in state["model"].items():
             if tensor.is_floating_point():
                 sums[name] = sums.get(name, 0.0) + tensor.double()
             else:
                 sums[name] = tensor
     state["model"] = {
-        name: (total / len(paths)).float() if total.is_floating_point() else total
+        name: (total / count).float() if total.is_floating_point() else total
         for name, total in sums.items()
     }
     state["last_optimizer_state"] = None
-    return state
+    # torch does not say what a disk refused.
+    content = io.BytesIO()
+    torch.save(state, content)
+    write_atomically(output, content.getvalue())
+    print(f"{output}: the mean of {', '.join(path.name for path in paths)}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -122,33 +108,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n")[0])
     commands = parser.add_subparsers(required=True)
     updates = commands.add_parser("updates", help="print how far the last checkpoint is")
-    updates.set_defaults(run=lambda options: print(trained_updates(options.checkpoints)))
+    updates.set_defaults(run=lambda given: print(trained_updates(given.checkpoints)))
     mean = commands.add_parser("average", help="average the last checkpoints")
     mean.add_argument("--last", type=int, required=True, help="how many to average")
     mean.add_argument("--output", type=Path, required=True)
-    mean.set_defaults(run=_average)
+    mean.set_defaults(run=lambda given: average(given.checkpoints, given.last, given.output))
     for command in (updates, mean):
         command.add_argument("checkpoints", type=Path)
     options = parser.parse_args(arguments)
     try:
         options.run(options)
-    except (CheckpointError, GradInitError, OSError) as error:
+    except (GradInitError, OSError) as error:
         print(f"checkpoints: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def _average(options: argparse.Namespace) -> None:
-    import torch
-
-    if options.last < 1:
-        raise CheckpointError("--last must be at least 1")
-    paths = last_checkpoints(options.checkpoints, options.last)
-    # torch does not say what a disk refused.
-    content = io.BytesIO()
-    torch.save(average(paths), content)
-    write_atomically(options.output, content.getvalue())
-    print(f"{options.output}: the mean of {', '.join(path.name for path in paths)}")
 
 
 if __name__ == "__main__":

@@ -25,27 +25,6 @@ LABEL_SMOOTHING = 0.1
 
 
 @dataclass(frozen=True)
-class Tokenisation:
-    """How data-prep tokenised a corpus, which is undone before translations are scored.
-
-    Attributes:
-        moses: whether words are tokens of the Moses tokeniser.
-        lowercase: whether they are in lower case, so that case cannot be scored.
-    """
-
-    moses: bool
-    lowercase: bool
-
-    @classmethod
-    def read(cls, corpus: Path) -> Tokenisation:
-        """As the manifest in the folder of a corpus has it."""
-        moses = _manifest(corpus)["tokenisation"].get("moses")
-        if moses is None:
-            return cls(moses=False, lowercase=False)
-        return cls(moses=True, lowercase=moses["lowercase"])
-
-
-@dataclass(frozen=True)
 class Corpus:
     """A folder that data-prep/prepare.py made.
 
@@ -64,31 +43,21 @@ class Corpus:
 
     @classmethod
     def read(cls, folder: Path) -> Corpus:
-        """Look at a folder.
-
-        Raises:
-            RunError: it is not such a folder.
-        """
-        try:
-            outputs = json.dumps(_manifest(folder)["outputs"], sort_keys=True)
-            digest = hashlib.sha256(outputs.encode()).hexdigest()
-            plateau = _plateau(folder, digest)
-        except (OSError, ValueError, KeyError) as error:
-            what = f"{type(error).__name__}: {error}"
-            raise RunError(f"{folder} is no corpus of data-prep/prepare.py ({what})") from error
-        return cls(folder, digest, plateau)
+        outputs = json.dumps(_manifest(folder)["outputs"], sort_keys=True)
+        digest = hashlib.sha256(outputs.encode()).hexdigest()
+        return cls(folder, digest, _plateau(folder, digest))
 
 
 @functools.cache
 def _plateau(folder: Path, digest: str) -> float:
     """Of the corpus of this digest, once for all its runs: it takes the whole training text."""
-    _, target = direction(folder)
+    _, target = _direction(folder)
     dictionary = (folder / "data-bin" / f"dict.{target}.txt").read_text(encoding="utf-8")
-    entries = [line.rpartition(" ")[0] for line in dictionary.splitlines()]
     train, valid = (
         map(str.split, _lines(folder / "subwords" / f"{part}.{target}"))
         for part in ("train", "valid")
     )
+    entries = [line.rpartition(" ")[0] for line in dictionary.splitlines()]
     return unigram_plateau(train, valid, entries)
 
 
@@ -97,10 +66,20 @@ def _manifest(folder: Path) -> dict[str, Any]:
     return found
 
 
-def direction(corpus: Path) -> tuple[str, str]:
-    """Source and target language of the corpus in a folder."""
+def _direction(corpus: Path) -> tuple[str, str]:
+    """Source and target language."""
     source, target = _manifest(corpus)["direction"]
     return source, target
+
+
+def _moses(corpus: Path) -> dict[str, Any] | None:
+    """Settings of the tokeniser, which is undone before scoring; None if it was not used."""
+    return _manifest(corpus)["tokenisation"].get("moses")
+
+
+def is_lowercase(corpus: Path) -> bool:
+    """Whether the corpus is in lower case, so that case cannot be scored."""
+    return bool((_moses(corpus) or {}).get("lowercase"))
 
 
 def _lines(path: Path) -> list[str]:
@@ -149,22 +128,18 @@ class Row(NamedTuple):
 def read_translations(generated: Path, corpus: Path, subset: str = "test") -> list[Row]:
     """The translations in a file of fairseq-generate, in the order of the test set.
 
-    What Moses did to the translations is undone.
+    Raises:
+        RunError: one is missing.
     """
-    source, reference = (
-        _lines(corpus / "text" / f"{subset}.{language}") for language in direction(corpus)
-    )
-    hypotheses: dict[int, str] = {}
-    for line in generated.read_text(encoding="utf-8").split("\n"):
-        if line.startswith("H-"):
-            number, _, hypothesis = line.removeprefix("H-").split("\t")
-            hypotheses[int(number)] = hypothesis
-    if sorted(hypotheses) != list(range(len(reference))):
-        raise RunError(f"{generated} does not hold each of the {len(reference)} sentences")
-    tokens = [hypotheses[number] for number in range(len(reference))]
-    moses = Tokenisation.read(corpus).moses
-    translations = detokenise(tokens, direction(corpus)[1]) if moses else tokens
-    return list(map(Row, source, reference, translations, tokens))
+    source, target = _direction(corpus)
+    texts = [_lines(corpus / "text" / f"{subset}.{language}") for language in (source, target)]
+    lines = re.findall(r"^H-(\d+)\t[^\t\n]*\t(.*)$", generated.read_text("utf-8"), re.MULTILINE)
+    hypotheses = {int(number): hypothesis for number, hypothesis in lines}
+    if sorted(hypotheses) != list(range(len(texts[1]))):
+        raise RunError(f"{generated} does not hold each of the {len(texts[1])} sentences")
+    tokens = [hypotheses[number] for number in range(len(hypotheses))]
+    translations = tokens if _moses(corpus) is None else detokenise(tokens, target)
+    return list(map(Row, *texts, translations, tokens))
 
 
 def score(corpus: Path, subset: str, rows: Sequence[Row], split_compounds: bool) -> TestScores:
@@ -174,15 +149,14 @@ def score(corpus: Path, subset: str, rows: Sequence[Row], split_compounds: bool)
         split_compounds: cut words at their hyphens, on both sides, before BLEU of tokens is
             computed, as Vaswani et al. (2017) score English-German.
     """
-    tokenisation = Tokenisation.read(corpus)
     references, hypotheses = [r.reference for r in rows], [r.translation for r in rows]
-    lowercase = tokenisation.lowercase
+    lowercase = is_lowercase(corpus)
     metrics: list[BLEU | CHRF] = [BLEU(lowercase=lowercase), CHRF(lowercase=lowercase)]
     bleu, chrf = (metric.corpus_score(hypotheses, [references]).score for metric in metrics)
     tokenised = None
-    if tokenisation.moses:
+    if _moses(corpus) is not None:
         # What Moses' multi-bleu.perl gives, and papers from before sacrebleu report.
-        references = _lines(corpus / "tokens" / f"{subset}.{direction(corpus)[1]}")
+        references = _lines(corpus / "tokens" / f"{subset}.{_direction(corpus)[1]}")
         hypotheses = [row.tokens for row in rows]
         if split_compounds:
             references, hypotheses = map(_without_compounds, (references, hypotheses))

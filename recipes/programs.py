@@ -20,7 +20,6 @@ log = logging.getLogger("runner")
 
 BIN = Path(sys.executable).parent
 WATCH_SECONDS = 0.5
-PATIENCE_SECONDS = 30
 
 Watch = Callable[[str], None]
 """Is told what a program has printed since the last time."""
@@ -53,47 +52,29 @@ def shown(command: Sequence[str]) -> str:
 
 
 def execute(
-    command: Sequence[str],
-    log_file: Path,
-    watch: Watch | None = None,
-    threads: int | None = None,
-    keep_open: Sequence[int] = (),
+    command: Sequence[str], log_file: Path, watch: Watch | None = None, threads: int | None = None
 ) -> None:
     """Run a command with its output at the end of a file.
-
-    Args:
-        keep_open: file descriptors that the program inherits.
 
     Raises:
         RunError: it failed; the message names it, its last line and the file.
     """
-    with (
-        log_file.open("ab+") as output,
-        log_file.open(encoding="utf-8", errors="replace") as printed,
-    ):
-        if output.tell() and os.pread(output.fileno(), 1, output.tell() - 1) != b"\n":
-            output.write(b"\n")  # A log that was cut off ends within a line.
-            output.flush()
+    with log_file.open("ab") as output, log_file.open(errors="replace") as printed:
         printed.seek(0, os.SEEK_END)
         with subprocess.Popen(
             command,
             stdout=output,
             stderr=subprocess.STDOUT,
             env=environment(threads),
-            pass_fds=keep_open,
+            close_fds=False,
         ) as process:
             try:
-                while process.poll() is None:
-                    if watch:
-                        watch(printed.read())
-                        time.sleep(WATCH_SECONDS)
-                    else:
-                        process.wait()
-            except BaseException:
-                # Ctrl-C has reached it too, and a second signal would cut its saving short.
-                with suppress(subprocess.TimeoutExpired):
-                    process.wait(PATIENCE_SECONDS)
-                process.terminate()
+                while watch and process.poll() is None:
+                    watch(printed.read())
+                    time.sleep(WATCH_SECONDS)
+                process.wait()
+            except KeyboardInterrupt:
+                process.wait()  # Ctrl-C has reached it too, and it may be saving its state.
                 raise
         if watch:
             watch(printed.read())
@@ -104,23 +85,22 @@ def execute(
 
 
 @contextmanager
-def locked(path: Path, wait: bool) -> Iterator[int]:
-    """Hold the lock of a file.
+def locked(path: Path, wait: bool) -> Iterator[None]:
+    """Hold the lock of a file; if this program is killed, those that it has started still hold it.
 
     Raises:
         RunError: another program has it, and `wait` is false.
     """
-    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError as error:
-        os.close(lock)
-        raise RunError(
-            f"another program is at work in {path.parent}: wait for it, or end it"
-        ) from error
-    except OSError:
-        log.warning("%s is on a file system without locks: run nothing else there", path)
-    try:
-        yield lock
-    finally:
-        os.close(lock)
+    with path.open("a") as file:
+        os.set_inheritable(file.fileno(), True)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            raise RunError(
+                f"another program is at work in {path.parent}: wait for it, or end it"
+            ) from error
+        except OSError:
+            log.warning("%s is on a file system without locks: run nothing else there", path)
+        yield
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_UN)

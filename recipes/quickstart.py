@@ -12,28 +12,19 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import math
 import os
 import re
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from cases import Case, RunError
-from checkpoints import CheckpointError
 from corpora import Row, read_translations
 from programs import execute, shown
-from runner import (
-    ALL_SENTENCES,
-    NO_READING_THREAD,
-    PLUGIN,
-    Run,
-    prepare,
-)
+from runner import ALL_SENTENCES, NO_READING_THREAD, PLUGIN, Run, prepare
 from tqdm import tqdm
 from training_log import TrainingLog
 
@@ -46,7 +37,6 @@ from fairseq_gradinit.storage import write_atomically
 log = logging.getLogger("quickstart")
 
 ROOT = Path(__file__).resolve().parent.parent
-SEED = 1
 EXAMPLES = 10
 
 MINUTES = {1: 8.0, 3: 12.0}
@@ -74,71 +64,54 @@ HOUSEKEEPING = (
 DECODING = ("--beam", "4", "--max-len-a", "1.5", "--max-len-b", "10", "--max-tokens", "4000")
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What is run.
+def arms(options: argparse.Namespace, updates: int, threads: int | None = None) -> list[Run]:
+    """From GradInit, and from the default initialisation without and with warmup."""
+    # Apart for each length and seed, so that trying another one loses nothing.
+    folder = options.run_dir / f"{updates}-updates-seed-{options.seed}"
 
-    Attributes:
-        run_dir: folder for everything that the program makes.
-        updates: length of training.
-        seed: of initialisation, data order and dropout.
-        threads: of each program; None leaves it to the user's OMP_NUM_THREADS, or to torch.
-    """
-
-    run_dir: Path
-    updates: int
-    seed: int
-    threads: int | None = None
-
-    @property
-    def corpus(self) -> Path:
-        return self.run_dir / "corpus"
-
-    def cases(self) -> tuple[Case, Case, Case]:
-        """GradInit, and the default initialisation without and with warmup."""
-        warmup = self.updates // 4
-        return (
-            self._case("gradinit", "GradInit, no warmup", 0, "--gradinit"),
-            self._case("no-warmup", "default, no warmup", 0),
-            self._case("warmup", f"default, warmup {warmup}", warmup),
-        )
-
-    def _case(self, arm: str, title: str, warmup: int, *options: str) -> Case:
-        length = str(self.updates)
-        return Case(
+    def run(arm: str, title: str, warmup: int, *words: str) -> Run:
+        case = Case(
             recipe=f"quickstart/{arm}",
             title=title,
             model="3+3 layers, d 256",
-            corpus=str(self.corpus),
+            corpus=str(options.run_dir / "corpus"),
             source="de",
             target="en",
             pieces="sentencepiece",
             options=(
-                *(*PLUGIN, *options, "--warmup-updates", str(warmup), *MODEL, *TRAINING),
-                *("--total-num-update", length, "--max-update", length, *HOUSEKEEPING),
+                *(*PLUGIN, *words, "--warmup-updates", f"{warmup}", *MODEL, *TRAINING),
+                *("--total-num-update", f"{updates}", "--max-update", f"{updates}", *HOUSEKEEPING),
             ),
             tokens_per_batch=1000,
-            seed=self.seed,
+            seed=options.seed,
             decoding=DECODING,
         )
+        return Run(case, folder / arm, threads=threads)
 
-    @property
-    def outcome(self) -> Path:
-        """Apart for each length and seed, so that trying another one loses nothing."""
-        return self.run_dir / f"{self.updates}-updates-seed-{self.seed}"
-
-    def run(self, case: Case) -> Run:
-        folder = self.outcome / case.recipe.partition("/")[2]
-        return Run(case, folder, threads=self.threads)
+    warmup = updates // 4
+    return [
+        run("gradinit", "GradInit, no warmup", 0, "--gradinit"),
+        run("no-warmup", "default, no warmup", 0),
+        run("warmup", f"default, warmup {warmup}", warmup),
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit status."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    options = parse(arguments)
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n")[0])
+    parser.add_argument("--compare", action="store_true", help="train the default init too")
+    folder = ROOT / "quickstart-run"
+    parser.add_argument("--run-dir", type=lambda text: Path(text).absolute(), default=folder)
+    length = parser.add_mutually_exclusive_group()
+    default = f"{MINUTES[1]:g}; with --compare {MINUTES[3]:g}"
+    length.add_argument("--minutes", type=float, help=f"of training, in all (default: {default})")
+    length.add_argument("--updates", type=int, help="of each training, instead of --minutes")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--mirror", help="folder that holds the corpus's wheels")
     try:
-        conduct(options)
-    except (CheckpointError, GradInitError, RunError, OSError) as error:
+        conduct(parser.parse_args(arguments))
+    except (GradInitError, OSError) as error:
         log.error("quickstart: %s", error)
         return 1
     except KeyboardInterrupt:
@@ -147,103 +120,90 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n")[0])
-    parser.add_argument("--compare", action="store_true", help="train the default init too")
-    parser.add_argument("--run-dir", type=Path, default=ROOT / "quickstart-run")
-    length = parser.add_mutually_exclusive_group()
-    default = f"{MINUTES[1]:g}; with --compare {MINUTES[3]:g}"
-    length.add_argument("--minutes", type=float, help=f"of training, in all (default: {default})")
-    length.add_argument("--updates", type=int, help="of each training, instead of --minutes")
-    parser.add_argument("--seed", type=int, default=SEED)
-    parser.add_argument("--mirror", help="folder that holds the corpus's wheels")
-    options = parser.parse_args(arguments)
-    for name in ("minutes", "updates"):
-        if (value := getattr(options, name)) is not None and value <= 0:
-            parser.error(f"--{name} must be more than 0")
-    return options
-
-
 def conduct(options: argparse.Namespace) -> None:
     """Do what the command line asks for.
 
     Raises:
-        CheckpointError, GradInitError, OSError, RunError: a step failed.
+        GradInitError, OSError: a step failed.
     """
     start = time.monotonic()
-    settings = Settings(options.run_dir.absolute(), options.updates or 1, options.seed)
+    corpus, results = options.run_dir / "corpus", options.run_dir / "results.jsonl"
     log.info("\n== corpus: raw text to binarised data")
-    prepare(settings.cases()[0], "quickstart", options.mirror)
+    prepare(arms(options, 1)[0].case, "quickstart", options.mirror)
     corpus_seconds = time.monotonic() - start
-    arms = 3 if options.compare else 1
-    if options.updates is None:
-        settings = fitting(settings, arms, options.minutes or MINUTES[arms])
-    runs = [settings.run(case) for case in settings.cases()[:arms]]
-    records = [train_and_score(run, settings) for run in runs]
-    picture = settings.outcome / ("compare.png" if options.compare else "quickstart.png")
-    curves = {record.title: known(record.training) for record in records}
+    count = 3 if options.compare else 1
+    length = (options.updates, None) if options.updates else fitting(options, count)
+    runs = arms(options, *length)[:count]
+    records = [train_and_score(run, results) for run in runs]
+    picture = runs[0].folder.with_name("compare.png" if options.compare else "quickstart.png")
+    curves = {record.title: record.training for record in records}
     save_picture(picture, curves, Scales.load(runs[0].checkpoints / SCALES_FILE))
-    rows = read_translations(runs[0].folder / "generate-test.txt", settings.corpus)
+    rows = read_translations(runs[0].folder / "generate-test.txt", corpus)
     show_examples(records[0].title, rows)
     show_results(records, len(rows))
     log.info("corpus: %.0f s; in all: %.0f s", corpus_seconds, time.monotonic() - start)
-    show_files(settings, picture, "make test" if options.compare else "make quickstart-compare")
+    checkpoint = runs[0].checkpoints / "checkpoint_last.pt"
+    log.info("\ncheckpoint  %s", checkpoint)
+    log.info("scales      %s", runs[0].checkpoints / SCALES_FILE)
+    log.info("picture     %s", picture)
+    log.info("records     %s", results)
+    interactive = [
+        *("fairseq-interactive", str(corpus / "data-bin"), *PLUGIN),
+        *("--task", "translation", "--path", str(checkpoint)),
+        *("--beam", "4", "--source-lang", "de", "--target-lang", "en", "--bpe", "sentencepiece"),
+        *("--sentencepiece-model", str(corpus / "subwords" / "joint.model")),
+    ]
+    log.info("\ntry next:")
+    log.info("  echo 'Passwort vergessen?' | %s", shown(interactive))
+    log.info("  %s", "make test" if options.compare else "make quickstart-compare")
+    log.info("  %s", shown(["fairseq-gradinit", "table", str(results)]))
+    log.info("  %s", shown(["fairseq-train", *PLUGIN, "--help"]))
 
 
-def fitting(settings: Settings, arms: int, minutes: float) -> Settings:
-    """The length and the threads with which all trainings take that many minutes here.
+def fitting(options: argparse.Namespace, count: int) -> tuple[int, int | None]:
+    """The updates and the threads with which `count` trainings fill the minutes here.
 
     Both are measured once and kept, so that what was interrupted can resume. Beside another busy
     program, two threads on two cores can be slower than one.
     """
-    kept = settings.run_dir / f"updates-of-{arms}-in-{minutes:g}-minutes.json"
-    if kept.exists():
-        found = json.loads(kept.read_text(encoding="utf-8"))
-        return replace(settings, updates=found["updates"], threads=found["threads"])
-    log.info("\n== how fast is this machine? %d updates tell", TIMED_UPDATES)
-    choices = (None,) if "OMP_NUM_THREADS" in os.environ else (None, 1)
-    speeds = {
-        threads: updates_per_second(replace(settings, threads=threads)) for threads in choices
-    }
-    threads = max(choices, key=speeds.__getitem__)
-    per_second = speeds[threads]
-    updates = max(planned(per_second, arms, minutes), FEWEST_UPDATES[arms])
-    expected = (arms * updates + GRADINIT_UPDATES) / per_second / 60
-    length = f"{updates} updates" + (f" for each of {arms} trainings" if arms > 1 else "")
-    log.info("%.1f updates a second here: %s, about %.0f minutes", per_second, length, expected)
-    if expected > 1.1 * minutes:
-        log.info("That is longer than %g minutes: fewer updates would show nothing.", minutes)
-    found = {"updates": updates, "threads": threads, "updates_per_second": per_second}
-    write_atomically(kept, json.dumps(found) + "\n")
-    return replace(settings, updates=updates, threads=threads)
+    minutes = options.minutes or MINUTES[count]
+    kept = options.run_dir / f"updates-of-{count}-in-{minutes:g}-minutes.json"
+    if not kept.exists():
+        log.info("\n== how fast is this machine? %d updates tell", TIMED_UPDATES)
+        choices = (None,) if "OMP_NUM_THREADS" in os.environ else (None, 1)
+        speeds = {threads: updates_per_second(arms(options, 1, threads)[1]) for threads in choices}
+        threads = max(choices, key=speeds.__getitem__)
+        per_second = speeds[threads]
+        # In whole tens; one of the trainings begins with GradInit.
+        fits = int((per_second * 60 * minutes - GRADINIT_UPDATES) / count / 10) * 10
+        updates = max(fits, FEWEST_UPDATES[count])
+        expected = (count * updates + GRADINIT_UPDATES) / per_second / 60
+        length = f"{updates} updates" + (f" for each of {count} trainings" if count > 1 else "")
+        log.info("%.1f updates a second here: %s, about %.0f minutes", per_second, length, expected)
+        found = {"updates": updates, "threads": threads, "updates_per_second": per_second}
+        write_atomically(kept, json.dumps(found) + "\n")
+    found = json.loads(kept.read_text(encoding="utf-8"))
+    return found["updates"], found["threads"]
 
 
-def planned(per_second: float, arms: int, minutes: float) -> int:
-    """How many updates each training has, of which one begins with GradInit; whole tens."""
-    return math.floor((per_second * 60 * minutes - GRADINIT_UPDATES) / arms / 10) * 10
-
-
-def updates_per_second(settings: Settings) -> float:
-    """Of a short training from the default initialisation."""
-    case = settings.cases()[1]
+def updates_per_second(run: Run) -> float:
+    """Of a short training."""
+    corpus = Path(run.case.corpus)
     short = ("--max-update", str(TIMED_UPDATES), "--log-interval", "5")
-    with tempfile.TemporaryDirectory(dir=settings.run_dir) as folder:
+    with tempfile.TemporaryDirectory(dir=corpus.parent) as folder:
         log_file = Path(folder, "train.log")
         execute(
             [
-                *("fairseq-train", str(settings.corpus / "data-bin"), *case.options, *short),
+                *("fairseq-train", str(corpus / "data-bin"), *run.case.options, *short),
                 *("--no-save", "--disable-validation", "--save-dir", folder),
             ],
             log_file,
-            threads=settings.threads,
+            threads=run.threads,
         )
-        seconds = TrainingLog.read(log_file).seconds_per_update
-    if seconds is None:
-        raise RunError(f"a training of {TIMED_UPDATES} updates did not say how long they took")
-    return 1 / seconds
+        return 1 / TrainingLog.read(log_file).seconds_per_update
 
 
-def train_and_score(run: Run, settings: Settings) -> RunRecord:
+def train_and_score(run: Run, results: Path) -> RunRecord:
     """Carry out a case, with a progress bar.
 
     Raises:
@@ -253,15 +213,10 @@ def train_and_score(run: Run, settings: Settings) -> RunRecord:
     total = run.case.settings.updates
     with tqdm(total=total, desc=run.case.title, unit="update", mininterval=5) as bar:
         run.watch = partial(show_progress, bar=bar)
-        record = run.carry_out(results=settings.run_dir / "results.jsonl")
+        record = run.carry_out(results=results)
     if record is None or record.status == "diverged":
         raise RunError(f"{run.case.title}: training diverged, see {run.log_file('train')}")
     return record
-
-
-def known(curve: Sequence[tuple[int, float | None]]) -> list[tuple[int, float]]:
-    """Without losses that were not finite."""
-    return [(update, loss) for update, loss in curve if loss is not None]
 
 
 def show_progress(printed: str, bar: tqdm) -> None:
@@ -294,38 +249,17 @@ def show_results(records: Sequence[RunRecord], sentences: int) -> None:
     }
     for part in (8, 4, 2):
         # The last logged update that all arms have up to this part of training.
-        curves = [dict(known(record.training)) for record in records]
-        shared = set.intersection(*map(set, curves))
+        curves = [dict(record.training) for record in records]
         limit = records[0].settings.updates // part
-        update = max((u for u in shared if u <= limit), default=None)
-        if update is not None:
+        shared = [u for u in set.intersection(*map(set, curves)) if u <= limit]
+        if shared:
+            update = max(shared)
             table[f"training loss at {update}"] = [f"{curve[update]:.2f}" for curve in curves]
     table["training, seconds"] = [f"{record.seconds:.0f}" for record in records]
     log.info("== results on the test set (%d sentences)", sentences)
     for name, cells in table.items():
         log.info("%-24s  %s", name, "  ".join(f"{cell:>22}" for cell in cells))
     log.info("\nBLEU   %s\nchrF2  %s", *records[0].scores[0].signatures)
-
-
-def show_files(settings: Settings, picture: Path, next_target: str) -> None:
-    """Where things are, and commands to try next."""
-    checkpoints = settings.run(settings.cases()[0]).checkpoints
-    results = settings.run_dir / "results.jsonl"
-    log.info("\ncheckpoint  %s", checkpoints / "checkpoint_last.pt")
-    log.info("scales      %s", checkpoints / SCALES_FILE)
-    log.info("picture     %s", picture)
-    log.info("records     %s", results)
-    interactive = [
-        *("fairseq-interactive", str(settings.corpus / "data-bin"), *PLUGIN),
-        *("--task", "translation", "--path", str(checkpoints / "checkpoint_last.pt")),
-        *("--beam", "4", "--source-lang", "de", "--target-lang", "en", "--bpe", "sentencepiece"),
-        *("--sentencepiece-model", str(settings.corpus / "subwords" / "joint.model")),
-    ]
-    log.info("\ntry next:")
-    log.info("  echo 'Passwort vergessen?' | %s", shown(interactive))
-    log.info("  %s", next_target)
-    log.info("  %s", shown(["fairseq-gradinit", "table", str(results)]))
-    log.info("  %s", shown(["fairseq-train", *PLUGIN, "--help"]))
 
 
 if __name__ == "__main__":

@@ -12,14 +12,13 @@ import logging
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain, takewhile
 from pathlib import Path
 
 from cases import Case, RunError
-from checkpoints import CheckpointError
 from programs import environment, shown
 from runner import ALL_SENTENCES, NO_READING_THREAD, PLUGIN, STEPS, Run, prepare
 
@@ -27,42 +26,27 @@ from fairseq_gradinit.errors import GradInitError
 
 HERE = Path(__file__).resolve().parent
 ALL_STEPS = ("prepare", *STEPS)
-HEADING = re.compile(r"\A#!.*\n((?:#.*\n)+)")
 VARIABLE = re.compile(r'^: "\$\{([A-Z0-9_]+):=.*\}" *(.*)$', re.MULTILINE)
 
 # What has a variable, which tables and other steps read, is not to be set behind their backs.
 VARIABLES = {
-    **{"--lr": "LR", "--warmup-updates": "WARMUP", "--max-update": "UPDATES"},
-    **{"--total-num-update": "UPDATES", "--max-tokens": "MAX_TOKENS"},
-    **{"--update-freq": "BATCH_TOKENS", "--distributed-world-size": "WORKERS"},
-    **{"--seed": "SEEDS", "--save-dir": "RUNS", "--save-interval-updates": "SAVE_EVERY"},
-    **{"--keep-interval-updates": "AVERAGE", "--fp16": "FP16"},
+    **{"--lr": "LR", "--warmup-updates": "WARMUP", "--max-update": "UPDATES", "--seed": "SEEDS"},
+    **{"--max-tokens": "MAX_TOKENS", "--update-freq": "BATCH_TOKENS", "--save-dir": "RUNS"},
 }
-SIZES = re.compile(r"--(en|de)coder-((ffn-)?embed-dim|layers)")
-SMOKE_SIZES = {"layers": 1, "embed-dim": 32, "ffn-embed-dim": 64, "attention-heads": 2}
 
 
-class Variables:
+class Variables(dict[str, str]):
     """Those of a recipe."""
-
-    def __init__(self, environ: Mapping[str, str]) -> None:
-        self._values = dict(environ)
-
-    def __getitem__(self, name: str) -> str:
-        return self._values[name]
 
     def number(self, name: str) -> int:
         try:
-            return int(self._values[name])
+            return int(self[name])
         except ValueError:
             raise RunError(f"{name}={self[name]} is no whole number") from None
 
     def words(self, name: str) -> list[str]:
         """Of an array in a recipe."""
-        return shlex.split(self._values[f"WORDS_{name}"])
-
-    def update(self, **values: object) -> None:
-        self._values |= {name: str(value) for name, value in values.items()}
+        return shlex.split(self[f"WORDS_{name}"])
 
 
 def split_batch(known: Variables) -> int:
@@ -74,8 +58,6 @@ def split_batch(known: Variables) -> int:
     workers, gpus, nodes = map(known.number, ("WORKERS", "GPUS", "NODES"))
     batch, launch = known.number("BATCH_TOKENS"), known["LAUNCH"]
     here = gpus or 1
-    if workers < 1:
-        raise RunError(f"WORKERS={workers}: there must be at least one process")
     if not launch and workers > here:
         raise RunError(
             f"WORKERS={workers}, and without LAUNCH {here} can be started: LAUNCH=launch/gloo.sh "
@@ -86,31 +68,21 @@ def split_batch(known: Variables) -> int:
             f"WORKERS={workers}, and {launch} starts one for each of NODES x GPUS = "
             f"{nodes} x {gpus}"
         )
-    each, rest = divmod(batch, workers)
+    if not known["MAX_TOKENS"]:
+        known["MAX_TOKENS"] = str(share(batch // workers, known.number("MOST_TOKENS")))
+    frequency, rest = divmod(batch, workers * known.number("MAX_TOKENS"))
     if rest:
         raise RunError(
-            f"BATCH_TOKENS={batch} cannot be divided by the {workers} processes that train: "
-            "choose another BATCH_TOKENS, or another number of processes"
-        )
-    if not known["MAX_TOKENS"]:
-        known.update(MAX_TOKENS=share(each, known.number("MOST_TOKENS")))
-    frequency, rest = divmod(each, known.number("MAX_TOKENS"))
-    if rest or not frequency:
-        raise RunError(
             f"BATCH_TOKENS={batch} is no multiple of MAX_TOKENS={known['MAX_TOKENS']} times the "
-            f"{workers} processes that train: choose a MAX_TOKENS that divides {each}"
+            f"{workers} processes that train: choose another of these"
         )
     return frequency
 
 
 def share(each: int, most: int) -> int:
     """What a process takes at a time of the tokens it has in an update: `most` if it can be."""
-    parts = -(-each // most)
-    while parts and each // parts > most // 2:
-        if each % parts == 0:
-            return each // parts
-        parts += 1
-    return min(each, most) or most
+    sizes = range(min(each, most), most // 2, -1)
+    return next((size for size in sizes if each % size == 0), min(each, most))
 
 
 def shrink(known: Variables) -> None:
@@ -118,45 +90,32 @@ def shrink(known: Variables) -> None:
     runs = f"{known['RUNS']}/smoke"
     # With update-freq where the recipe has it.
     tokens = 500 * known.number("WORKERS") * min(2, split_batch(known))
-    known.update(
+    known |= {
         **{"RUNS": runs, "DATA": f"{runs}/data", "RESULTS": f"{runs}/results.jsonl"},
-        **{"CORPUS": "numbers", "PIECES": "subword_nmt", "MIRROR": "", "SEEDS": 1},
-        **{"WORDS_SUBSETS": "test", "BATCH_TOKENS": tokens, "MAX_TOKENS": 500, "UPDATES": 12},
-        **{"SAVE_EVERY": 4, "AVERAGE": 2, "BEAM": 2, "WARMUP": min(4, known.number("WARMUP"))},
-    )
+        **{"CORPUS": "numbers", "PIECES": "subword_nmt", "MIRROR": "", "SEEDS": "1"},
+        **{"WORDS_SUBSETS": "test", "BATCH_TOKENS": f"{tokens}", "MAX_TOKENS": "500"},
+        **{"UPDATES": "12", "WARMUP": f"{min(4, known.number('WARMUP'))}"},
+        **{"SAVE_EVERY": "4", "AVERAGE": "2", "BEAM": "2"},
+    }
     if known["SOURCE"] == "en":
-        known.update(TARGET="de")
-    sizes = [
-        word
-        for side in ("encoder", "decoder")
-        for name, size in SMOKE_SIZES.items()
-        for word in (f"--{side}-{name}", str(size))
-    ]
-    known.update(WORDS_MODEL=shlex.join([*known.words("MODEL"), *sizes]))
+        known["TARGET"] = "de"
+    for side in ("encoder", "decoder"):
+        sizes = {"layers": 1, "embed-dim": 32, "ffn-embed-dim": 64, "attention-heads": 2}
+        known["WORDS_MODEL"] += "".join(f" --{side}-{n} {size}" for n, size in sizes.items())
     if "--gradinit" in known.words("ARM"):
-        known.update(WORDS_ARM=shlex.join([*known.words("ARM"), "--gradinit-iterations", "2"]))
+        known["WORDS_ARM"] += " --gradinit-iterations 2"
 
 
-def extra_options(text: str, corpus: Path) -> list[str]:
-    """Those of EXTRA.
+def training_options(known: Variables) -> list[str]:
+    """All that decides what is trained, except for the corpus's bytes and the seed.
 
     Raises:
-        RunError: there is one that it must not have.
+        RunError: EXTRA has an option that it must not have, or see `split_batch`.
     """
-    words = text.split()
-    for name in (word.partition("=")[0] for word in words):
-        if SIZES.fullmatch(name):
-            raise RunError(
-                f"EXTRA has {name}: the model's size, and its name in the tables, are in {corpus}"
-            )
+    extra = known["EXTRA"].split()
+    for name in (word.partition("=")[0] for word in extra):
         if name in VARIABLES:
             raise RunError(f"EXTRA has {name}: set {VARIABLES[name]} instead")
-    return words
-
-
-def training_options(known: Variables, corpus: Path) -> list[str]:
-    """All that decides what is trained, except for the corpus's bytes and the seed."""
-    extra = extra_options(known["EXTRA"], corpus)
     frequency, updates = split_batch(known), known.number("UPDATES")
     options = [
         *(*PLUGIN, "--task", "translation"),
@@ -184,7 +143,7 @@ def cases(known: Variables, script: Path) -> Iterator[tuple[Case, Path]]:
     folder = script.parent.absolute().name
     # One script for many initialisations, each of which is an arm.
     arm = known["SCHEME"] if script.stem == "scheme" else script.stem
-    options = training_options(known, script.parent / "corpus.sh")
+    options = training_options(known)
     batch = known["BATCH_TOKENS"]
     # As many tokens on more processes are the same options, and another batch.
     digest = hashlib.sha256(shlex.join([*options, batch]).encode()).hexdigest()
@@ -217,9 +176,8 @@ def cases(known: Variables, script: Path) -> Iterator[tuple[Case, Path]]:
 
 def usage(known: Variables, script: Path) -> str:
     """The comment at the top of the recipe, and its variables."""
-    own = script.read_text(encoding="utf-8")
-    heading = HEADING.match(own)
-    lines = [re.sub(r"^# ?", "", line) for line in heading[1].splitlines()] if heading else []
+    heading = takewhile(lambda line: line.startswith("#"), script.read_text().splitlines()[1:])
+    lines = [re.sub(r"^# ?", "", line) for line in heading]
     lines += ["", "Variables, and what they are now:"]
     for name, meaning in variables(script).items():
         if name in os.environ:
@@ -230,8 +188,7 @@ def usage(known: Variables, script: Path) -> str:
 def variables(script: Path) -> dict[str, str]:
     """The variables of a recipe and what they mean."""
     shared = (script.parent / "corpus.sh", HERE / "small_corpus.sh", HERE / "lib.sh")
-    files = (path.read_text(encoding="utf-8") for path in (script, *shared) if path.exists())
-    return {name: meaning for text in files for name, meaning in VARIABLE.findall(text)}
+    return dict(chain(*(VARIABLE.findall(path.read_text()) for path in (script, *shared))))
 
 
 def again(known: Variables, script: Path, seed: int, smoke: bool) -> str:
@@ -257,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(usage(known, options.script))
         else:
             run_recipe(known, options)
-    except (CheckpointError, GradInitError, RunError, OSError) as error:
+    except (GradInitError, OSError) as error:
         print(f"{options.script.name}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -270,7 +227,7 @@ def run_recipe(known: Variables, options: argparse.Namespace) -> None:
     """Carry out, or print, what a recipe asks for.
 
     Raises:
-        CheckpointError, GradInitError, OSError, RunError: a step failed.
+        GradInitError, OSError: a step failed.
     """
     script, steps = options.script, known["STEPS"].split()
     for name in steps:
@@ -279,11 +236,6 @@ def run_recipe(known: Variables, options: argparse.Namespace) -> None:
     if options.smoke:
         shrink(known)
     found, node = list(cases(known, script)), known.number("NODE_RANK")
-    if not options.dry_run and shutil.which("fairseq-train", path=environment()["PATH"]) is None:
-        raise RunError(
-            "fairseq-train is not installed: run make test once, or "
-            "pip install '.[fairseq,quickstart]'"
-        )
     if "prepare" in steps and found and node == 0:
         prepare(found[0][0], known["CORPUS"], known["MIRROR"], options.dry_run)
     launch = ("bash", str(HERE / known["LAUNCH"])) if known["LAUNCH"] else ()

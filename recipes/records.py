@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import shlex
 from pathlib import Path
 
 from cases import Begun, Case, RunError
-from corpora import Corpus, Tokenisation, read_translations, score
+from corpora import Corpus, is_lowercase, read_translations, score
 from runner import Run
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.significance import PairedTest
 from training_log import TrainingLog
 
-from fairseq_gradinit.results import (
-    Comparison,
-    RunRecord,
-    append_run,
-    curve,
-    read_runs,
-)
+from fairseq_gradinit.results import Comparison, RunRecord, append_run, curve, read_runs
+
+log = logging.getLogger("runner")
 
 
 def record(run: Path) -> RunRecord:
@@ -31,9 +28,9 @@ def record(run: Path) -> RunRecord:
     """
     begun = Begun.read(run)
     case, corpus = begun.case, Corpus.read(Path(begun.case.corpus))
-    log = TrainingLog.read(run / "train.log")
+    printed = TrainingLog.read(run / "train.log")
     diverged = (run / "diverged").read_text() if (run / "diverged").exists() else None
-    last, valid_loss = log.valid[-1] if log.valid else (0, math.nan)
+    last, valid_loss = printed.valid[-1] if printed.valid else (0, math.nan)
     if diverged is None and last != case.settings.updates:
         raise RunError(
             f"{run} has not ended: the last validation in train.log is after {last} of "
@@ -57,12 +54,12 @@ def record(run: Path) -> RunRecord:
         circumstances=begun.circumstances,
         status="diverged" if diverged else "finished",
         reason=diverged,
-        seconds=log.seconds,
-        gradinit_seconds=log.gradinit_seconds,
-        seconds_per_update=log.seconds_per_update,
-        tokens_per_second=log.tokens_per_second,
-        valid=curve(log.valid),
-        training=curve(log.training),
+        seconds=printed.seconds,
+        gradinit_seconds=printed.gradinit_seconds,
+        seconds_per_update=printed.seconds_per_update,
+        tokens_per_second=printed.tokens_per_second,
+        valid=curve(printed.valid),
+        training=curve(printed.training),
         valid_loss=None if diverged else valid_loss,
         scores=tuple(scores),
         comparison=None if diverged else _compare(run, case, corpus),
@@ -71,15 +68,13 @@ def record(run: Path) -> RunRecord:
 
 def _commands(run: Path, case: Case) -> tuple[str, ...]:
     """What trained, without the folders of this machine."""
-    folders = {f"{run}/": ""} | {
-        str(Path(each.corpus).parent) + "/": "" for each in (case, case.scales_of) if each
-    }
+    folders = [run, *(Path(each.corpus).parent for each in (case, case.scales_of) if each)]
     commands = []
     for name, words in Run(case, run).commands():
         if name in ("learn", "train"):
             text = shlex.join(words)
-            for folder, short in folders.items():
-                text = text.replace(folder, short)
+            for folder in folders:
+                text = text.replace(f"{folder}/", "")
             commands.append(text)
     return tuple(commands)
 
@@ -87,26 +82,23 @@ def _commands(run: Path, case: Case) -> tuple[str, ...]:
 def _compare(run: Path, case: Case, corpus: Corpus) -> Comparison | None:
     """Paired bootstrap resampling of BLEU on the last test set, against the baseline."""
     baseline = _baseline_run(run, case)
-    if case.baseline is None or baseline is None:
+    if baseline is None:
         return None
     subset = case.subsets[-1]
     own, other = (
         read_translations(folder / f"generate-{subset}.txt", corpus.folder, subset)
         for folder in (run, baseline)
     )
-    metric = BLEU(
-        lowercase=Tokenisation.read(corpus.folder).lowercase,
-        references=[[r.reference for r in own]],
-    )
+    references = [[row.reference for row in own]]
+    metric = BLEU(lowercase=is_lowercase(corpus.folder), references=references)
     systems = [
-        ("Baseline", [row.translation for row in other]),
-        ("run", [row.translation for row in own]),
+        (name, [row.translation for row in rows])
+        for name, rows in (("Baseline", other), ("run", own))
     ]
     signatures, results = PairedTest(systems, {"BLEU": metric}, None, test_type="bs")()
     first, second = results["BLEU"]
-    return Comparison(
-        case.baseline, second.score - first.score, second.p_value, str(signatures["BLEU"])
-    )
+    difference, signature = second.score - first.score, str(signatures["BLEU"])
+    return Comparison(str(case.baseline), difference, second.p_value, signature)
 
 
 def _baseline_run(run: Path, case: Case) -> Path | None:
@@ -116,7 +108,7 @@ def _baseline_run(run: Path, case: Case) -> Path | None:
     use, alike = ("corpus", "average", "decoding"), ("model", "updates", "tokens_per_batch")
     # RUNS/CORPUS/ARM/SETTINGS/seed-N
     found: list[tuple[float, Path]] = []
-    for path in sorted(run.resolve().parents[3].glob(f"{case.baseline}/*/seed-{case.seed}")):
+    for path in run.resolve().parents[3].glob(f"{case.baseline}/*/seed-{case.seed}"):
         # One that is being trained or translated has no such stamp yet.
         if not (path / f"translate-{case.subsets[-1]}.done").exists():
             continue
@@ -128,17 +120,19 @@ def _baseline_run(run: Path, case: Case) -> Path | None:
     return min(found)[1] if found else None
 
 
-def keep(run: RunRecord, results: Path) -> bool:
-    """Add the record to the file, unless it is there already; returns whether it was added.
+def add_record(run: Path, results: Path | None) -> RunRecord:
+    """The record of a run, which is added to the results unless it is there already.
 
     Raises:
-        GradInitError: the file cannot be read or written.
+        GradInitError, OSError: as `record`, or the results cannot be read or written.
     """
-    if results.exists() and run in read_runs([results]):
-        return False
-    results.parent.mkdir(parents=True, exist_ok=True)
-    append_run(results, run)
-    return True
+    found, added = record(run), ""
+    if results is not None and not (results.exists() and found in read_runs([results])):
+        results.parent.mkdir(parents=True, exist_ok=True)
+        append_run(results, found)
+        added = f" (added to {results})"
+    log.info("%s%s", summary(found), added)
+    return found
 
 
 def summary(run: RunRecord) -> str:

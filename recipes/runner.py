@@ -9,30 +9,26 @@ checkpoint, and a training that diverges is a result. The folder of a run holds
     STEP.done           the commands of the step and of those before it
     diverged            why training ended early
     average.pt, generate-SUBSET.txt
-
-    python recipes/runner.py RUN... --results FILE     score runs again
 """
 
 from __future__ import annotations
 
-import argparse
-import hashlib
+import json
 import logging
 import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 from cases import Case, RunError, begin
-from checkpoints import CheckpointError, trained_updates
+from checkpoints import trained_updates
 from programs import Watch, execute, locked, shown
 from training_log import TrainingLog
 
-from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.results import RunRecord
 from fairseq_gradinit.storage import write_atomically
 
@@ -64,15 +60,10 @@ class Run:
     launch: tuple[str, ...] = ()
     threads: int | None = None
     watch: Watch | None = None
-    _lock: list[int] = field(default_factory=list)
 
     @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
-
-    @property
-    def diverged(self) -> Path:
-        return self.folder / "diverged"
 
     def log_file(self, step: str) -> Path:
         """Of this machine: lines of several may not stay whole in one file."""
@@ -137,26 +128,27 @@ class Run:
 
         Raises:
             RunError: a step failed; running again resumes there.
-            CheckpointError, GradInitError, OSError: a file cannot be used.
+            GradInitError, OSError: a file cannot be used.
         """
-        self._make_folder()
-        with self._locked():
-            self._require_same_corpus()
+        # What cannot resume would only be mixed with what there is.
+        if "--no-save" in self.case.options and not (self.folder / "train.done").exists():
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # Machines train together.
+        with nullcontext() if self.node else locked(self.folder / "lock", wait=False):
+            self._require_same_training()
             if self.node == 0:
                 begin(self.folder, self.case)
             for name, command, key in self.plan(steps):
                 if name == "train":
                     self._train(command, key)
-                elif self.node == 0 and not self.diverged.exists():
+                elif self.node == 0 and not (self.folder / "diverged").exists():
                     self._step(name, command, key)
             if self.node > 0 or "score" not in steps:
                 return None
-            from records import keep, record, summary  # what scores takes seconds to import
+            from records import add_record  # what scores takes seconds to import
 
-            found = record(self.folder)
-            new = results is not None and keep(found, results)
-            log.info("%s%s", summary(found), f" (added to {results})" if new else "")
-            return found
+            return add_record(self.folder, results)
 
     def _train(self, command: list[str], key: str) -> None:
         """Train; a run that diverges is a result, any other end an error."""
@@ -184,9 +176,8 @@ class Run:
         log_file = self.log_file(name)
         log.info("%s >> %s", shown(command), log_file)
         try:
-            execute(command, log_file, watch, self.threads, self._lock)
+            execute(command, log_file, watch, self.threads)
         except RunError as error:
-            self._require_room(name)
             raise RunError(f"{name}: {error}") from error
         self._write(stamp.name, key)
 
@@ -195,54 +186,20 @@ class Run:
         if self.node == 0:
             write_atomically(self.folder / name, text)
 
-    def _make_folder(self) -> None:
-        # What cannot resume would only be mixed with what there is.
-        if "--no-save" in self.case.options and not (self.folder / "train.done").exists():
-            shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True, exist_ok=True)
-
-    def _require_room(self, step: str) -> None:
-        """Where a disk is full, a log does not end with the reason."""
-        try:
-            write_atomically(self.folder / "room", bytes(1 << 16))
-        except GradInitError as error:
-            raise RunError(
-                f"{step} failed: there is no room left in {self.folder}: make some, and give the "
-                "same command again"
-            ) from error
-        (self.folder / "room").unlink()
-
-    def _require_same_corpus(self) -> None:
-        """A run is of one corpus: what was trained on other bytes must not be resumed."""
-        data, mark = Path(self.case.corpus, "data-bin"), self.folder / "corpus.sha256"
-        digest = hashlib.sha256()
-        for pattern in ("dict.*", "*.idx", "*.bin"):
-            for path in sorted(data.glob(pattern)):
-                with path.open("rb") as file:
-                    digest.update(hashlib.file_digest(file, "sha256").digest())
-        if not (data / f"dict.{self.case.target}.txt").exists():
-            raise RunError(f"there is no corpus in {data}")
+    def _require_same_training(self) -> None:
+        """What was begun on another corpus or with other options must not be resumed."""
+        manifest, mark = Path(self.case.corpus, "manifest.json"), self.folder / "training.json"
+        if not manifest.exists():
+            raise RunError(f"there is no corpus in {manifest.parent}")
+        outputs = json.loads(manifest.read_text(encoding="utf-8"))["outputs"]
+        training = json.dumps([outputs, self.case.options, self.case.seed])
         if not mark.exists():  # Another machine may be here before the first one.
-            self._write(mark.name, digest.hexdigest())
-        elif mark.read_text() != digest.hexdigest():
+            self._write(mark.name, training)
+        elif mark.read_text() != training:
             raise RunError(
-                f"the corpus in {data} is another one than when {self.folder} was begun: remove "
-                "that folder, or choose another one"
+                f"{self.folder} was begun on another corpus or with other options: remove that "
+                "folder, or choose another one"
             )
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Alone in the folder, but for other machines that train with this one."""
-        if self.node > 0:
-            yield
-            return
-        with locked(self.folder / "lock", wait=False) as lock:
-            # Programs that outlive this one hold the lock too.
-            self._lock = [lock]
-            try:
-                yield
-            finally:
-                self._lock = []
 
 
 def _training(case: Case, save_dir: Path) -> list[str]:
@@ -269,29 +226,6 @@ def prepare(case: Case, name: str, mirror: str | None, dry_run: bool = False) ->
         return
     corpus.parent.mkdir(parents=True, exist_ok=True)
     # Others that need it wait for the first one.
-    with locked(corpus.parent / f"{corpus.name}.lock", wait=True) as lock:
-        if subprocess.run(command, check=False, pass_fds=[lock]).returncode != 0:
+    with locked(corpus.parent / f"{corpus.name}.lock", wait=True):
+        if subprocess.run(command, check=False, close_fds=False).returncode != 0:
             raise RunError("the corpus could not be prepared, for the reason above")
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Score runs again; returns the exit status."""
-    from records import keep, record, summary
-
-    parser = argparse.ArgumentParser(description="Score runs, and add what is new to the results.")
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a folder with run.json")
-    parser.add_argument("--results", type=Path, required=True)
-    options = parser.parse_args(arguments)
-    try:
-        for run in options.runs:
-            found = record(run)
-            new = keep(found, options.results)
-            print(f"{summary(found)} ({'added to' if new else 'as in'} {options.results})")
-    except (CheckpointError, GradInitError, RunError, OSError) as error:
-        print(f"runner: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
