@@ -51,7 +51,7 @@ class Corpus:
 @functools.cache
 def _plateau(folder: Path, digest: str) -> float:
     """Of the corpus of this digest, once for all its runs: it takes the whole training text."""
-    _, target = _direction(folder)
+    target = _manifest(folder)["direction"][1]
     dictionary = (folder / "data-bin" / f"dict.{target}.txt").read_text(encoding="utf-8")
     train, valid = (
         map(str.split, _lines(folder / "subwords" / f"{part}.{target}"))
@@ -66,20 +66,9 @@ def _manifest(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _direction(corpus: Path) -> tuple[str, str]:
-    """Source and target language."""
-    source, target = _manifest(corpus)["direction"]
-    return source, target
-
-
-def _moses(corpus: Path) -> dict[str, Any] | None:
-    """Settings of the tokeniser, which is undone before scoring; None if it was not used."""
-    return _manifest(corpus)["tokenisation"].get("moses")
-
-
 def is_lowercase(corpus: Path) -> bool:
     """Whether the corpus is in lower case, so that case cannot be scored."""
-    return bool((_moses(corpus) or {}).get("lowercase"))
+    return bool(_manifest(corpus)["tokenisation"].get("moses", {}).get("lowercase"))
 
 
 def _lines(path: Path) -> list[str]:
@@ -131,14 +120,15 @@ def read_translations(generated: Path, corpus: Path, subset: str = "test") -> li
     Raises:
         RunError: one is missing.
     """
-    source, target = _direction(corpus)
-    texts = [_lines(corpus / "text" / f"{subset}.{language}") for language in (source, target)]
+    manifest = _manifest(corpus)
+    texts = [_lines(corpus / "text" / f"{subset}.{name}") for name in manifest["direction"]]
     lines = re.findall(r"^H-(\d+)\t[^\t\n]*\t(.*)$", generated.read_text("utf-8"), re.MULTILINE)
     hypotheses = {int(number): hypothesis for number, hypothesis in lines}
     if sorted(hypotheses) != list(range(len(texts[1]))):
         raise RunError(f"{generated} does not hold each of the {len(texts[1])} sentences")
     tokens = [hypotheses[number] for number in range(len(hypotheses))]
-    translations = tokens if _moses(corpus) is None else detokenise(tokens, target)
+    moses = "moses" in manifest["tokenisation"]
+    translations = detokenise(tokens, manifest["direction"][1]) if moses else tokens
     return list(map(Row, *texts, translations, tokens))
 
 
@@ -149,14 +139,14 @@ def score(corpus: Path, subset: str, rows: Sequence[Row], split_compounds: bool)
         split_compounds: cut words at their hyphens, on both sides, before BLEU of tokens is
             computed, as Vaswani et al. (2017) score English-German.
     """
+    manifest, lowercase = _manifest(corpus), is_lowercase(corpus)
     references, hypotheses = [r.reference for r in rows], [r.translation for r in rows]
-    lowercase = is_lowercase(corpus)
     metrics: list[BLEU | CHRF] = [BLEU(lowercase=lowercase), CHRF(lowercase=lowercase)]
     bleu, chrf = (metric.corpus_score(hypotheses, [references]).score for metric in metrics)
     tokenised = None
-    if _moses(corpus) is not None:
+    if "moses" in manifest["tokenisation"]:
         # What Moses' multi-bleu.perl gives, and papers from before sacrebleu report.
-        references = _lines(corpus / "tokens" / f"{subset}.{_direction(corpus)[1]}")
+        references = _lines(corpus / "tokens" / f"{subset}.{manifest['direction'][1]}")
         hypotheses = [row.tokens for row in rows]
         if split_compounds:
             references, hypotheses = map(_without_compounds, (references, hypotheses))

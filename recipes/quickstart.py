@@ -121,11 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def conduct(options: argparse.Namespace) -> None:
-    """Do what the command line asks for.
-
-    Raises:
-        GradInitError, OSError: a step failed.
-    """
+    """Do what the command line asks for."""
     start = time.monotonic()
     corpus, results = options.run_dir / "corpus", options.run_dir / "results.jsonl"
     log.info("\n== corpus: raw text to binarised data")
@@ -204,17 +200,13 @@ def updates_per_second(run: Run) -> float:
 
 
 def train_and_score(run: Run, results: Path) -> RunRecord:
-    """Carry out a case, with a progress bar.
-
-    Raises:
-        RunError: a step failed, or training diverged.
-    """
+    """Carry out a case, with a progress bar."""
     log.info("\n== %s", run.case.title)
     total = run.case.settings.updates
     with tqdm(total=total, desc=run.case.title, unit="update", mininterval=5) as bar:
         run.watch = partial(show_progress, bar=bar)
         record = run.carry_out(results=results)
-    if record is None or record.status == "diverged":
+    if record.status == "diverged":
         raise RunError(f"{run.case.title}: training diverged, see {run.log_file('train')}")
     return record
 

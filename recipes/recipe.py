@@ -50,11 +50,7 @@ class Variables(dict[str, str]):
 
 
 def split_batch(known: Variables) -> int:
-    """The update-freq with which an update learns from BATCH_TOKENS; sets MAX_TOKENS if it is not.
-
-    Raises:
-        RunError: the batch cannot be divided, or so many processes cannot be started.
-    """
+    """The update-freq that makes an update of BATCH_TOKENS; sets MAX_TOKENS where it is not."""
     workers, gpus, nodes = map(known.number, ("WORKERS", "GPUS", "NODES"))
     batch, launch = known.number("BATCH_TOKENS"), known["LAUNCH"]
     here = gpus or 1
@@ -107,11 +103,7 @@ def shrink(known: Variables) -> None:
 
 
 def training_options(known: Variables) -> list[str]:
-    """All that decides what is trained, except for the corpus's bytes and the seed.
-
-    Raises:
-        RunError: EXTRA has an option that it must not have, or see `split_batch`.
-    """
+    """All that decides what is trained, except for the corpus's bytes and the seed."""
     extra = known["EXTRA"].split()
     for name in (word.partition("=")[0] for word in extra):
         if name in VARIABLES:
@@ -224,11 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_recipe(known: Variables, options: argparse.Namespace) -> None:
-    """Carry out, or print, what a recipe asks for.
-
-    Raises:
-        GradInitError, OSError: a step failed.
-    """
+    """Carry out, or print, what a recipe asks for."""
     script, steps = options.script, known["STEPS"].split()
     for name in steps:
         if name not in ALL_STEPS:
@@ -236,7 +224,7 @@ def run_recipe(known: Variables, options: argparse.Namespace) -> None:
     if options.smoke:
         shrink(known)
     found, node = list(cases(known, script)), known.number("NODE_RANK")
-    if "prepare" in steps and found and node == 0:
+    if "prepare" in steps and node == 0:
         prepare(found[0][0], known["CORPUS"], known["MIRROR"], options.dry_run)
     launch = ("bash", str(HERE / known["LAUNCH"])) if known["LAUNCH"] else ()
     for case, folder in found:

@@ -109,7 +109,7 @@ class Run:
             if step in steps:
                 yield name, [*(self.launch if name == "train" else ()), *command], key
 
-    def show(self, steps: Sequence[str] = STEPS) -> None:
+    def show(self, steps: Sequence[str]) -> None:
         """Print the commands instead of running them."""
         print(shown(["mkdir", "-p", str(self.folder)]))
         for name, command, _ in self.plan(steps):
@@ -118,13 +118,7 @@ class Run:
     def carry_out(
         self, steps: Sequence[str] = STEPS, results: Path | None = None
     ) -> RunRecord | None:
-        """Do what is not done yet.
-
-        Args:
-            results: file that the record is added to.
-
-        Returns:
-            The record, if the run was scored.
+        """Do what is not done yet; the record of a run that was scored is added to `results`.
 
         Raises:
             RunError: a step failed; running again resumes there.
@@ -208,10 +202,7 @@ def _training(case: Case, save_dir: Path) -> list[str]:
 
 
 def prepare(case: Case, name: str, mirror: str | None, dry_run: bool = False) -> None:
-    """Make the corpus of a case, as far as it is not there yet.
-
-    Args:
-        name: what data-prep/prepare.py calls it.
+    """Make the corpus of a case, which data-prep/prepare.py knows by this name.
 
     Raises:
         RunError: it could not be made.
