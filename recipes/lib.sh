@@ -2,6 +2,7 @@
 # What the recipes share: their variables, and `recipe "$@"`, which hands all of them to recipe.py.
 # A recipe reads its corpus.sh, which reads this file, sets its variables, and calls `recipe "$@"`.
 
+set -euo pipefail
 LIB=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 GIVEN=$(compgen -e | tr '\n' ' ')    # names of the variables that the user has set
 export GIVEN

@@ -81,7 +81,8 @@ def execute(
     if process.returncode != 0:
         lines = log_file.read_text(errors="replace").strip().splitlines() or ["it printed nothing"]
         name = Path(command[0]).name
-        raise RunError(f"{name} failed: {lines[-1][:300]} (its whole output: {log_file})")
+        full = "; the disk is full" if shutil.disk_usage(log_file.parent).free < 1 << 20 else ""
+        raise RunError(f"{name} failed: {lines[-1][:300]} (its whole output: {log_file}){full}")
 
 
 @contextmanager

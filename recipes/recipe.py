@@ -15,7 +15,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from itertools import chain, takewhile
+from itertools import chain
 from pathlib import Path
 
 from cases import Case, RunError
@@ -167,10 +167,10 @@ def cases(known: Variables, script: Path) -> Iterator[tuple[Case, Path]]:
 
 
 def usage(known: Variables, script: Path) -> str:
-    """The comment at the top of the recipe, and its variables."""
-    heading = takewhile(lambda line: line.startswith("#"), script.read_text().splitlines()[1:])
-    lines = [re.sub(r"^# ?", "", line) for line in heading]
-    lines += ["", "Variables, and what they are now:"]
+    """What the recipe does, and its variables."""
+    heading = script.read_text().splitlines()[1].removeprefix("# ")
+    command = f"    [VARIABLE=value ...] bash {script} [--dry-run] [--smoke]"
+    lines = [heading, "", command, "", "Variables, and what they are now:"]
     for name, meaning in variables(script).items():
         if name in os.environ:
             lines.append(f"  {name + '=' + known[name]:<24} {meaning}".rstrip())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -139,7 +140,7 @@ def test_a_run_that_ends_with_a_loss_that_is_not_finite_diverged(run, fake):
     fake.loss = float("nan")
     found = run.carry_out()
     assert (found.status, found.reason) == ("diverged", "the validation loss is not finite")
-    assert found.valid[-1] == (12, None)
+    assert found.valid == ((12, None),)
 
 
 def test_a_failure_is_none(run, fake):
@@ -152,15 +153,12 @@ def test_a_failure_is_none(run, fake):
 
 def test_scales_of_another_run_are_learned_first(run, fake):
     run.case = replace(run.case, scales_of=replace(run.case, seed=4))
-    (_, learn), (_, train), *_ = run.commands()
-    assert learn[-2:] == ["1", "--disable-validation"]
-    assert option(learn, "--seed") == "4"
-    assert option(train, "--gradinit-scales") == f"{run.folder}/learned/gradinit_scales.json"
     found = run.carry_out()
     assert fake.ran[:2] == ["fairseq-train", "fairseq-train"]
+    learn, train = found.commands
+    assert learn.endswith(" --seed 4 --save-dir learned --max-update 1 --disable-validation")
+    assert train.endswith(" --gradinit-scales learned/gradinit_scales.json")
     assert found.settings.options[-1].startswith("--gradinit-scales of multi30k/gradinit-adam ")
-    assert "--save-dir learned --max-update 1" in found.commands[0]
-    assert found.commands[1].endswith(" --gradinit-scales learned/gradinit_scales.json")
 
 
 def test_machines_after_the_first_only_train_and_write_no_stamps(run, fake):
@@ -203,9 +201,13 @@ def test_another_corpus_or_training_under_a_run_is_refused(run, fake, tmp_path):
 # ---- Programs.
 
 
-def test_a_failing_program_is_named_with_its_log(tmp_path):
-    with pytest.raises(RunError, match=r"bash failed: broken \(its whole output: .*x\.log\)"):
-        programs.execute(["bash", "-c", "echo broken; exit 3"], tmp_path / "x.log")
+def test_a_failing_program_is_named_with_its_log_and_a_full_disk(tmp_path, monkeypatch):
+    words = ["bash", "-c", "echo broken; exit 3"]
+    with pytest.raises(RunError, match=r"bash failed: broken \(its whole output: .*x\.log\)$"):
+        programs.execute(words, tmp_path / "x.log")
+    monkeypatch.setattr(programs.shutil, "disk_usage", lambda _: Namespace(free=0))
+    with pytest.raises(RunError, match=r"x\.log\); the disk is full$"):
+        programs.execute(words, tmp_path / "x.log")
 
 
 # ---- Records.

@@ -1,8 +1,5 @@
 #!/usr/bin/env bash
 # From the default initialisation, with SGD, without warmup.
-#
-#     [VARIABLE=value ...] bash recipes/CORPUS/default-sgd.sh [--dry-run] [--smoke]
-set -euo pipefail
 
 source "$(dirname "$0")/corpus.sh"
 

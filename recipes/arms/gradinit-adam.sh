@@ -1,8 +1,5 @@
 #!/usr/bin/env bash
 # From the GradInit initialisation, with Adam, without warmup.
-#
-#     [VARIABLE=value ...] bash recipes/CORPUS/gradinit-adam.sh [--dry-run] [--smoke]
-set -euo pipefail
 
 source "$(dirname "$0")/corpus.sh"
 

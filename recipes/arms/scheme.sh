@@ -1,8 +1,5 @@
 #!/usr/bin/env bash
 # From another initialisation than GradInit, with Adam, without warmup.
-#
-#     SCHEME=admin [VARIABLE=value ...] bash recipes/CORPUS/scheme.sh [--dry-run] [--smoke]
-set -euo pipefail
 
 source "$(dirname "$0")/corpus.sh"
 
