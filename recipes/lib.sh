@@ -31,7 +31,7 @@ set -a  # Python sees all that is set from here on.
 : "${GPUS:=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)}"  # of this machine; 0 is the CPU
 : "${NODES:=1}"                      # machines with as many GPUs
 : "${NODE_RANK:=0}"                  # of this machine; only the first one does more than train
-: "${WORKERS:=$((GPUS > 0 ? NODES * GPUS : 1))}"  # processes that train
+: "${WORKERS:=$((GPUS > 0 ? NODES * GPUS : 1))}"  # processes that train, as many as LAUNCH starts
 : "${LAUNCH:=}"                      # what starts several processes, such as launch/torchrun.sh
 : "${FP16:=$((GPUS > 0))}"           # train in fp16: 1 or 0
 GPUS_PER_NODE=$GPUS

@@ -51,18 +51,12 @@ class Variables(dict[str, str]):
 
 def split_batch(known: Variables) -> int:
     """The update-freq that makes an update of BATCH_TOKENS; sets MAX_TOKENS where it is not."""
-    workers, gpus, nodes = map(known.number, ("WORKERS", "GPUS", "NODES"))
-    batch, launch = known.number("BATCH_TOKENS"), known["LAUNCH"]
-    here = gpus or 1
-    if not launch and workers > here:
+    batch, workers = known.number("BATCH_TOKENS"), known.number("WORKERS")
+    here = known.number("GPUS") or 1
+    if not known["LAUNCH"] and workers > here:
         raise RunError(
             f"WORKERS={workers}, and without LAUNCH {here} can be started: LAUNCH=launch/gloo.sh "
             "starts more on CPUs, launch/torchrun.sh or launch/srun.sh on several machines"
-        )
-    if launch.endswith(("torchrun.sh", "srun.sh")) and workers != nodes * gpus:
-        raise RunError(
-            f"WORKERS={workers}, and {launch} starts one for each of NODES x GPUS = "
-            f"{nodes} x {gpus}"
         )
     if not known["MAX_TOKENS"]:
         known["MAX_TOKENS"] = str(share(batch // workers, known.number("MOST_TOKENS")))
