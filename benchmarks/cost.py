@@ -4,7 +4,6 @@
                                                 of the algorithm (plain_gradinit.py)
     python benchmarks/cost.py scaling           their growth with depth, width and batch
     python benchmarks/cost.py processes         two processes against one
-    python benchmarks/cost.py --device cuda     on a GPU, at the sizes of IWSLT and twice as wide
     python benchmarks/cost.py --table           Markdown of all results that are kept
 
 Each takes one to three minutes on one CPU core, the processes on two.
@@ -14,11 +13,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,28 +23,21 @@ from statistics import median
 
 import numpy as np
 import torch
+import workload
 from matplotlib.figure import Figure
 from record import RESULTS, Table, markdown, read, write
 from torch import multiprocessing
-from workload import (
-    ALWAYS_VIOLATED,
-    Contender,
-    Schedule,
-    Seconds,
-    Size,
-    Workload,
-    interleaved_seconds,
-    iteration,
-    peak_memory,
-    seconds_for,
-    training_step,
-)
+from workload import Contender, Size, batch_pair, config_for
 
 from fairseq_gradinit.engine import GradInitConfig, ProcessGroup
 
-PARTS = ("cost", "scaling", "processes")
-TINY = Size(1, 16, 32, 2, vocabulary=50, sentences=4, length=6)
-SMALL = Size(6, 256, 1024, 4, vocabulary=4000, sentences=16, length=32)
+SIZE = Size(6, 256, 1024, 4, vocabulary=4000, sentences=16, length=32)
+REPETITIONS = 9
+ITERATIONS = 24
+"""Of whole runs."""
+
+GROWING_SIZE = Size(3, 128, 512, 4, vocabulary=2000, sentences=8, length=32)
+LAYERS, WIDTHS, SENTENCES = (3, 6, 12, 24), (128, 256, 384, 512), (4, 8, 16, 32)
 
 STEP, OBJECTIVE = "training step", "objective iteration"
 DIFFERENCES, EXACT = "constraint, finite differences", "constraint, double backward"
@@ -61,77 +51,57 @@ SPEEDUP_TARGET, MEMORY_TARGET, EFFICIENCY_TARGET = 1.8, 0.6, 0.85
 GAMMA_SHARE = 0.8
 """gamma of the whole runs as a share of the norm at the start: both kinds of iterations occur."""
 
-PROCESSES = 2
 
-
-def contenders_for(workload: Workload) -> dict[str, Contender]:
-    violated = ALWAYS_VIOLATED
+def contenders_for(size: Size) -> dict[str, Contender]:
+    violated = workload.ALWAYS_VIOLATED
     return {
-        STEP: partial(training_step, workload),
-        OBJECTIVE: partial(iteration, workload, workload.config()),
-        DIFFERENCES: partial(iteration, workload, workload.config(violated, "finite-difference")),
-        EXACT: partial(iteration, workload, workload.config(violated, "exact")),
-        PLAIN_OBJECTIVE: partial(iteration, workload, workload.config(), plain=True),
-        PLAIN_CONSTRAINT: partial(iteration, workload, workload.config(violated), plain=True),
+        STEP: partial(workload.training_step, size),
+        OBJECTIVE: partial(workload.iteration, size, config_for()),
+        DIFFERENCES: partial(workload.iteration, size, config_for(violated, "finite-difference")),
+        EXACT: partial(workload.iteration, size, config_for(violated, "exact")),
+        PLAIN_OBJECTIVE: partial(workload.plain_iteration, size, config_for()),
+        PLAIN_CONSTRAINT: partial(workload.plain_iteration, size, config_for(violated)),
     }
 
 
-def judged(value: float, *, most: float = math.inf, least: float = -math.inf) -> str:
-    """`value` with the verdict on it."""
-    return f"{value:.2f}" if least <= value <= most else f"{value:.2f}, **missed**"
-
-
-def describe(workload: Workload) -> str:
-    size = workload.size
-    return (
-        f"{size.layers}+{size.layers} layers, d={size.width}, ffn={size.feed_forward}, "
-        f"{size.sentences * size.length} tokens a side, {workload.precision}, {workload.device}"
-    )
+def judged(value: float, *, most: float | None = None, least: float | None = None) -> list[str]:
+    """Two cells: `value` with the verdict on it, and the target."""
+    missed = (most is not None and value > most) or (least is not None and value < least)
+    target = "" if most is None else f"at most {most}"
+    return [
+        f"{value:.2f}{', **missed**' if missed else ''}",
+        target if least is None else f"at least {least}",
+    ]
 
 
 # ---- The iterations, and whole runs.
 
 
-def measure_iterations(device: str, quick: bool) -> list[Table]:
-    workloads, schedule, iterations = [Workload(SMALL)], Schedule(1, 9), 24
-    if quick:
-        workloads, schedule, iterations = [Workload(TINY, device)], Schedule(1, 2), 6
-    elif device == "cuda":
-        iwslt = Size(6, 512, 1024, 4, vocabulary=10_000, sentences=128, length=32)
-        sizes = (iwslt, replace(iwslt, width=1024, feed_forward=4096, heads=16))
-        workloads = [Workload(size, device, how) for size in sizes for how in ("fp32", "bf16")]
-        schedule, iterations = Schedule(3, 5, calls=5), 40
-    tables = []
-    for workload in workloads:
-        contenders = contenders_for(workload)
-        memory = {name: peak_memory(new, device) for name, new in contenders.items()}
-        seconds = interleaved_seconds(contenders, schedule, device)
-        tables.append(iteration_table(workload, seconds, memory))
-        tables.append(run_table(workload, seconds, memory, *whole_runs(workload, iterations)))
-    return tables
+def measure_iterations() -> list[Table]:
+    contenders = contenders_for(SIZE)
+    memory = {name: workload.peak_memory(new) for name, new in contenders.items()}
+    seconds = workload.interleaved_seconds(contenders, REPETITIONS)
+    return [iteration_table(seconds, memory), run_table(seconds, memory, *whole_runs())]
 
 
-def whole_runs(workload: Workload, iterations: int) -> tuple[dict[str, float], dict[str, str]]:
+def whole_runs() -> tuple[dict[str, float], dict[str, str]]:
     """Times and kinds of iterations of runs that take turns, so that all see the same machine."""
-    with workload.learner(workload.config()) as learner:
-        learner.step(workload.pair())
-        learner.flush()
-        gamma = GAMMA_SHARE * learner.outcomes.history[0].grad_norm
+    probe = workload.learner_on(SIZE, config_for())
+    probe.step(batch_pair(SIZE))
+    gamma = GAMMA_SHARE * probe.learned().history[0].grad_norm
     lr = GradInitConfig.lr
-    with ExitStack() as stack:
-        plain = stack.enter_context(workload.plain_learner(workload.config(gamma, lr=lr)))
-        ours = {
-            name: stack.enter_context(workload.learner(workload.config(gamma, way, lr)))
-            for name, way in ((DIFFERENCES, "finite-difference"), (EXACT, "exact"))
-        }
-        learners = {"plain": plain, **ours}
-        seconds = dict.fromkeys(learners, 0.0)
-        for pair in map(workload.pair, range(iterations)):
-            for name, learner in learners.items():
-                seconds[name] += seconds_for(partial(learner.step, pair), workload.device)
-        for learner in ours.values():
-            learner.flush()
-    kinds = {name: [i.kind for i in learner.outcomes.history] for name, learner in ours.items()}
+    plain = workload.plain_learner_on(SIZE, config_for(gamma, lr=lr))
+    ours = {
+        DIFFERENCES: workload.learner_on(SIZE, config_for(gamma, "finite-difference", lr)),
+        EXACT: workload.learner_on(SIZE, config_for(gamma, "exact", lr)),
+    }
+    learners = {"plain": plain, **ours}
+    seconds = dict.fromkeys(learners, 0.0)
+    for seed in range(ITERATIONS):
+        pair = batch_pair(SIZE, seed)
+        for name, learner in learners.items():
+            seconds[name] += workload.seconds_for(partial(learner.step, pair))
+    kinds = {name: [i.kind for i in learner.learned().history] for name, learner in ours.items()}
     mixes = {
         name: f"{found.count('objective')} objective and {found.count('constraint')} constraint "
         "iterations"
@@ -140,52 +110,53 @@ def whole_runs(workload: Workload, iterations: int) -> tuple[dict[str, float], d
     return seconds, mixes
 
 
-def iteration_table(
-    workload: Workload, seconds: Mapping[str, Seconds], memory: Mapping[str, int]
-) -> Table:
+def describe(size: Size) -> str:
+    return (
+        f"{size.layers}+{size.layers} layers, d={size.width}, ffn={size.feed_forward}, "
+        f"{size.sentences * size.length} tokens a side, fp32, cpu"
+    )
+
+
+def iteration_table(seconds: Mapping[str, Sequence[float]], memory: Mapping[str, int]) -> Table:
     """Time and memory of every contender, absolute and in training steps."""
     rows = []
-    for name, time in seconds.items():
-        spread = f"{1e3 * time.lowest:.4g} to {1e3 * time.highest:.4g}"
-        row = [name, f"{1e3 * time.median:.4g} ({spread})"]
-        for value, step, targets, more in (
-            (time.median, seconds[STEP].median, TIME_TARGETS, [f"{memory[name] / 2**20:.4g}"]),
-            (memory[name], memory[STEP], MEMORY_TARGETS, []),
-        ):
-            limit = f"at most {targets[name]}" if name in targets else ""
-            row += [judged(value / step, most=targets.get(name, math.inf)), limit, *more]
-        rows.append(row)
+    for name, times in seconds.items():
+        time, lowest, highest = (f"{1e3 * of(times):.4g}" for of in (median, min, max))
+        of_step = median(times) / median(seconds[STEP])
+        rows.append(
+            [
+                *(name, f"{time} ({lowest} to {highest})"),
+                *judged(of_step, most=TIME_TARGETS.get(name)),
+                f"{memory[name] / 2**20:.4g}",
+                *judged(memory[name] / memory[STEP], most=MEMORY_TARGETS.get(name)),
+            ]
+        )
     header = ["", "ms (lowest to highest)", "of a step", "target", "peak MiB", "of training"]
-    return Table(f"Iterations, {describe(workload)}", [*header, "target"], rows)
+    return Table(f"Iterations, {describe(SIZE)}", [*header, "target"], rows)
 
 
 def run_table(
-    workload: Workload,
-    iterations: Mapping[str, Seconds],
+    iterations: Mapping[str, Sequence[float]],
     memory: Mapping[str, int],
     runs: Mapping[str, float],
     mixes: Mapping[str, str],
 ) -> Table:
     """Whole runs against the plain form."""
-    exact = f"{runs['plain'] / runs[EXACT]:.2f}"
-    differences = judged(runs["plain"] / runs[DIFFERENCES], least=SPEEDUP_TARGET)
-    objective = iterations[PLAIN_OBJECTIVE].median / iterations[OBJECTIVE].median
-    constraint = iterations[PLAIN_CONSTRAINT].median / iterations[DIFFERENCES].median
+    objective = median(iterations[PLAIN_OBJECTIVE]) / median(iterations[OBJECTIVE])
+    constraint = median(iterations[PLAIN_CONSTRAINT]) / median(iterations[DIFFERENCES])
     share = max(memory[OBJECTIVE], memory[DIFFERENCES])
     share /= max(memory[PLAIN_OBJECTIVE], memory[PLAIN_CONSTRAINT])
-    speedup = f"at least {SPEEDUP_TARGET}"
-    rows = [
-        [f"faster with finite differences ({mixes[DIFFERENCES]}), times", differences, speedup],
-        [f"faster with double backward ({mixes[EXACT]}), times", exact, ""],
-        ["the same, all iterations objective, times", f"{objective:.2f}", ""],
-        ["the same, all iterations constraint, times", f"{constraint:.2f}", ""],
-        [
-            "memory with finite differences, of plain",
-            judged(share, most=MEMORY_TARGET),
-            f"at most {MEMORY_TARGET}",
-        ],
-    ]
-    title = f"Whole runs against the plain form ({mixes['plain']}), {describe(workload)}"
+    results = {
+        f"faster with finite differences ({mixes[DIFFERENCES]}), times": judged(
+            runs["plain"] / runs[DIFFERENCES], least=SPEEDUP_TARGET
+        ),
+        f"faster with double backward ({mixes[EXACT]}), times": judged(runs["plain"] / runs[EXACT]),
+        "the same, all iterations objective, times": judged(objective),
+        "the same, all iterations constraint, times": judged(constraint),
+        "memory with finite differences, of plain": judged(share, most=MEMORY_TARGET),
+    }
+    title = f"Whole runs against the plain form ({mixes['plain']}), {describe(SIZE)}"
+    rows = [[name, *cells] for name, cells in results.items()]
     return Table(title, ["", "measured", "target"], rows)
 
 
@@ -202,43 +173,34 @@ class Axis:
     sizes: Sequence[Size]
 
 
-def axes_for(device: str, quick: bool) -> list[Axis]:
-    base = Size(3, 128, 512, 4, vocabulary=2000, sentences=8, length=32)
-    depths, widths, batches = (3, 6, 12, 24), (128, 256, 384, 512), (4, 8, 16, 32)
-    if quick:
-        base, depths, widths, batches = TINY, (1, 2, 3), (16, 32), (4, 6)
-    elif device == "cuda":
-        base = Size(6, 512, 2048, 8, vocabulary=10_000, sentences=64, length=32)
-        widths, batches = (256, 512, 768, 1024), (32, 64, 128, 256)
-    ratio = base.feed_forward // base.width
-    deeper = [replace(base, layers=layers) for layers in depths]
-    wider = [replace(base, width=width, feed_forward=ratio * width) for width in widths]
-    larger = [replace(base, sentences=sentences) for sentences in batches]
-    # As matrix products grow, when the width changes.
-    parameters = [sum(p.numel() for p in Workload(size).model().parameters()) for size in wider]
-    return [
-        Axis("depth", "layers", [2.0 * layers for layers in depths], deeper),
-        Axis("width", "million parameters", [count / 1e6 for count in parameters], wider),
-        Axis("batch", "sentences", [float(sentences) for sentences in batches], larger),
-    ]
-
-
 Quantities = Mapping[tuple[Size, str], float]
 
 
-def measure_growth(axes: Sequence[Axis], device: str, quick: bool) -> tuple[Quantities, Quantities]:
-    """Median seconds and bytes of every size and contender."""
-    schedule = Schedule(3, 7, calls=5) if device == "cuda" else Schedule(1, 2 if quick else 7)
-    # The axes have a size in common.
-    sizes = dict.fromkeys(size for axis in axes for size in axis.sizes)
+def measure_growth() -> list[Table]:
+    base = GROWING_SIZE
+    wider = [replace(base, width=width, feed_forward=4 * width) for width in WIDTHS]
+    # As matrix products grow, when the width changes.
+    parameters = [
+        sum(p.numel() for p in workload.new_model(size).parameters()) / 1e6 for size in wider
+    ]
+    deeper = [replace(base, layers=layers) for layers in LAYERS]
+    larger = [replace(base, sentences=sentences) for sentences in SENTENCES]
+    axes = [
+        Axis("depth", "layers", [2 * layers for layers in LAYERS], deeper),
+        Axis("width", "million parameters", parameters, wider),
+        Axis("batch", "sentences", SENTENCES, larger),
+    ]
     contenders = {
-        (size, name): contenders_for(Workload(size, device))[name]
-        for size in sizes
+        (size, name): contenders_for(size)[name]
+        # The axes have a size in common.
+        for size in dict.fromkeys([*deeper, *wider, *larger])
         for name in GROWING
     }
-    memory = {key: peak_memory(new, device) for key, new in contenders.items()}
-    seconds = interleaved_seconds(contenders, schedule, device)
-    return {key: found.median for key, found in seconds.items()}, memory
+    memory = {key: workload.peak_memory(new) for key, new in contenders.items()}
+    times = workload.interleaved_seconds(contenders, REPETITIONS)
+    seconds = {key: median(found) for key, found in times.items()}
+    save_picture(RESULTS / "scaling-cpu.png", axes, seconds, memory)
+    return [growth_table(axes, seconds, memory)]
 
 
 def straight(positions: Sequence[float], values: Sequence[float]) -> np.ndarray:
@@ -291,7 +253,7 @@ def save_picture(path: Path, axes: Sequence[Axis], *quantities: Quantities) -> N
 # ---- Two processes, with a core each; a process always has as many sentences.
 
 
-def worker(rank: int, folder: str, workload: Workload, schedule: Schedule) -> None:
+def worker(rank: int, folder: str) -> None:
     """Rank 0 writes its median seconds of an iteration, for both kinds of iterations:
 
     - while the other process waits;
@@ -302,56 +264,55 @@ def worker(rank: int, folder: str, workload: Workload, schedule: Schedule) -> No
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[rank % len(cores)]})
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=PROCESSES
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
     )
-    pair = workload.pair(seed=rank)
+    pair = batch_pair(SIZE, seed=rank)
     found = []
-    for config in (workload.config(), workload.config(ALWAYS_VIOLATED, "finite-difference")):
-        with workload.learner(config) as own, workload.learner(config, ProcessGroup()) as shared:
-            steps = [partial(learner.step, pair) for learner in (own, own, shared)]
-            if rank != 0:
-                steps[0] = list
-            times: list[list[float]] = [[], [], []]
-            for _ in range(schedule.warmup + schedule.repetitions):
-                for step, taken in zip(steps, times, strict=True):
-                    torch.distributed.barrier()
-                    taken.append(seconds_for(step, workload.device, schedule.calls))
-            found.append([median(taken[schedule.warmup :]) for taken in times])
+    for config in (config_for(), config_for(workload.ALWAYS_VIOLATED, "finite-difference")):
+        own, shared = (
+            workload.learner_on(SIZE, config),
+            workload.learner_on(SIZE, config, ProcessGroup()),
+        )
+        steps = [partial(learner.step, pair) for learner in (own, own, shared)]
+        if rank != 0:
+            steps[0] = list
+        times: list[list[float]] = [[], [], []]
+        for _ in range(1 + REPETITIONS):
+            for step, taken in zip(steps, times, strict=True):
+                torch.distributed.barrier()
+                taken.append(workload.seconds_for(step))
+        found.append([median(taken[1:]) for taken in times])
     if rank == 0:
         Path(folder, "times.json").write_text(json.dumps(found), encoding="utf-8")
     torch.distributed.destroy_process_group()
 
 
-def measure_processes(quick: bool) -> Table:
-    size, schedule = (TINY, Schedule(1, 2)) if quick else (SMALL, Schedule(1, 9))
+def measure_processes() -> list[Table]:
     with tempfile.TemporaryDirectory() as folder:
-        arguments = (folder, Workload(size), schedule)
-        multiprocessing.start_processes(worker, arguments, PROCESSES, start_method="fork")
+        multiprocessing.start_processes(worker, (folder,), nprocs=2, start_method="fork")
         found = json.loads(Path(folder, "times.json").read_text(encoding="utf-8"))
-    rows = [
-        [
-            *(kind, f"{1e3 * alone:.4g}", f"{1e3 * together:.4g}"),
-            *(judged(alone / together, least=EFFICIENCY_TARGET), f"at least {EFFICIENCY_TARGET}"),
-            f"{alone / unconnected:.2f}",
-        ]
-        for kind, (alone, unconnected, together) in zip(
-            ("objective", DIFFERENCES), found, strict=True
-        )
-    ]
+    rows = []
+    for kind, (alone, unconnected, together) in zip(("objective", DIFFERENCES), found, strict=True):
+        efficiency = judged(alone / together, least=EFFICIENCY_TARGET)
+        times = f"{1e3 * alone:.4g}", f"{1e3 * together:.4g}"
+        rows.append([kind, *times, *efficiency, f"{alone / unconnected:.2f}"])
     title = (
-        f"Two processes against one, {size.layers}+{size.layers} layers, d={size.width}, "
-        f"{size.sentences * size.length} tokens a side in each process"
+        f"Two processes against one, {SIZE.layers}+{SIZE.layers} layers, d={SIZE.width}, "
+        f"{SIZE.sentences * SIZE.length} tokens a side in each process"
     )
     header = ["", "one, ms", "two, ms", "efficiency", "target", "two that share nothing"]
-    return Table(title, header, rows)
+    return [Table(title, header, rows)]
 
 
 # ---- The program.
 
 
-def kept_tables(folder: Path) -> str:
-    """Markdown of all results in `folder`."""
-    paths = [folder / f"{part}-{device}.json" for part in PARTS for device in ("cpu", "cuda")]
+PARTS = {"cost": measure_iterations, "scaling": measure_growth, "processes": measure_processes}
+
+
+def kept_tables() -> str:
+    """Markdown of all results."""
+    paths = (RESULTS / f"{part}-cpu.json" for part in PARTS)
     records = [read(path) for path in paths if path.exists()]
     return "\n".join(
         markdown(record, (Table(**table) for table in record["results"]["tables"]))
@@ -364,26 +325,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("part", nargs="?", default="cost", choices=PARTS)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it works")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder to write to")
     parser.add_argument("--table", action="store_true", help="print what is kept, measure nothing")
     options = parser.parse_args(arguments)
     if not options.table:
         torch.set_num_threads(1)
-        path = options.results / f"{options.part}-{options.device}.json"
-        if options.part == "cost":
-            tables = measure_iterations(options.device, options.quick)
-        elif options.part == "processes":
-            tables = [measure_processes(options.quick)]
-        else:
-            axes = axes_for(options.device, options.quick)
-            measured = measure_growth(axes, options.device, options.quick)
-            tables = [growth_table(axes, *measured)]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_picture(path.with_suffix(".png"), axes, *measured)
-        write(path, {"tables": [*map(asdict, tables)]})
-    print(kept_tables(options.results), end="")
+        tables = [*map(asdict, PARTS[options.part]())]
+        write(RESULTS / f"{options.part}-cpu.json", "tables", tables)
+    print(kept_tables(), end="")
 
 
 if __name__ == "__main__":

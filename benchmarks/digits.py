@@ -3,11 +3,7 @@
     python benchmarks/digits.py             19 minutes on one core; writes digits.json, digits.png
     python benchmarks/digits.py --table     the tables of what is kept
 
-A plain net of 18 convolutions without normalisation, a residual net of 15 blocks without it, and
-the same residual net with batch normalisation. Each is trained by SGD with momentum and by Adam,
-from PyTorch's default initialisation and the nets without normalisation also from Kaiming's,
-with GradInit before training and without. Runs of one seed share weights, batches and number of
-updates, and both sides are judged at the learning rate, of the same few, that suits them best.
+docs/digits.md says what is compared, and why it is set up so.
 """
 
 from __future__ import annotations
@@ -17,10 +13,10 @@ import hashlib
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
-from itertools import chain, islice, product
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import chain, islice, pairwise, product
 from pathlib import Path
 from statistics import fmean
 
@@ -33,19 +29,21 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fairseq_gradinit.engine import (
-    BatchPair,
-    GradInitConfig,
-    collect_blocks,
-    deterministic,
-    learn_scales,
-)
-from fairseq_gradinit.engine.history import Iteration
+from fairseq_gradinit import engine
 from fairseq_gradinit.results.tables import by, spread
 
-TEST_IMAGES = 450
+SEEDS, EPOCHS, ITERATIONS = 5, 6, 100
+RATES = {"SGD": (0.01, 0.03, 0.1), "Adam": (0.001, 0.003)}
 BATCH = 64
-CLASSES = 10
+Setting = tuple[str, str, str]
+"""Optimizer, net and initialisation: a row of the tables."""
+NORMALISED = "residual, BatchNorm"
+NETS = ("plain", "residual", NORMALISED)
+SETTINGS = [
+    (optimizer, net, start)
+    for optimizer, net, start in product(RATES, NETS, ("default", "Kaiming"))
+    if start == "default" or net != NORMALISED
+]
 WIDTHS = (16, 32, 32)
 """Channels at 8x8, 4x4 and 2x2 pixels."""
 AVERAGED = 7
@@ -53,41 +51,15 @@ AVERAGED = 7
 
 
 @dataclass(frozen=True)
-class Effort:
-    """How much is run.
-
-    Attributes:
-        train_images: how many of the training images are used; None is all of them.
-        iterations: of GradInit.
-        rates: the learning rates that every setting is tried with.
-    """
-
-    seeds: int
-    epochs: int
-    iterations: int
-    rates: Mapping[str, Sequence[float]]
-    train_images: int | None = None
-
-
-FULL = Effort(
-    seeds=5, epochs=6, iterations=100, rates={"SGD": (0.01, 0.03, 0.1), "Adam": (0.001, 0.003)}
-)
-
-
-@dataclass(frozen=True)
 class Run:
-    """One training run, and what came of it.
-
-    Losses are mean cross entropies in nats, None once not finite.
+    """One training run, and what came of it. Losses are in nats, None once not finite.
 
     Attributes:
         weights: digest of the weights before GradInit and training.
         curve: losses of the batches, each the mean of `AVERAGED`.
-        start_loss, first_epoch_loss, last_loss: on all training images, before the first update,
-            after one epoch, and after the last.
-        accuracy: on the test images, after the last epoch.
-        learning: of GradInit: `objective` and `constraint` iterations, processor time in `updates`
-            of the same net, `min_scale` and `max_scale` at the end.
+        start_loss, first_epoch_loss, last_loss: on all training images.
+        learning: of GradInit: the iterations, its processor time in `updates` of the same net, and
+            the range of the scales.
     """
 
     optimizer: str
@@ -97,49 +69,31 @@ class Run:
     seed: int
     gradinit: bool
     epochs: int
-    weights: str = ""
-    curve: Sequence[float] = ()
-    start_loss: float | None = None
-    first_epoch_loss: float | None = None
-    last_loss: float | None = None
-    accuracy: float = 0.0
-    learning: Mapping[str, float] | None = None
+    weights: str
+    curve: Sequence[float]
+    start_loss: float | None
+    first_epoch_loss: float | None
+    last_loss: float | None
+    accuracy: float
+    learning: Mapping[str, float] | None
 
     @property
-    def setting(self) -> tuple[str, str, str]:
-        """A row of the tables."""
+    def setting(self) -> Setting:
         return self.optimizer, self.net, self.start
 
 
-@dataclass(frozen=True)
-class Digits:
-    """Images of shape (n, 1, 8, 8), standardised by the training images, and their classes."""
-
-    images: Tensor
-    classes: Tensor
-    test_images: Tensor
-    test_classes: Tensor
-
-    @property
-    def updates_per_epoch(self) -> int:
-        return len(self.classes) // BATCH
-
-
-@cache
-def digits(train_images: int | None = None) -> Digits:
+def digits() -> list[Tensor]:
+    """Training and test images of shape (n, 1, 8, 8), standardised by the former; their classes."""
     data = load_digits()
-    split = train_test_split(
-        data.images, data.target, test_size=TEST_IMAGES, stratify=data.target, random_state=0
+    images, test_images, *classes = train_test_split(
+        data.images, data.target, test_size=450, stratify=data.target, random_state=0
     )
-    train, test = (torch.tensor(part, dtype=torch.float32).unsqueeze(1) for part in split[:2])
-    mean, deviation = train.mean(), train.std()
-    classes, test_classes = map(torch.tensor, split[2:])
-    return Digits(
-        (train[:train_images] - mean) / deviation,
-        classes[:train_images],
-        (test - mean) / deviation,
-        test_classes,
-    )
+    both = [torch.tensor(part, dtype=torch.float32).unsqueeze(1) for part in (images, test_images)]
+    mean, deviation = both[0].mean(), both[0].std()
+    return [*((part - mean) / deviation for part in both), *map(torch.tensor, classes)]
+
+
+IMAGES, TEST_IMAGES, CLASSES, TEST_CLASSES = digits()
 
 
 class ResidualBlock(nn.Module):
@@ -165,114 +119,83 @@ class ResidualBlock(nn.Module):
 def plain_net() -> list[nn.Module]:
     """18 convolutions; VGG's recipe without normalisation."""
     layers: list[nn.Module] = []
-    channels = 1
-    for stage, width in enumerate(WIDTHS):
-        layers += [nn.MaxPool2d(2)] if stage else []
-        for _ in range(6):
-            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
-            channels = width
+    for i, (channels, out) in enumerate(pairwise([1, *(w for w in WIDTHS for _ in range(6))])):
+        layers += [nn.MaxPool2d(2)] if i in (6, 12) else []
+        layers += [nn.Conv2d(channels, out, 3, padding=1), nn.ReLU()]
     return layers
 
 
 def residual_net(normalised: bool) -> list[nn.Module]:
     """A convolution and 15 residual blocks."""
-    channels = WIDTHS[0]
-    layers: list[nn.Module] = [nn.Conv2d(1, channels, 3, padding=1), nn.ReLU()]
-    for stage, width in enumerate(WIDTHS):
-        for block in range(5):
-            stride = 2 if stage and not block else 1
-            layers.append(ResidualBlock(channels, width, stride, normalised))
-            channels = width
+    layers: list[nn.Module] = [nn.Conv2d(1, WIDTHS[0], 3, padding=1), nn.ReLU()]
+    widths = [WIDTHS[0], *(w for w in WIDTHS for _ in range(5))]
+    for i, (channels, out) in enumerate(pairwise(widths)):
+        layers.append(ResidualBlock(channels, out, 2 if i in (5, 10) else 1, normalised))
     return layers
-
-
-NETS: dict[str, Callable[[], list[nn.Module]]] = {
-    "plain": plain_net,
-    "residual": partial(residual_net, normalised=False),
-    "residual, BatchNorm": partial(residual_net, normalised=True),
-}
-UNNORMALISED = ("plain", "residual")
-
-
-def settings() -> list[tuple[str, str, str]]:
-    return [
-        (optimizer, net, start)
-        for optimizer, net, start in product(("SGD", "Adam"), NETS, ("default", "Kaiming"))
-        if start == "default" or net in UNNORMALISED
-    ]
 
 
 def new_net(name: str, start: str, seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    head = nn.AdaptiveAvgPool2d(1), nn.Flatten()
-    net = nn.Sequential(*NETS[name](), *head, nn.Linear(WIDTHS[-1], CLASSES))
+    layers = plain_net() if name == "plain" else residual_net(normalised=name == NORMALISED)
+    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(WIDTHS[-1], 10))
     if start == "Kaiming":  # The baseline of the paper: He et al. 2015, and zero biases.
         for parameter in net.parameters():
             (nn.init.kaiming_normal_ if parameter.dim() > 1 else nn.init.zeros_)(parameter)
     return net.to(memory_format=torch.channels_last)  # a tenth faster on CPUs
 
 
-def batches(images: int, size: int, seed: int) -> Iterator[Tensor]:
+def batches(size: int, seed: int) -> Iterator[Tensor]:
     """Indices of one batch after another, without end; what does not fill a batch is left out."""
     generator = torch.Generator().manual_seed(seed)
     while True:
-        order = torch.randperm(images, generator=generator)
-        yield from order[: images // size * size].split(size)
+        order = torch.randperm(len(IMAGES), generator=generator)
+        yield from order[: len(IMAGES) // size * size].split(size)
 
 
-def run_gradinit(
-    net: nn.Module, data: Digits, case: Run, iterations: int
-) -> tuple[list[Iteration], float]:
-    """Scale the weights of `net`; returns the iterations and their processor time.
+def loss_of(net: nn.Module, indices: Tensor, reduction: str = "mean") -> Tensor:
+    return functional.cross_entropy(net(IMAGES[indices]), CLASSES[indices], reduction=reduction)
 
-    docs/digits.md gives the reasons for the constants, which are the same for all nets.
-    """
 
-    def loss(indices: Tensor) -> tuple[Tensor, int]:
-        scores = net(data.images[indices])
-        return functional.cross_entropy(scores, data.classes[indices], reduction="sum"), len(scores)
-
-    sgd = case.optimizer == "SGD"
-    config = GradInitConfig(
-        **{"eta": case.rate, "target": "sgd-normalized" if sgd else "adam"},
+def run_gradinit(net: nn.Module, optimizer: str, rate: float, seed: int) -> list[engine.Iteration]:
+    """Scale the weights of `net` as `initialize()` does, except that biases may become 0."""
+    sgd = optimizer == "SGD"
+    config = engine.GradInitConfig(
+        **{"eta": rate, "target": "sgd-normalized" if sgd else "adam"},
         # A bound on the l1 norm, which is Adam's, would have to be another for every net.
         gamma=1.0 if sgd else math.inf,
-        **{"iterations": iterations, "lr": 0.03, "betas": (0.9, 0.98), "norm_gains": "learned"},
+        **{"iterations": ITERATIONS, "lr": 0.03, "norm_gains": "learned"},
         **{"min_scale": 0.01, "min_bias_scale": 0.0, "max_scale": 100.0},
     )
-    half = BATCH // 2
     # Batches of its own, so that training sees the same ones with GradInit as without.
-    drawn = batches(len(data.classes), 3 * half, seed=1000 + case.seed)
-    pairs = (BatchPair([indices[: 2 * half]], [indices[half:]]) for indices in drawn)
-    history: list[Iteration] = []
-    began = time.process_time()
-    with deterministic(net):
-        blocks = collect_blocks({"": net}, config.norm_gains)
-        learn_scales(blocks, loss, pairs, config, on_iteration=history.append)
-    return history, time.process_time() - began
+    drawn = batches(3 * BATCH // 2, seed=1000 + seed)
+    pairs = (engine.BatchPair([indices[:BATCH]], [indices[BATCH // 2 :]]) for indices in drawn)
+    with engine.deterministic(net):
+        blocks = engine.collect_blocks({"": net}, config.norm_gains)
+        learned = engine.learn_scales(
+            blocks, lambda batch: (loss_of(net, batch, "sum"), len(batch)), pairs, config
+        )
+    return list(learned.history)
 
 
-def run(case: Run, effort: Effort) -> Run:
-    """GradInit, where the case has it, and training."""
-    torch.set_num_threads(1)
-    data = digits(effort.train_images)
-    net = new_net(case.net, case.start, case.seed)
+def run(setting: Setting, rate: float, seed: int, gradinit: bool, epochs: int) -> Run:
+    """GradInit, if wanted, and training."""
+    optimizer, name, start = setting
+    net = new_net(name, start, seed)
     weights = digest(net)
-    # A process's first optimizer imports torch's compiler: seconds that are not GradInit's.
-    kind = torch.optim.Adam if case.optimizer == "Adam" else partial(torch.optim.SGD, momentum=0.9)
-    optimizer = kind(net.parameters(), case.rate)
-    history, seconds = (
-        run_gradinit(net, data, case, effort.iterations) if case.gradinit else ([], 0)
-    )
-    start_loss = training_loss(net, data)
-    drawn = batches(len(data.classes), BATCH, case.seed)
-    clip = 1.0 if case.optimizer == "SGD" and case.net in UNNORMALISED else math.inf
-    train_on = partial(train, net, data, optimizer, clip)
+    kind = torch.optim.Adam if optimizer == "Adam" else partial(torch.optim.SGD, momentum=0.9)
+    # Before GradInit: a process's first optimizer imports torch's compiler, which takes seconds.
+    updater = kind(net.parameters(), rate)
     began = time.process_time()
-    losses = train_on(islice(drawn, data.updates_per_epoch))
+    history = run_gradinit(net, optimizer, rate, seed) if gradinit else []
+    seconds = time.process_time() - began
+    start_loss = training_loss(net)
+    drawn, updates = batches(BATCH, seed), len(IMAGES) // BATCH
+    train_on = partial(train, net, updater, optimizer == "SGD" and name != NORMALISED)
+    began = time.process_time()
+    losses = train_on(islice(drawn, updates))
     per_update = (time.process_time() - began) / max(1, len(losses))
-    first_epoch_loss = training_loss(net, data)
-    losses += train_on(islice(drawn, data.updates_per_epoch * (case.epochs - 1)))
+    first_epoch_loss = training_loss(net)
+    losses += train_on(islice(drawn, updates * (epochs - 1)))
     learning: dict[str, float] | None = None
     if history:
         objective = sum(iteration.kind == "objective" for iteration in history)
@@ -281,150 +204,109 @@ def run(case: Run, effort: Effort) -> Run:
             "updates": round(seconds / per_update, 1),
             **{"min_scale": history[-1].min_scale, "max_scale": history[-1].max_scale},
         }
-    return replace(
-        case,
-        weights=weights,
-        curve=[
-            round(fmean(losses[i : i + AVERAGED]), 5)
-            for i in range(0, len(losses) - AVERAGED + 1, AVERAGED)
-        ],
-        start_loss=start_loss,
-        first_epoch_loss=first_epoch_loss,
-        last_loss=training_loss(net, data),
-        accuracy=test_accuracy(net, data),
-        learning=learning,
-    )
+    ends = range(AVERAGED, len(losses) + 1, AVERAGED)
+    curve = [round(fmean(losses[end - AVERAGED : end]), 5) for end in ends]
+    end = training_loss(net), test_accuracy(net)
+    before = *setting, rate, seed, gradinit, epochs, weights
+    return Run(*before, curve, start_loss, first_epoch_loss, *end, learning)
 
 
 def digest(net: nn.Module) -> str:
-    hashed = hashlib.sha256()
-    for parameter in net.parameters():
-        hashed.update(parameter.detach().contiguous().numpy().tobytes())
-    return hashed.hexdigest()[:16]
+    weights = (p.detach().contiguous().numpy().tobytes() for p in net.parameters())
+    return hashlib.sha256(b"".join(weights)).hexdigest()[:16]
 
 
 def train(
-    net: nn.Module,
-    data: Digits,
-    optimizer: torch.optim.Optimizer,
-    clip: float,
-    drawn: Iterator[Tensor],
+    net: nn.Module, updater: torch.optim.Optimizer, clip: bool, drawn: Iterator[Tensor]
 ) -> list[float]:
     """One update for each batch; the losses before them, up to the first that is not finite."""
     losses: list[float] = []
     net.train()
     for indices in drawn:
-        loss = functional.cross_entropy(net(data.images[indices]), data.classes[indices])
+        loss = loss_of(net, indices)
         if not math.isfinite(loss.item()):
             break
         losses.append(loss.item())
-        optimizer.zero_grad()
+        updater.zero_grad()
         loss.backward()
-        if math.isfinite(clip):
-            nn.utils.clip_grad_norm_(net.parameters(), clip)
-        optimizer.step()
+        if clip:
+            nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        updater.step()
     return losses
 
 
 @torch.no_grad()
-def training_loss(net: nn.Module, data: Digits) -> float | None:
+def training_loss(net: nn.Module) -> float | None:
     # Batch normalisation by the batch, as in training: after one epoch its running statistics
     # still lag behind, and would tell more of that than of the weights.
-    with deterministic(net):
-        loss = functional.cross_entropy(net(data.images), data.classes).item()
+    with engine.deterministic(net):
+        loss = functional.cross_entropy(net(IMAGES), CLASSES).item()
     return round(loss, 5) if math.isfinite(loss) else None
 
 
 @torch.no_grad()
-def test_accuracy(net: nn.Module, data: Digits) -> float:
+def test_accuracy(net: nn.Module) -> float:
     net.eval()
-    correct = net(data.test_images).argmax(1) == data.test_classes
-    return round(correct.float().mean().item(), 5)
+    return round((net(TEST_IMAGES).argmax(1) == TEST_CLASSES).float().mean().item(), 5)
 
 
 # ---- All runs, and what they show. The runs of a side differ in their seeds alone.
 
 
-def measure(effort: Effort) -> list[Run]:
+def measure() -> list[Run]:
     runs: list[Run] = []
-    for setting in settings():
-
-        def side(rate: float, gradinit: bool, more: int = 0, setting=setting) -> list[Run]:
-            """Run all seeds, for `more` epochs than usual."""
-            cases = (
-                Run(*setting, rate, seed, gradinit, effort.epochs + more)
-                for seed in range(1, effort.seeds + 1)
-            )
-            return [run(case, effort) for case in cases]
-
-        rates = effort.rates[setting[0]]
-        without, gradinit = ([side(rate, on) for rate in rates] for on in (False, True))
-        cost = fmean(each.learning["updates"] for each in best(gradinit))
-        more = math.ceil(cost / digits(effort.train_images).updates_per_epoch)
-        longer = side(best(without)[0].rate, False, more)
-        runs += chain(*without, *gradinit, longer)
+    for setting in SETTINGS:
+        arms = [
+            [run_seeds(setting, rate, gradinit, EPOCHS) for rate in RATES[setting[0]]]
+            for gradinit in (False, True)
+        ]
+        # Once more without GradInit, with as many epochs more as it took time.
+        cost = fmean(each.learning["updates"] for each in best(arms[1]))
+        more = math.ceil(cost / (len(IMAGES) // BATCH))
+        longer = run_seeds(setting, best(arms[0])[0].rate, False, EPOCHS + more)
+        runs += chain(*arms[0], *arms[1], longer)
         print("done:", *setting, file=sys.stderr, flush=True)
     return runs
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """One setting without GradInit and with it: a list of runs for each learning rate.
-
-    Attributes:
-        longer: without GradInit at its best learning rate, trained for as many epochs more as
-            GradInit took time.
-    """
-
-    setting: tuple[str, str, str]
-    without: list[list[Run]]
-    gradinit: list[list[Run]]
-    longer: list[Run]
+def run_seeds(setting: Setting, rate: float, gradinit: bool, epochs: int) -> list[Run]:
+    return [run(setting, rate, seed, gradinit, epochs) for seed in range(1, SEEDS + 1)]
 
 
-def comparisons(runs: Sequence[Run]) -> list[Comparison]:
-    found = []
-    for setting, group in by(runs, lambda run: run.setting).items():
-        sides = list(by(group, lambda run: (run.gradinit, run.epochs, run.rate)).values())
-        *without, longer = (side for side in sides if not side[0].gradinit)
-        gradinit = [side for side in sides if side[0].gradinit]
-        found.append(Comparison(setting, without, gradinit, longer))
-    return found
+def sides(runs: Sequence[Run]) -> tuple[list[list[Run]], list[list[Run]], list[Run]]:
+    """Of a setting: without GradInit and with it, for each learning rate; longer without it."""
+    without = by((run for run in runs if not run.gradinit), lambda run: (run.epochs, run.rate))
+    *usual, longer = without.values()
+    gradinit = by((run for run in runs if run.gradinit), lambda run: run.rate)
+    return usual, list(gradinit.values()), longer
 
 
 def best(sides: Sequence[list[Run]]) -> list[Run]:
     """By the loss on the training images: the test images have no say."""
-
-    def mean_loss(side: list[Run]) -> float:
-        return fmean(math.inf if run.last_loss is None else run.last_loss for run in side)
-
-    return min(sides, key=mean_loss)
-
-
-def accuracy(side: Sequence[Run]) -> str:
-    return spread((100.0 * run.accuracy for run in side), 1)
+    losses = [[math.inf if r.last_loss is None else r.last_loss for r in side] for side in sides]
+    return sides[min(range(len(sides)), key=lambda i: fmean(losses[i]))]
 
 
 def outcome(side: Sequence[Run]) -> tuple[str, str]:
-    """The cells of a table that say what came of a side."""
+    """The cells of a table that say what came of a side: loss after an epoch, test accuracy."""
     losses = [run.first_epoch_loss for run in side]
     diverged = losses.count(None)
-    return f"{diverged} of {len(side)} diverge" if diverged else spread(losses), accuracy(side)
+    loss = f"{diverged} of {len(side)} diverge" if diverged else spread(losses)
+    return loss, spread((100.0 * run.accuracy for run in side), 1)
 
 
-def tables(found: Sequence[Comparison]) -> list[Table]:
+def tables(runs: Sequence[Run]) -> list[Table]:
     names = ["optimizer", "net", "initialisation"]
     loss, score = "loss after 1 epoch", "test accuracy, %"
     at_best, costs, every = [], [], []
-    for each in found:
-        sides = best(each.without), best(each.gradinit)
-        cells = [cell for side in sides for cell in (f"{side[0].rate:g}", *outcome(side))]
-        at_best.append([*each.setting, *cells])
-        longer = str(each.longer[0].epochs), accuracy(each.longer)
-        costs.append([*each.setting, *cost(sides[1]), *longer])
-        for without, gradinit in zip(each.without, each.gradinit, strict=True):
-            rate = f"{without[0].rate:g}"
-            every.append([*each.setting, rate, *outcome(without), *outcome(gradinit)])
+    for setting, group in by(runs, lambda run: run.setting).items():
+        without, gradinit, longer = sides(group)
+        pair = best(without), best(gradinit)
+        cells = [cell for side in pair for cell in (f"{side[0].rate:g}", *outcome(side))]
+        at_best.append([*setting, *cells])
+        costs.append([*setting, *cost(pair[1]), str(longer[0].epochs), outcome(longer)[1]])
+        for one, other in zip(without, gradinit, strict=True):
+            every.append([*setting, f"{one[0].rate:g}", *outcome(one), *outcome(other)])
     best_header = [*names, "without: lr", loss, score, "GradInit: lr", loss, score]
     cost_header = [*names, "GradInit costs, updates", "constraint iterations, %", "scales"]
     every_header = [*names, "lr", f"without: {loss}", score, f"GradInit: {loss}", score]
@@ -447,24 +329,22 @@ def cost(side: Sequence[Run]) -> tuple[str, str, str]:
     )
 
 
-def save_picture(path: Path, found: Sequence[Comparison]) -> None:
+def save_picture(path: Path, runs: Sequence[Run]) -> None:
     """A panel for each optimizer and net: losses over updates, mean and range over the seeds."""
     figure = Figure(figsize=(13, 7.2), layout="constrained")
-    panels = by(found, lambda c: c.setting[:2])
+    panels = by(runs, lambda run: (run.optimizer, run.net))
     all_axes = figure.subplots(2, len(NETS), sharex=True, sharey=True)
     for axes, ((optimizer, net), here) in zip(all_axes.flat, panels.items(), strict=True):
-        for comparison in here:
-            start = comparison.setting[2]
-            draw(axes, best(comparison.without), start, "--")
-            draw(axes, best(comparison.gradinit), f"{start} + GradInit", "-")
+        for start, group in by(here, lambda run: run.start).items():
+            without, gradinit, _ = sides(group)
+            draw(axes, best(without), start, "--")
+            draw(axes, best(gradinit), f"{start} + GradInit", "-")
         axes.set_title(f"{net}, {optimizer}")
         axes.set_ylim(0.0, 3.0)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    for axes in all_axes[-1]:
-        axes.set_xlabel("update")
-    for axes in all_axes[:, 0]:
-        axes.set_ylabel("training loss (nats)")
+    figure.supxlabel("update")
+    figure.supylabel("training loss (nats)")
     figure.savefig(path, dpi=120)
 
 
@@ -480,25 +360,22 @@ def draw(axes: Axes, side: Sequence[Run], label: str, dashes: str) -> None:
     axes.fill_between(updates, lows, highs, color=colour, alpha=0.15, linewidth=0)
 
 
-def kept(path: Path) -> list[Run]:
-    """The runs in a file that `main` wrote."""
-    return [Run(**row) for row in read(path)["results"]["runs"]]
-
-
-def main(arguments: Sequence[str] | None = None, effort: Effort = FULL) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seeds", type=int, default=effort.seeds, help="runs of each kind")
     parser.add_argument("--table", action="store_true", help="print what is kept, measure nothing")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder to write to")
-    options = parser.parse_args(arguments)
-    path = options.results / "digits.json"
-    if not options.table:
-        runs = measure(replace(effort, seeds=options.seeds))
-        write(path, {"runs": [*map(asdict, runs)]})
-        save_picture(path.with_suffix(".png"), comparisons(runs))
-    print(markdown(read(path), tables(comparisons(kept(path)))), end="")
+    path = RESULTS / "digits.json"
+    if not parser.parse_args(arguments).table:
+        torch.set_num_threads(1)
+        runs = measure()
+        write(path, "runs", [*map(asdict, runs)])
+        save_picture(path.with_suffix(".png"), runs)
+    print(markdown(read(path), tables(kept(path))), end="")
+
+
+def kept(path: Path) -> list[Run]:
+    return [Run(**row) for row in read(path)["results"]["runs"]]
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ from fairseq_gradinit.engine import (
     base_weights,
     set_weights,
 )
-from fairseq_gradinit.engine.history import IterationKind
 
 
 class PlainGradInit:
@@ -37,20 +36,12 @@ class PlainGradInit:
         self._config = config
         self._base = base_weights(blocks)
         self._parameters = [block.parameter for block in blocks]
-        learned = [block for block in blocks if block.learned]
-        self.scales = torch.ones(
-            len(learned), dtype=torch.float64, device=learned[0].parameter.device
-        )
-        self._lower = torch.tensor(
-            [config.min_bias_scale if b.is_bias else config.min_scale for b in learned],
-            dtype=torch.float64,
-            device=self.scales.device,
-        )
-        self._adam: dict[IterationKind, torch.optim.Adam] = {
+        self.scales = torch.ones(sum(b.learned for b in blocks), dtype=torch.float64)
+        self._adam = {
             kind: torch.optim.Adam([self.scales], lr=config.lr, betas=config.betas)
             for kind in ("objective", "constraint")
         }
-        self.kinds: list[IterationKind] = []
+        self.kinds: list[str] = []
 
     def step(self, pair: BatchPair) -> None:
         """Do one iteration."""
@@ -63,7 +54,9 @@ class PlainGradInit:
                 norm.backward()
                 self._descend("constraint", divisor=1.0)
             else:
-                self._trial_step(gradients)
+                with torch.no_grad():
+                    for parameter, gradient in zip(self._parameters, gradients, strict=True):
+                        parameter -= self._config.eta * gradient.sign()
                 self._mean_loss(pair.second[0]).backward()
                 self._descend("objective", divisor=self._config.eta)
 
@@ -72,11 +65,7 @@ class PlainGradInit:
         return loss / count
 
     @torch.no_grad()
-    def _trial_step(self, gradients: tuple[Tensor, ...]) -> None:
-        for parameter, gradient in zip(self._parameters, gradients, strict=True):
-            parameter -= self._config.eta * gradient.sign()
-
-    def _descend(self, kind: IterationKind, divisor: float) -> None:
+    def _descend(self, kind: str, divisor: float) -> None:
         """Move the scales along the gradients that the parameters hold, and set the weights."""
         dots = [
             (block.parameter.grad * base).sum().double() / divisor
@@ -85,7 +74,7 @@ class PlainGradInit:
         ]
         self.scales.grad = torch.stack(dots)
         self._adam[kind].step()
-        self.scales.clamp_(self._lower, torch.full_like(self._lower, self._config.max_scale))
+        self.scales.clamp_(self._config.min_scale, self._config.max_scale)
         for parameter in self._parameters:
             parameter.grad = None
         set_weights(self._blocks, self._base, self.scales)

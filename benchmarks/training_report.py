@@ -4,34 +4,32 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from statistics import fmean
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from record import Table, markdown_table
+from record import Table
 
 from fairseq_gradinit.results import MARGIN, RunRecord, Settings
-from fairseq_gradinit.results import source as shared_source
-from fairseq_gradinit.results.heat_map import LOSS, Panel, Point, draw, mean_loss
-from fairseq_gradinit.results.tables import by, count, ratio, seeds, spread
+from fairseq_gradinit.results.heat_map import LOSS, Panel, Point, mean_loss
+from fairseq_gradinit.results.tables import by, ratio, seeds, spread
 
 POINTS = (0.1, 0.2, 0.5, 1.0)
 """Parts of training after which tables show the validation loss."""
-
 
 COLOURS = {"default": "#c0392b", "warmup": "#1b3a6b", "gradinit": "#e8a33d"}
 
 
 @dataclass(frozen=True)
 class Grid:
-    """How runs are laid out: panels of rows and columns.
+    """How runs are laid out: panels of rows and columns, which are learning rates.
 
     Attributes:
         panel, row: what runs with the same one have in common.
-        row_label: what `row` is. Columns are learning rates.
+        row_label: what `row` is.
     """
 
     panel: Callable[[RunRecord], str]
@@ -39,14 +37,18 @@ class Grid:
     row_label: str
 
 
-def settings(run: RunRecord) -> tuple[str, Settings]:
-    """What the runs of several seeds have in common."""
-    return run.recipe, run.settings
-
-
 def study_corpus(run: RunRecord) -> str:
     """The name that the studies give a corpus."""
     return run.recipe.partition("/")[0]
+
+
+def arm(run: RunRecord) -> str:
+    """How training started."""
+    return run.recipe.partition("/")[2]
+
+
+def corpus_and_model(run: RunRecord) -> str:
+    return f"{study_corpus(run)}, {run.settings.model}"
 
 
 def optimizer_name(found: Settings) -> str:
@@ -55,15 +57,11 @@ def optimizer_name(found: Settings) -> str:
     return f"{found.optimizer} {details}"
 
 
-def colours(runs: Iterable[RunRecord]) -> dict[str, str]:
-    """Of arms: those of the three usual ones, and matplotlib's one after the other."""
+def by_arm(runs: Sequence[RunRecord]) -> list[tuple[list[RunRecord], str]]:
+    """The runs of each arm, with its colour."""
     others = cycle(f"C{i}" for i in range(10))
-    return {name: COLOURS.get(name) or next(others) for name in dict.fromkeys(map(arm, runs))}
-
-
-def arm(run: RunRecord) -> str:
-    """How training started."""
-    return run.recipe.partition("/")[2]
+    groups = by(runs, arm).items()
+    return [(group, COLOURS.get(name) or next(others)) for name, group in groups]
 
 
 def loss_at(run: RunRecord, part: float) -> float | None:
@@ -72,20 +70,10 @@ def loss_at(run: RunRecord, part: float) -> float | None:
     return known[-1] if known else None
 
 
-def source(runs: Sequence[RunRecord], command: str) -> str:
-    """Where the numbers come from: command, machines, dates, versions, revisions of the code."""
-    found = [run.circumstances for run in runs]
-    return shared_source(command, f"{count(runs)} of one thread each", found)
-
-
-def report(tables: Iterable[Table], runs: Sequence[RunRecord], command: str) -> str:
-    """Markdown."""
-    return "\n".join(markdown_table(table, source(runs, command)) for table in tables)
-
-
 def settings_tables(runs: Sequence[RunRecord]) -> list[Table]:
     """A row for each setting: losses on the way, scores, and what GradInit cost."""
-    rows = [_settings_row(group) for group in by(runs, settings).values()]
+    groups = by(runs, lambda run: (run.recipe, run.settings)).values()
+    rows = [_settings_row(group) for group in groups]
     # Scores, for one, are not there in every study.
     header = [name for name in rows[0] if any(row[name] for row in rows)]
     title = f"{LOSS.capitalize()}; mean ± standard deviation over the seeds that did not diverge"
@@ -96,7 +84,7 @@ def _settings_row(runs: Sequence[RunRecord]) -> dict[str, str]:
     first, used = runs[0], runs[0].settings
     finished = [run for run in runs if run.status == "finished"]
     return {
-        "corpus": f"{study_corpus(first)}, {used.model}",
+        "corpus": corpus_and_model(first),
         "optimizer": optimizer_name(used),
         "peak lr": f"{used.lr:g}",
         "start": first.title,
@@ -130,16 +118,13 @@ def grid_tables(runs: Sequence[RunRecord], grid: Grid) -> list[Table]:
     tables = []
     for panel in panels(runs, grid):
         rates, cells, best = panel.rates, panel.cells, _lowest(panel)
-        tables.append(
-            Table(
-                f"{panel.title}: {LOSS}, after the last update; mean over the seeds",
-                [f"{grid.row_label} \\ peak lr", *(f"{rate:g}" for rate in rates)],
-                [
-                    [r, *(_cell(cells.get((r, rate), []), best) for rate in rates)]
-                    for r in panel.rows
-                ],
-            )
-        )
+        title = f"{panel.title}: {LOSS}, after the last update; mean over the seeds"
+        header = [f"{grid.row_label} \\ peak lr", *(f"{rate:g}" for rate in rates)]
+        rows = [
+            [row, *(_cell(cells.get((row, rate), []), best) for rate in rates)]
+            for row in panel.rows
+        ]
+        tables.append(Table(title, header, rows))
     return tables
 
 
@@ -168,75 +153,51 @@ def share_tables(runs: Sequence[RunRecord], grid: Grid) -> list[Table]:
     return [Table(title, ["", "share", "lowest loss"], rows), *grid_tables(runs, grid)]
 
 
-def heat_maps(runs: Sequence[RunRecord], grid: Grid) -> Figure:
-    """The panels side by side, on one scale of colours, which ends at the unigram plateau."""
-    return draw(panels(runs, grid))
-
-
 def loss_curves(runs: Sequence[RunRecord]) -> Figure:
-    """Validation loss over the updates: a row for each model, a column for each learning rate."""
-    models = by(runs, lambda run: (study_corpus(run), run.settings.model))
-    panels = [list(by(part, lambda run: run.settings.lr).items()) for part in models.values()]
-    columns, palette = max(map(len, panels)), colours(runs)
-    figure = Figure(figsize=(5 * columns, 3.8 * len(panels)), layout="constrained")
-    for all_axes, row in zip(
-        figure.subplots(len(panels), columns, squeeze=False), panels, strict=True
-    ):
-        for axes in all_axes[len(row) :]:
-            axes.set_axis_off()
-        for axes, (rate, part) in zip(all_axes, row, strict=False):
-            for group in by(part, settings).values():
-                _draw_curves(axes, group, palette[arm(group[0])])
-            name = f"{study_corpus(part[0])}, {part[0].settings.model}"
-            axes.set_title(f"{name}, peak lr {rate:g}", fontsize=10)
-            axes.set_xlabel("update")
-            axes.set_ylabel(LOSS)
-            axes.grid(alpha=0.3)
-            axes.legend(fontsize=8)
+    """Validation loss over the updates: a panel for each model and learning rate, in two columns.
+
+    Thick is the mean of an arm's seeds that did not diverge, thin are the seeds.
+    """
+    groups = by(runs, lambda run: f"{corpus_and_model(run)}, peak lr {run.settings.lr:g}")
+    columns = min(2, len(groups))
+    rows = math.ceil(len(groups) / columns)
+    figure = Figure(figsize=(5 * columns, 3.8 * rows), layout="constrained")
+    for i, (title, group) in enumerate(groups.items(), 1):
+        axes = figure.add_subplot(rows, columns, i)
+        for part, colour in by_arm(group):
+            for run in part:
+                axes.plot(*zip(*run.valid, strict=True), color=colour, alpha=0.4, lw=0.8)
+            curves = [run.valid for run in part if run.status == "finished"]
+            means = {at[0][0]: fmean(loss for _, loss in at) for at in zip(*curves, strict=True)}
+            axes.plot(list(means), list(means.values()), color=colour, lw=2, label=part[0].title)
+        _label(axes, title, "update")
     return figure
-
-
-def _draw_curves(axes: Axes, runs: Sequence[RunRecord], colour: str) -> None:
-    """The mean of the seeds, and thin the seeds themselves; a cross where one diverged."""
-    for run in runs:
-        # One that diverged at once is a cross at 0.
-        known = {update: loss for update, loss in run.valid if loss is not None}
-        known = known or {0: run.plateau}
-        axes.plot(list(known), list(known.values()), color=colour, alpha=0.4, lw=0.8)
-        if run.status == "diverged":
-            axes.plot(*list(known.items())[-1], "x", color=colour)
-    curves = [run.valid for run in runs if run.status == "finished"]
-    means = {at[0][0]: fmean(loss for _, loss in at) for at in zip(*curves, strict=True)}
-    axes.plot(list(means), list(means.values()), color=colour, lw=2, label=runs[0].title)
 
 
 def rate_curves(runs: Sequence[RunRecord]) -> Figure:
-    """Validation loss after the last update, over the learning rate; diverged runs as crosses."""
-    panels, palette = by(runs, study_corpus), colours(runs)
-    figure = Figure(figsize=(6 * len(panels), 4), layout="constrained")
-    for axes, (corpus, part) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
-    ):
-        for group in by(part, arm).values():
-            _draw_rates(axes, group, palette[arm(group[0])])
-        axes.axhline(part[0].plateau, color="0.5", ls=":", label="unigram plateau")
-        axes.set_xscale("log", base=2)
-        rates = sorted({run.settings.lr for run in part})
-        axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
-        axes.set_xlabel("peak learning rate")
-        axes.set_ylabel(LOSS)
-        axes.set_title(f"{corpus}, {optimizer_name(part[0].settings)}", fontsize=10)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+    """For one corpus: the loss after the last update, over the learning rate; x is divergence."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    plateau = runs[0].plateau
+    for part, colour in by_arm(runs):
+        groups = sorted(by(part, lambda run: run.settings.lr).items())
+        means = [mean_loss(run.valid_loss for run in group) for _, group in groups]
+        rates = [rate for rate, _ in groups]
+        axes.plot(rates, means, "o-", color=colour, label=part[0].title)
+        diverged = [run.settings.lr for run in part if run.valid_loss is None]
+        axes.plot(diverged, [plateau] * len(diverged), "x", color=colour, alpha=0.6)
+    axes.axhline(plateau, color="0.5", ls=":", label="unigram plateau")
+    axes.set_xscale("log", base=2)
+    rates = sorted({run.settings.lr for run in runs})
+    axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    title = f"{study_corpus(runs[0])}, {optimizer_name(runs[0].settings)}"
+    _label(axes, title, "peak learning rate")
     return figure
 
 
-def _draw_rates(axes: Axes, runs: Sequence[RunRecord], colour: str) -> None:
-    groups = by(runs, lambda run: run.settings.lr)
-    means = {rate: mean_loss(run.valid_loss for run in part) for rate, part in groups.items()}
-    rates = sorted(means)
-    axes.plot(rates, [means[rate] for rate in rates], "o-", color=colour, label=runs[0].title)
-    for run in runs:
-        at = run.plateau if run.valid_loss is None else run.valid_loss
-        marker = "x" if run.valid_loss is None else "."
-        axes.plot(run.settings.lr, at, marker, color=colour, alpha=0.6)
+def _label(axes: Axes, title: str, over: str) -> None:
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel(over)
+    axes.set_ylabel(LOSS)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)

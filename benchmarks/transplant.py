@@ -1,13 +1,13 @@
 """What does a short warmup change in the weights that a start could have instead?
 
     python benchmarks/transplant.py --results transplant.jsonl -- fairseq-train DATA ... --lr 4e-3
+    python benchmarks/transplant.py --results transplant.jsonl --table
 
 The training command has a learning rate at which GradInit without warmup fails. GradInit's start is
 trained with a short warmup first, and its weights after 100 updates are kept. Then parts of them
 are put into GradInit's start, and each of these starts is trained at the full rate from its first
 update, with a new optimizer, on the same batches. Parts that make it train hold what warmup did.
-
-Each run is one line of the results, and is not run again; the table is printed at the end.
+Each run is one line of the results, of which the table is printed at the end.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import argparse
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,6 @@ from fairseq_gradinit.storage import append_line, read_lines
 WARMUP, KEPT_AT, UPDATES = 140, 100, 250
 LOOKS = (0, 5, 20, 40, 60, 100, 140, 200, 250)
 
-Weights = dict[str, Tensor]
 Start = Callable[[str, Tensor, Tensor], Tensor]
 """Of a tensor's name, its initial and its warmed value: what to begin with."""
 
@@ -69,18 +68,16 @@ def random_rows(change: Tensor) -> Tensor:
     return noise / lengths(noise) * lengths(change)
 
 
-PARTS: dict[str, Callable[[str], bool]] = {
-    "biases": lambda name: name.endswith("bias"),
-    "LayerNorms": lambda name: "layer_norm" in name,
-    "embeddings": is_embedding,
-    "attention": lambda name: "attn" in name and "layer_norm" not in name,
-    "feed-forward": lambda name: ".fc" in name,
-    "decoder layers": lambda name: name.startswith("decoder"),
-    "encoder and embeddings": lambda name: name.startswith("encoder"),
-}
 STARTS: dict[str, Start] = {
+    "no warmup": only(lambda name: False),
     "all weights": only(lambda name: True),
-    **{name: only(part) for name, part in PARTS.items()},
+    "biases": only(lambda name: name.endswith("bias")),
+    "LayerNorms": only(lambda name: "layer_norm" in name),
+    "embeddings": only(is_embedding),
+    "attention": only(lambda name: "attn" in name and "layer_norm" not in name),
+    "feed-forward": only(lambda name: ".fc" in name),
+    "decoder layers": only(lambda name: name.startswith("decoder")),
+    "encoder and embeddings": only(lambda name: name.startswith("encoder")),
     "embeddings: their norm": embeddings(lambda e, d: e * ((e + d).norm() / e.norm())),
     "embeddings: row norms": embeddings(
         lambda e, d: e / lengths(e).clamp_min(1e-9) * lengths(e + d)
@@ -96,41 +93,43 @@ STARTS: dict[str, Start] = {
 
 
 def run(
-    prober: Prober,
-    updates: int,
-    start: Callable[[str, Tensor], Tensor],
-    warmup: int = 0,
-    kept_at: int | None = None,
-) -> tuple[list[dict[str, Any]], Weights]:
-    """What was seen of a training, and its weights after `kept_at` updates."""
-    kept: Weights = {}
-
-    @torch.no_grad()
-    def visit(update: int, tensors: Mapping[str, Tensor]) -> None:
-        if update == 0:
-            for name, tensor in tensors.items():
-                tensor.copy_(start(name, tensor.clone()))
-        if update == kept_at:
-            kept.update({name: tensor.clone() for name, tensor in tensors.items()})
-
+    prober: Prober, warmup: int, visit: Callable[[int, Mapping[str, Tensor]], None]
+) -> list[dict[str, Any]]:
+    """What was seen of a training."""
     arm = Arm("gradinit", warmup=warmup > 0)
-    probe = prober.run(arm, prober.lr, updates, LOOKS, warmup, visit)
+    probe = prober.run(arm, prober.lr, UPDATES, LOOKS, warmup, torch.no_grad()(visit))
     shares = probe.last_layer_shares()
-    seen = [
+    return [
         {
             "update": look.update,
             "loss": round(look.loss, 3),
-            "source_bits": None if look.source_bits is None else round(look.source_bits, 3),
+            "source_bits": round(look.source_bits, 3),
             "shares": {side: float(f"{curve[i]:.2g}") for side, curve in shares.items()},
         }
         for i, look in enumerate(probe.looks)
     ]
-    return seen, kept
+
+
+def run_all(prober: Prober) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """The names of the starts, and what was seen of them."""
+    warmed: dict[str, Tensor] = {}
+
+    def keep(update: int, tensors: Mapping[str, Tensor]) -> None:
+        if update == KEPT_AT:
+            warmed.update({name: tensor.clone() for name, tensor in tensors.items()})
+
+    yield f"warmup over {WARMUP} updates", run(prober, WARMUP, keep)
+    for what, start in STARTS.items():
+
+        def begin(update: int, tensors: Mapping[str, Tensor], start: Start = start) -> None:
+            for name, tensor in tensors.items() if update == 0 else ():
+                tensor.copy_(start(name, tensor.clone(), warmed[name]))
+
+        yield what, run(prober, 0, begin)
 
 
 def looks_in(path: Path) -> dict[str, list[dict[str, Any]]]:
-    rows = read_lines(path, dict, "a run of transplant.py") if path.exists() else []
-    return {row["start"]: row["looks"] for row in rows}
+    return {row["start"]: row["looks"] for row in read_lines(path, dict, "a run of transplant.py")}
 
 
 def table(path: Path) -> str:
@@ -143,15 +142,14 @@ def table(path: Path) -> str:
         last = looks[-1]
         share = ", ".join(f"{side} {value:.2g}" for side, value in last["shares"].items())
         cells = [losses.get(0, ""), losses.get(20, ""), losses.get(100, ""), losses[last["update"]]]
-        bits = "" if last["source_bits"] is None else f"{last['source_bits']:.2f}"
-        lines.append("| " + " | ".join([start, *cells, bits, share]) + " |")
+        cells += [f"{last['source_bits']:.2f}", share]
+        lines.append("| " + " | ".join([start, *cells]) + " |")
     return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n")[0])
     parser.add_argument("--results", type=Path, required=True, metavar="FILE.jsonl")
-    parser.add_argument("--updates", type=int, default=UPDATES, help="of each run")
     parser.add_argument("--table", action="store_true", help="show the results, and run nothing")
     parser.add_argument("training", nargs="*", help="the command, after --")
     options = parser.parse_args(arguments)
@@ -159,30 +157,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         warnings.simplefilter("ignore")
         logging.disable(logging.INFO)
         with tempfile.TemporaryDirectory() as folder:
-            run_all(Prober(options.training, Path(folder)), options.updates, options.results)
+            for start, looks in run_all(Prober(options.training, Path(folder))):
+                append_line(options.results, {"start": start, "looks": looks})
     print(table(options.results))
-
-
-def run_all(prober: Prober, updates: int, results: Path) -> None:
-    """Run what is not in the file."""
-    done = looks_in(results)
-
-    def keep(name: str, looks: list[dict[str, Any]]) -> None:
-        if name not in done:
-            append_line(results, {"start": name, "looks": looks})
-
-    looks, warmed = run(
-        prober, updates, lambda name, tensor: tensor, WARMUP, kept_at=min(KEPT_AT, updates)
-    )
-    keep(f"warmup over {WARMUP} updates", looks)
-    starts: dict[str, Start] = {"no warmup": lambda name, before, after: before, **STARTS}
-    for name, start in starts.items():
-        if name not in done:
-
-            def begin(tensor: str, before: Tensor, start: Start = start) -> Tensor:
-                return start(tensor, before, warmed[tensor])
-
-            keep(name, run(prober, updates, begin)[0])
 
 
 if __name__ == "__main__":

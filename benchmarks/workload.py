@@ -9,11 +9,10 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from statistics import median
+from itertools import accumulate
 from typing import TypeVar
 
 import torch
@@ -25,17 +24,18 @@ from fairseq_gradinit.engine import (
     BatchPair,
     GradInitConfig,
     LossFunction,
-    Precision,
     Processes,
     SecondOrder,
     collect_blocks,
-    deterministic,
 )
 from fairseq_gradinit.engine.learner import ScaleLearner
 
 ETA = 1e-4
 ALWAYS_VIOLATED = 1e-30
 """A gamma below every gradient norm: all iterations are constraint iterations."""
+
+Batch = tuple[Tensor, Tensor]
+"""Source of shape (sentences, length), target of shape (sentences, 1 + length)."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,6 @@ class Size:
     vocabulary: int
     sentences: int
     length: int
-
-
-@dataclass(frozen=True)
-class Batch:
-    source: Tensor
-    target: Tensor
 
 
 class Translator(nn.Module):
@@ -84,87 +78,67 @@ class Translator(nn.Module):
         return self.embedding(tokens) * width**0.5 + self.positions.weight
 
 
-@dataclass(frozen=True)
-class Workload:
-    """A size on a device: makes models, batches and losses, the same ones on every call."""
+def new_model(size: Size) -> Translator:
+    """The same on every call."""
+    torch.manual_seed(1)
+    return Translator(size)
 
-    size: Size
-    device: str = "cpu"
-    precision: Precision = "fp32"
 
-    def model(self) -> Translator:
-        torch.manual_seed(1)
-        return Translator(self.size).to(self.device)
-
-    def pair(self, seed: int = 1) -> BatchPair:
-        """Batches S and S~ that share half of their sentences; each has the size of a batch."""
-        rng = torch.Generator().manual_seed(seed)
-        size = self.size
-        half = size.sentences // 2
-        shape = (size.sentences + half, size.length + 1)
-        source, target = (
-            torch.randint(size.vocabulary, shape, generator=rng).to(self.device) for _ in range(2)
-        )
-        rows = slice(0, size.sentences), slice(half, half + size.sentences)
-        first, second = (Batch(source[part, 1:], target[part]) for part in rows)
-        return BatchPair([first], [second])
-
-    def autocast_loss(self, model: Translator) -> LossFunction:
-        """`loss_of`, for those who leave the precision to the loss."""
-        return torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16")(
-            loss_of(model)
-        )
-
-    def config(
-        self, gamma: float = math.inf, second_order: SecondOrder = "auto", lr: float = 1e-4
-    ) -> GradInitConfig:
-        """A small `lr` keeps the model where it is, however often an iteration is repeated."""
-        return GradInitConfig(
-            eta=ETA, lr=lr, gamma=gamma, second_order=second_order, precision=self.precision
-        )
-
-    @contextmanager
-    def learner(
-        self, config: GradInitConfig, processes: Processes | None = None
-    ) -> Iterator[ScaleLearner]:
-        """The engine on a new model."""
-        model = self.model()
-        with deterministic(model):
-            blocks = collect_blocks({"": model}, config.norm_gains)
-            yield ScaleLearner(blocks, loss_of(model), config, processes)
-
-    @contextmanager
-    def plain_learner(self, config: GradInitConfig) -> Iterator[PlainGradInit]:
-        """The baseline on a new model."""
-        model = self.model()
-        with deterministic(model):
-            blocks = collect_blocks({"": model}, config.norm_gains)
-            yield PlainGradInit(blocks, self.autocast_loss(model), config)
+def batch_pair(size: Size, seed: int = 1) -> BatchPair:
+    """Batches S and S~ that share half of their sentences; each has the size of a batch."""
+    rng = torch.Generator().manual_seed(seed)
+    half = size.sentences // 2
+    shape = (size.sentences + half, size.length + 1)
+    source, target = (torch.randint(size.vocabulary, shape, generator=rng) for _ in range(2))
+    rows = slice(0, size.sentences), slice(half, half + size.sentences)
+    first, second = ((source[part, 1:], target[part]) for part in rows)
+    return BatchPair([first], [second])
 
 
 def loss_of(model: Translator) -> LossFunction:
     """Label-smoothed cross entropy summed over the tokens, and their number."""
 
     def summed(batch: Batch) -> tuple[Tensor, int]:
-        wanted = batch.target[:, 1:]
-        scores = model(batch.source, batch.target[:, :-1])
-        loss = functional.cross_entropy(
-            scores.flatten(0, 1), wanted.flatten(), reduction="sum", label_smoothing=0.1
-        )
-        return loss, wanted.numel()
+        source, target = batch
+        scores = model(source, target[:, :-1]).flatten(0, 1)
+        wanted = target[:, 1:].flatten()
+        loss = functional.cross_entropy(scores, wanted, reduction="sum", label_smoothing=0.1)
+        return loss, len(wanted)
 
     return summed
 
 
-Contender = Callable[[], AbstractContextManager[Callable[[], None]]]
-"""Sets up something to measure; the value of the context runs it once."""
+def config_for(
+    gamma: float = math.inf, second_order: SecondOrder = "auto", lr: float = 1e-4
+) -> GradInitConfig:
+    """A small `lr` keeps the model where it is, however often an iteration is repeated."""
+    return GradInitConfig(eta=ETA, lr=lr, gamma=gamma, second_order=second_order)
 
 
-@contextmanager
-def training_step(workload: Workload) -> Iterator[Callable[[], None]]:
+def learner_on(
+    size: Size, config: GradInitConfig, processes: Processes | None = None
+) -> ScaleLearner:
+    """The engine on a new model."""
+    model = new_model(size)
+    blocks = collect_blocks({"": model}, config.norm_gains)
+    return ScaleLearner(blocks, loss_of(model), config, processes)
+
+
+def plain_learner_on(size: Size, config: GradInitConfig) -> PlainGradInit:
+    """The baseline on a new model."""
+    model = new_model(size)
+    return PlainGradInit(collect_blocks({"": model}, config.norm_gains), loss_of(model), config)
+
+
+Step = Callable[[], None]
+Contender = Callable[[], Step]
+"""Sets up something to measure, and returns what runs it once."""
+
+
+def training_step(size: Size) -> Step:
     """Forward, backward, Adam."""
-    model = workload.model()
-    loss, pair = workload.autocast_loss(model), workload.pair()
+    model = new_model(size)
+    loss, pair = loss_of(model), batch_pair(size)
     adam = torch.optim.Adam(model.parameters(), lr=ETA)
 
     def run() -> None:
@@ -173,98 +147,50 @@ def training_step(workload: Workload) -> Iterator[Callable[[], None]]:
         adam.step()
         adam.zero_grad(set_to_none=True)
 
-    yield run
+    return run
 
 
-@contextmanager
-def iteration(
-    workload: Workload, config: GradInitConfig, plain: bool = False
-) -> Iterator[Callable[[], None]]:
-    """One iteration of the engine, or of the baseline."""
-    with (workload.plain_learner if plain else workload.learner)(config) as learner:
-        yield partial(learner.step, workload.pair())
+def iteration(size: Size, config: GradInitConfig) -> Step:
+    return partial(learner_on(size, config).step, batch_pair(size))
 
 
-@dataclass(frozen=True)
-class Seconds:
-    """Times of one call, over the repetitions."""
-
-    median: float
-    lowest: float
-    highest: float
+def plain_iteration(size: Size, config: GradInitConfig) -> Step:
+    return partial(plain_learner_on(size, config).step, batch_pair(size))
 
 
-def wait_for(device: str) -> None:
-    """Wait until the device has done all it was given."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def seconds_for(run: Callable[[], object], device: str, calls: int = 1) -> float:
-    """Wall clock time of one of `calls` calls in a row, the device's work included."""
-    wait_for(device)
+def seconds_for(run: Step) -> float:
     start = time.perf_counter()
-    for _ in range(calls):
-        run()
-    wait_for(device)
-    return (time.perf_counter() - start) / calls
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How often to measure; `calls` in a row are one, which lets a GPU run ahead as it would."""
-
-    warmup: int
-    repetitions: int
-    calls: int = 1
+    run()
+    return time.perf_counter() - start
 
 
 Name = TypeVar("Name")
 
 
 def interleaved_seconds(
-    contenders: Mapping[Name, Contender], schedule: Schedule, device: str
-) -> dict[Name, Seconds]:
+    contenders: Mapping[Name, Contender], repetitions: int
+) -> dict[Name, list[float]]:
     """Times of the contenders, taken in turn so that a change of the machine's speed hits all."""
-    times: dict[Name, list[float]] = {name: [] for name in contenders}
-    with ExitStack() as stack:
-        runs = {name: stack.enter_context(new()) for name, new in contenders.items()}
-        for run in runs.values():
-            seconds_for(run, device, schedule.warmup)
-        for _ in range(schedule.repetitions):
-            for name, run in runs.items():
-                times[name].append(seconds_for(run, device, schedule.calls))
-    return {name: Seconds(median(t), min(t), max(t)) for name, t in times.items()}
+    runs = {name: new() for name, new in contenders.items()}
+    for run in runs.values():
+        run()
+    turns = [{name: seconds_for(run) for name, run in runs.items()} for _ in range(repetitions)]
+    return {name: [turn[name] for turn in turns] for name in contenders}
 
 
-def peak_memory(contender: Contender, device: str) -> int:
+def peak_memory(contender: Contender) -> int:
     """Most bytes of tensors alive at once from the set-up of the model to the end of two calls.
 
-    Two, because the state of an optimizer is made at the end of the first.
+    Two, because the state of an optimizer is made at the end of the first. From the profiler's list
+    of all allocations and frees: exact, and the same on every run.
     """
-
-    def life() -> None:
-        with contender() as run:
-            run()
-            run()
-            wait_for(device)
-
     gc.collect()
-    if device == "cuda":
-        life()  # What libraries allocate once, and keep, is in what was there before.
-        gc.collect()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        life()
-        return torch.cuda.max_memory_allocated() - before
-    # From the profiler's list of all allocations and frees: exact, and the same on every run.
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
-        life()
+        run = contender()
+        run()
+        run()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    alive = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        alive += event.nbytes()
-        peak = max(peak, alive)
-    return peak
+    events.sort(key=lambda event: event.start_ns())
+    return max(accumulate(event.nbytes() for event in events))
