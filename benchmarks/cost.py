@@ -20,16 +20,19 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
 import workload
 from matplotlib.figure import Figure
+from plain_gradinit import PlainGradInit
 from record import RESULTS, Table, markdown, read, write
 from torch import multiprocessing
-from workload import Contender, Size, batch_pair, config_for
+from workload import ALWAYS_VIOLATED, Contender, Size, batch_pair, config_for, learner_on
 
 from fairseq_gradinit.engine import GradInitConfig, ProcessGroup
+from fairseq_gradinit.engine.learner import ScaleLearner
 
 SIZE = Size(6, 256, 1024, 4, vocabulary=4000, sentences=16, length=32)
 REPETITIONS = 9
@@ -53,25 +56,33 @@ GAMMA_SHARE = 0.8
 
 
 def contenders_for(size: Size) -> dict[str, Contender]:
-    violated = workload.ALWAYS_VIOLATED
+    def iteration(*settings: Any, kind: type = ScaleLearner) -> Contender:
+        return lambda: partial(learner_on(size, config_for(*settings), kind).step, batch_pair(size))
+
     return {
         STEP: partial(workload.training_step, size),
-        OBJECTIVE: partial(workload.iteration, size, config_for()),
-        DIFFERENCES: partial(workload.iteration, size, config_for(violated, "finite-difference")),
-        EXACT: partial(workload.iteration, size, config_for(violated, "exact")),
-        PLAIN_OBJECTIVE: partial(workload.plain_iteration, size, config_for()),
-        PLAIN_CONSTRAINT: partial(workload.plain_iteration, size, config_for(violated)),
+        OBJECTIVE: iteration(),
+        DIFFERENCES: iteration(ALWAYS_VIOLATED, "finite-difference"),
+        EXACT: iteration(ALWAYS_VIOLATED, "exact"),
+        PLAIN_OBJECTIVE: iteration(kind=PlainGradInit),
+        PLAIN_CONSTRAINT: iteration(ALWAYS_VIOLATED, kind=PlainGradInit),
     }
 
 
 def judged(value: float, *, most: float | None = None, least: float | None = None) -> list[str]:
     """Two cells: `value` with the verdict on it, and the target."""
-    missed = (most is not None and value > most) or (least is not None and value < least)
-    target = "" if most is None else f"at most {most}"
-    return [
-        f"{value:.2f}{', **missed**' if missed else ''}",
-        target if least is None else f"at least {least}",
-    ]
+    if most is None and least is None:
+        return [f"{value:.2f}", ""]
+    met, target = (
+        (value <= most, f"at most {most}") if most else (value >= least, f"at least {least}")
+    )
+    return [f"{value:.2f}" if met else f"{value:.2f}, **missed**", target]
+
+
+def described() -> str:
+    tokens = SIZE.sentences * SIZE.length
+    model = f"{SIZE.layers}+{SIZE.layers} layers, d={SIZE.width}, ffn={SIZE.feed_forward}"
+    return f"{model}, {tokens} tokens a side, fp32, cpu"
 
 
 # ---- The iterations, and whole runs.
@@ -86,14 +97,14 @@ def measure_iterations() -> list[Table]:
 
 def whole_runs() -> tuple[dict[str, float], dict[str, str]]:
     """Times and kinds of iterations of runs that take turns, so that all see the same machine."""
-    probe = workload.learner_on(SIZE, config_for())
+    probe = learner_on(SIZE, config_for())
     probe.step(batch_pair(SIZE))
     gamma = GAMMA_SHARE * probe.learned().history[0].grad_norm
     lr = GradInitConfig.lr
-    plain = workload.plain_learner_on(SIZE, config_for(gamma, lr=lr))
+    plain = learner_on(SIZE, config_for(gamma, lr=lr), PlainGradInit)
     ours = {
-        DIFFERENCES: workload.learner_on(SIZE, config_for(gamma, "finite-difference", lr)),
-        EXACT: workload.learner_on(SIZE, config_for(gamma, "exact", lr)),
+        DIFFERENCES: learner_on(SIZE, config_for(gamma, "finite-difference", lr)),
+        EXACT: learner_on(SIZE, config_for(gamma, "exact", lr)),
     }
     learners = {"plain": plain, **ours}
     seconds = dict.fromkeys(learners, 0.0)
@@ -108,13 +119,6 @@ def whole_runs() -> tuple[dict[str, float], dict[str, str]]:
         for name, found in {"plain": plain.kinds, **kinds}.items()
     }
     return seconds, mixes
-
-
-def describe(size: Size) -> str:
-    return (
-        f"{size.layers}+{size.layers} layers, d={size.width}, ffn={size.feed_forward}, "
-        f"{size.sentences * size.length} tokens a side, fp32, cpu"
-    )
 
 
 def iteration_table(seconds: Mapping[str, Sequence[float]], memory: Mapping[str, int]) -> Table:
@@ -132,7 +136,7 @@ def iteration_table(seconds: Mapping[str, Sequence[float]], memory: Mapping[str,
             ]
         )
     header = ["", "ms (lowest to highest)", "of a step", "target", "peak MiB", "of training"]
-    return Table(f"Iterations, {describe(SIZE)}", [*header, "target"], rows)
+    return Table(f"Iterations, {described()}", [*header, "target"], rows)
 
 
 def run_table(
@@ -155,7 +159,7 @@ def run_table(
         "the same, all iterations constraint, times": judged(constraint),
         "memory with finite differences, of plain": judged(share, most=MEMORY_TARGET),
     }
-    title = f"Whole runs against the plain form ({mixes['plain']}), {describe(SIZE)}"
+    title = f"Whole runs against the plain form ({mixes['plain']}), {described()}"
     rows = [[name, *cells] for name, cells in results.items()]
     return Table(title, ["", "measured", "target"], rows)
 
@@ -180,9 +184,8 @@ def measure_growth() -> list[Table]:
     base = GROWING_SIZE
     wider = [replace(base, width=width, feed_forward=4 * width) for width in WIDTHS]
     # As matrix products grow, when the width changes.
-    parameters = [
-        sum(p.numel() for p in workload.new_model(size).parameters()) / 1e6 for size in wider
-    ]
+    models = map(workload.new_model, wider)
+    parameters = [sum(p.numel() for p in model.parameters()) / 1e6 for model in models]
     deeper = [replace(base, layers=layers) for layers in LAYERS]
     larger = [replace(base, sentences=sentences) for sentences in SENTENCES]
     axes = [
@@ -268,11 +271,9 @@ def worker(rank: int, folder: str) -> None:
     )
     pair = batch_pair(SIZE, seed=rank)
     found = []
-    for config in (config_for(), config_for(workload.ALWAYS_VIOLATED, "finite-difference")):
-        own, shared = (
-            workload.learner_on(SIZE, config),
-            workload.learner_on(SIZE, config, ProcessGroup()),
-        )
+    for config in (config_for(), config_for(ALWAYS_VIOLATED, "finite-difference")):
+        own = learner_on(SIZE, config)
+        shared = learner_on(SIZE, config, ScaleLearner, ProcessGroup())
         steps = [partial(learner.step, pair) for learner in (own, own, shared)]
         if rank != 0:
             steps[0] = list

@@ -354,9 +354,8 @@ def draw(axes: Axes, side: Sequence[Run], label: str, dashes: str) -> None:
     # A run that diverged ends early, and the mean with it.
     points = list(zip(*(run.curve for run in side), strict=False))
     updates = [AVERAGED * (i + 0.5) for i in range(len(points))]
-    label = f"{label}, lr {side[0].rate:g}"
-    axes.plot(updates, [fmean(point) for point in points], dashes, color=colour, label=label)
-    lows, highs = [min(point) for point in points], [max(point) for point in points]
+    means, lows, highs = (list(map(of, points)) for of in (fmean, min, max))
+    axes.plot(updates, means, dashes, color=colour, label=f"{label}, lr {side[0].rate:g}")
     axes.fill_between(updates, lows, highs, color=colour, alpha=0.15, linewidth=0)
 
 

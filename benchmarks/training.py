@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
@@ -254,14 +254,13 @@ STUDIES = {
 # ---- The program.
 
 
-def kept_runs(
-    cases: Sequence[Case], runs: Iterable[RunRecord], corpora: Mapping[str, Corpus]
-) -> list[RunRecord]:
+def kept_runs(study: Study, file: Path, corpora: Mapping[str, Corpus]) -> list[RunRecord]:
     """The runs to show: those of a study, of any seed, on its corpora as they are now.
 
     A corpus that is not given is as it was in its last run.
     """
-    titles = {(case.recipe, case.settings): case.title for case in cases}
+    runs = read_runs([file]) if file.exists() else []
+    titles = {(case.recipe, case.settings): case.title for case in study.cases}
     digests = {shown.study_corpus(run): run.corpus_digest for run in runs}
     digests |= {name: corpus.digest for name, corpus in corpora.items()}
     found = [
@@ -274,9 +273,7 @@ def kept_runs(
     return sorted(found, key=lambda run: (order.index((run.recipe, run.settings)), run.seed))
 
 
-def run_missing(
-    study: Study, kept: Sequence[RunRecord], corpora: Mapping[str, Corpus], file: Path
-) -> None:
+def run_missing(study: Study, file: Path, corpora: Mapping[str, Corpus]) -> None:
     """Carry out what is not kept, and keep the record of each run as soon as it has ended.
 
     Raises:
@@ -287,7 +284,7 @@ def run_missing(
         other = placed(case.scales_of) if case.scales_of else None
         return replace(case, corpus=str(corpora[case.corpus].folder), scales_of=other)
 
-    done = {(run.recipe, run.settings, run.seed) for run in kept}
+    done = {(run.recipe, run.settings, run.seed) for run in kept_runs(study, file, corpora)}
     for case in study.runs:
         needed = {each.corpus for each in (case, case.scales_of) if each}
         if not needed <= corpora.keys() or (case.recipe, case.settings, case.seed) in done:
@@ -311,13 +308,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = (pair.partition("=")[::2] for pair in options.corpus)
     corpora = {name: Corpus.read(Path(folder).resolve()) for name, folder in given}
     study, file = STUDIES[options.study], RESULTS / f"training-{options.study}.jsonl"
-
-    def kept() -> list[RunRecord]:
-        return kept_runs(study.cases, read_runs([file]) if file.exists() else [], corpora)
-
     if not options.table:
-        run_missing(study, kept(), corpora, file)
-    if runs := kept():
+        run_missing(study, file, corpora)
+    if runs := kept_runs(study, file, corpora):
         what = f"{count(runs)} of one thread each"
         command = f"python benchmarks/training.py {options.study}"
         line = source(command, what, [run.circumstances for run in runs])

@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import cycle
 from statistics import fmean
 
 from matplotlib.axes import Axes
@@ -25,12 +24,7 @@ COLOURS = {"default": "#c0392b", "warmup": "#1b3a6b", "gradinit": "#e8a33d"}
 
 @dataclass(frozen=True)
 class Grid:
-    """How runs are laid out: panels of rows and columns, which are learning rates.
-
-    Attributes:
-        panel, row: what runs with the same one have in common.
-        row_label: what `row` is.
-    """
+    """How runs are laid out: panels, and their rows. Columns are learning rates."""
 
     panel: Callable[[RunRecord], str]
     row: Callable[[RunRecord], str]
@@ -40,11 +34,6 @@ class Grid:
 def study_corpus(run: RunRecord) -> str:
     """The name that the studies give a corpus."""
     return run.recipe.partition("/")[0]
-
-
-def arm(run: RunRecord) -> str:
-    """How training started."""
-    return run.recipe.partition("/")[2]
 
 
 def corpus_and_model(run: RunRecord) -> str:
@@ -58,10 +47,9 @@ def optimizer_name(found: Settings) -> str:
 
 
 def by_arm(runs: Sequence[RunRecord]) -> list[tuple[list[RunRecord], str]]:
-    """The runs of each arm, with its colour."""
-    others = cycle(f"C{i}" for i in range(10))
-    groups = by(runs, arm).items()
-    return [(group, COLOURS.get(name) or next(others)) for name, group in groups]
+    """The runs of each way to start, with its colour."""
+    groups = by(runs, lambda run: run.recipe.partition("/")[2]).items()
+    return [(group, COLOURS.get(name, f"C{i}")) for i, (name, group) in enumerate(groups)]
 
 
 def loss_at(run: RunRecord, part: float) -> float | None:

@@ -11,9 +11,8 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from itertools import accumulate
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from plain_gradinit import PlainGradInit
@@ -24,7 +23,6 @@ from fairseq_gradinit.engine import (
     BatchPair,
     GradInitConfig,
     LossFunction,
-    Processes,
     SecondOrder,
     collect_blocks,
 )
@@ -34,6 +32,8 @@ ETA = 1e-4
 ALWAYS_VIOLATED = 1e-30
 """A gamma below every gradient norm: all iterations are constraint iterations."""
 
+Name = TypeVar("Name")
+Learner = TypeVar("Learner", ScaleLearner, PlainGradInit)
 Batch = tuple[Tensor, Tensor]
 """Source of shape (sentences, length), target of shape (sentences, 1 + length)."""
 
@@ -116,18 +116,11 @@ def config_for(
 
 
 def learner_on(
-    size: Size, config: GradInitConfig, processes: Processes | None = None
-) -> ScaleLearner:
-    """The engine on a new model."""
+    size: Size, config: GradInitConfig, kind: type[Learner] = ScaleLearner, *more: Any
+) -> Learner:
+    """The engine on a new model, or the baseline."""
     model = new_model(size)
-    blocks = collect_blocks({"": model}, config.norm_gains)
-    return ScaleLearner(blocks, loss_of(model), config, processes)
-
-
-def plain_learner_on(size: Size, config: GradInitConfig) -> PlainGradInit:
-    """The baseline on a new model."""
-    model = new_model(size)
-    return PlainGradInit(collect_blocks({"": model}, config.norm_gains), loss_of(model), config)
+    return kind(collect_blocks({"": model}, config.norm_gains), loss_of(model), config, *more)
 
 
 Step = Callable[[], None]
@@ -150,21 +143,10 @@ def training_step(size: Size) -> Step:
     return run
 
 
-def iteration(size: Size, config: GradInitConfig) -> Step:
-    return partial(learner_on(size, config).step, batch_pair(size))
-
-
-def plain_iteration(size: Size, config: GradInitConfig) -> Step:
-    return partial(plain_learner_on(size, config).step, batch_pair(size))
-
-
 def seconds_for(run: Step) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
-
-
-Name = TypeVar("Name")
 
 
 def interleaved_seconds(
