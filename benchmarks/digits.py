@@ -181,7 +181,8 @@ def run(setting: Setting, rate: float, seed: int, gradinit: bool, epochs: int) -
     """GradInit, if wanted, and training."""
     optimizer, name, start = setting
     net = new_net(name, start, seed)
-    weights = digest(net)
+    weights = b"".join(p.detach().contiguous().numpy().tobytes() for p in net.parameters())
+    digest = hashlib.sha256(weights).hexdigest()[:16]
     kind = torch.optim.Adam if optimizer == "Adam" else partial(torch.optim.SGD, momentum=0.9)
     # Before GradInit: a process's first optimizer imports torch's compiler, which takes seconds.
     updater = kind(net.parameters(), rate)
@@ -206,14 +207,12 @@ def run(setting: Setting, rate: float, seed: int, gradinit: bool, epochs: int) -
         }
     ends = range(AVERAGED, len(losses) + 1, AVERAGED)
     curve = [round(fmean(losses[end - AVERAGED : end]), 5) for end in ends]
-    end = training_loss(net), test_accuracy(net)
-    before = *setting, rate, seed, gradinit, epochs, weights
-    return Run(*before, curve, start_loss, first_epoch_loss, *end, learning)
-
-
-def digest(net: nn.Module) -> str:
-    weights = (p.detach().contiguous().numpy().tobytes() for p in net.parameters())
-    return hashlib.sha256(b"".join(weights)).hexdigest()[:16]
+    last_loss = training_loss(net)
+    with torch.no_grad():
+        right = net.eval()(TEST_IMAGES).argmax(1) == TEST_CLASSES
+    before = *setting, rate, seed, gradinit, epochs, digest
+    losses_at = start_loss, first_epoch_loss, last_loss
+    return Run(*before, curve, *losses_at, round(right.float().mean().item(), 5), learning)
 
 
 def train(
@@ -242,12 +241,6 @@ def training_loss(net: nn.Module) -> float | None:
     with engine.deterministic(net):
         loss = functional.cross_entropy(net(IMAGES), CLASSES).item()
     return round(loss, 5) if math.isfinite(loss) else None
-
-
-@torch.no_grad()
-def test_accuracy(net: nn.Module) -> float:
-    net.eval()
-    return round((net(TEST_IMAGES).argmax(1) == TEST_CLASSES).float().mean().item(), 5)
 
 
 # ---- All runs, and what they show. The runs of a side differ in their seeds alone.

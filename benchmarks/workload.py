@@ -12,10 +12,9 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from plain_gradinit import PlainGradInit
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -31,11 +30,6 @@ from fairseq_gradinit.engine.learner import ScaleLearner
 ETA = 1e-4
 ALWAYS_VIOLATED = 1e-30
 """A gamma below every gradient norm: all iterations are constraint iterations."""
-
-Name = TypeVar("Name")
-Learner = TypeVar("Learner", ScaleLearner, PlainGradInit)
-Batch = tuple[Tensor, Tensor]
-"""Source of shape (sentences, length), target of shape (sentences, 1 + length)."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +79,10 @@ def new_model(size: Size) -> Translator:
 
 
 def batch_pair(size: Size, seed: int = 1) -> BatchPair:
-    """Batches S and S~ that share half of their sentences; each has the size of a batch."""
+    """Batches S and S~ that share half of their sentences; each has the size of a batch.
+
+    A batch is a source of shape (sentences, length) and a target of shape (sentences, 1 + length).
+    """
     rng = torch.Generator().manual_seed(seed)
     half = size.sentences // 2
     shape = (size.sentences + half, size.length + 1)
@@ -98,7 +95,7 @@ def batch_pair(size: Size, seed: int = 1) -> BatchPair:
 def loss_of(model: Translator) -> LossFunction:
     """Label-smoothed cross entropy summed over the tokens, and their number."""
 
-    def summed(batch: Batch) -> tuple[Tensor, int]:
+    def summed(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
         source, target = batch
         scores = model(source, target[:, :-1]).flatten(0, 1)
         wanted = target[:, 1:].flatten()
@@ -115,10 +112,8 @@ def config_for(
     return GradInitConfig(eta=ETA, lr=lr, gamma=gamma, second_order=second_order)
 
 
-def learner_on(
-    size: Size, config: GradInitConfig, kind: type[Learner] = ScaleLearner, *more: Any
-) -> Learner:
-    """The engine on a new model, or the baseline."""
+def learner_on(size: Size, config: GradInitConfig, kind: type = ScaleLearner, *more: Any) -> Any:
+    """The engine on a new model, or PlainGradInit."""
     model = new_model(size)
     return kind(collect_blocks({"": model}, config.norm_gains), loss_of(model), config, *more)
 
@@ -150,8 +145,8 @@ def seconds_for(run: Step) -> float:
 
 
 def interleaved_seconds(
-    contenders: Mapping[Name, Contender], repetitions: int
-) -> dict[Name, list[float]]:
+    contenders: Mapping[Any, Contender], repetitions: int
+) -> dict[Any, list[float]]:
     """Times of the contenders, taken in turn so that a change of the machine's speed hits all."""
     runs = {name: new() for name, new in contenders.items()}
     for run in runs.values():

@@ -11,44 +11,30 @@ from conftest import ROOT
 from cost import DIFFERENCES, EXACT, MEMORY_TARGET, MEMORY_TARGETS, OBJECTIVE, STEP, judged
 from plain_gradinit import PlainGradInit
 from record import read, write
-from torch import nn
-from workload import Size, new_model, peak_memory
+from workload import Size, batch_pair, loss_of, new_model, peak_memory
 
-from fairseq_gradinit.engine import BatchPair, GradInitConfig, collect_blocks, deterministic
+from fairseq_gradinit.engine import GradInitConfig, collect_blocks
 from fairseq_gradinit.engine.learner import ScaleLearner
 
 
-def small_problem():
-    """A Transformer layer in float64, its loss, and batches that share half of their rows."""
-    torch.manual_seed(5)
-    layer = nn.TransformerEncoderLayer(8, 2, 16, activation="gelu", batch_first=True)
-    model = nn.Sequential(layer, nn.Linear(8, 3)).double()
-    rows = torch.randn(12, 6, 4, 8, dtype=torch.float64)
-
-    def loss(batch: torch.Tensor) -> tuple[torch.Tensor, int]:
-        wanted, scores = (batch.sum(2) > 0).long().flatten(), model(batch).flatten(0, 1)
-        return nn.functional.cross_entropy(scores, wanted, reduction="sum"), len(wanted)
-
-    return model, loss, [BatchPair([batch[:4]], [batch[2:]]) for batch in rows]
-
-
 def test_the_baseline_learns_what_the_engine_learns() -> None:
-    model, loss, pairs = small_problem()
-    with deterministic(model):
-        blocks = collect_blocks({"": model}, "fixed")
-        probe = ScaleLearner(blocks, loss, GradInitConfig(eta=1e-3))
-        probe.step(pairs[0])
-        gamma = 0.99 * probe.learned().history[0].grad_norm
-        probe.weights.restore()
-        config = GradInitConfig(eta=1e-3, gamma=gamma, second_order="exact")
-        learner = ScaleLearner(blocks, loss, config)
-        for pair in pairs:
-            learner.step(pair)
-        kinds = [iteration.kind for iteration in learner.learned().history]
-        learner.weights.restore()
-        plain = PlainGradInit(blocks, loss, config)
-        for pair in pairs:
-            plain.step(pair)
+    size = Size(1, 8, 16, 2, vocabulary=20, sentences=4, length=6)
+    model = new_model(size).double()
+    blocks, loss = collect_blocks({"": model}, "fixed"), loss_of(model)
+    pairs = [batch_pair(size, seed) for seed in range(12)]
+    probe = ScaleLearner(blocks, loss, GradInitConfig(eta=1e-3))
+    probe.step(pairs[0])
+    gamma = 0.99 * probe.learned().history[0].grad_norm
+    probe.weights.restore()
+    config = GradInitConfig(eta=1e-3, gamma=gamma, second_order="exact")
+    learner = ScaleLearner(blocks, loss, config)
+    for pair in pairs:
+        learner.step(pair)
+    kinds = [iteration.kind for iteration in learner.learned().history]
+    learner.weights.restore()
+    plain = PlainGradInit(blocks, loss, config)
+    for pair in pairs:
+        plain.step(pair)
     assert set(kinds) == {"objective", "constraint"}
     assert plain.kinds == kinds
     assert (plain.scales - 1.0).abs().max() > 0.02

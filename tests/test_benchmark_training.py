@@ -9,77 +9,53 @@ import pytest
 import training
 import training_report as shown
 from cases import Case
-from conftest import binarise, write_corpus, write_manifest
+from conftest import ROOT, binarise, write_corpus, write_manifest
 from corpora import Corpus
 from runner import Run
-from training import DEFAULT, GRADINIT, MULTI30K, STUDIES, WARMUP, Study, adam, case, kept_runs
+from training import DEFAULT, GRADINIT, MULTI30K, STUDIES, WARMUP, Study, case, kept_runs
 
-from fairseq_gradinit import results
 from fairseq_gradinit.results import RunRecord, append_run, read_runs
 
 SETUP = replace(MULTI30K, updates=100)
 CASE = case(SETUP, DEFAULT)
-USUAL = read_runs([training.RESULTS / "training-arms.jsonl"])[0]
 
 
-def record(case: Case = CASE, valid_loss: float | None = 5.0, **changes: object) -> RunRecord:
-    """A run of 100 updates whose loss falls by one with each validation; None has diverged."""
-    end = 9.0 if valid_loss is None else valid_loss
-    run = replace(
-        USUAL,
-        **{"recipe": case.recipe, "title": case.title, "settings": case.settings},
-        **{"seed": case.seed, "corpus_digest": "d1", "plateau": 9.8, "scores": ()},
-        status="diverged" if valid_loss is None else "finished",
-        valid=tuple((update, end + (100 - update) / 10) for update in range(10, 101, 10)),
-        valid_loss=valid_loss,
-        gradinit_seconds=None,
-    )
-    return replace(run, **changes)
+def kept(name: str) -> list[RunRecord]:
+    return kept_runs(STUDIES[name], training.RESULTS / f"training-{name}.jsonl", {})
 
 
-def test_rows_are_means_over_seeds() -> None:
-    scores = (results.TestScores("test", 20.0, None, 40.0, ()),)
-    # 30 s in updates of 0.25 s each.
-    cost = {"gradinit_seconds": 30.0, "seconds_per_update": 0.25}
-    runs = [
-        record(valid_loss=5.0),
-        record(replace(CASE, seed=2), valid_loss=6.0),
-        record(replace(CASE, seed=3), valid_loss=None),
-        record(case(SETUP, GRADINIT), 4.5, scores=scores, **cost),
-    ]
-    (table,) = shown.settings_tables(runs)
-    default, other = (dict(zip(table.header, row, strict=True)) for row in table.rows)
-    assert default["corpus"] == "multi30k, 4+4 layers, d 128"
-    assert default["optimizer"] == "adam beta2 0.98"
-    assert default["seeds"] == "3, 1 diverged"
-    assert (default["loss at 50%"], default["loss at 100%"]) == ("10.50 ± 0.71", "5.50 ± 0.71")
-    assert default["BLEU"] == default["cost of GradInit, updates"] == ""
-    assert (other["BLEU"], other["chrF2"]) == ("20.0", "40.0")
-    assert other["cost of GradInit, updates"] == "120"
-    assert "BLEU" not in shown.settings_tables(runs[:3])[0].header
+def record(case: Case = CASE, **changes: object) -> RunRecord:
+    same = {"recipe": case.recipe, "settings": case.settings, "seed": case.seed}
+    return replace(kept("arms")[0], **same, **{"corpus_digest": "d1", **changes})
 
 
-def test_share_table_counts_the_runs_that_train() -> None:
-    losses = {(0.9, 1e-3): 5.0, (0.9, 2e-3): None, (0.98, 1e-3): 9.7, (0.98, 2e-3): 8.0}
-    share, grid = shown.share_tables(
-        [
-            record(case(SETUP, DEFAULT, lr=lr, optimizer=adam(beta2)), loss)
-            for (beta2, lr), loss in losses.items()
-        ],
-        training.BETAS,
-    )
-    assert share.rows == [["default, no warmup", "2 of 4 train (50%)", "5.00"]]
-    assert grid.rows == [
-        ["adam beta2 0.9", "**5.00**", "diverged"],
-        ["adam beta2 0.98", "9.70", "8.00"],
-    ]
+def test_the_page_shows_the_kept_arms() -> None:
+    page = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
+    (table,) = shown.settings_tables(kept("arms"))
+    for row in table.rows:
+        cells = dict(zip(table.header, row, strict=True))
+        corpus, _, _ = cells["corpus"].partition(",")
+        start, _, _ = cells["start"].partition(",")
+        before = (corpus, cells["peak lr"], start, cells["warmup"], cells["seeds"])
+        results = (cells["loss at 50%"], cells["loss at 100%"], cells["BLEU"], cells["chrF2"])
+        cost = cells["cost of GradInit, updates"]
+        assert f"| {' | '.join([*before, *results, cost])} |" in page
+
+
+def test_grids_tell_which_runs_train_and_which_diverge() -> None:
+    share, *_ = shown.share_tables(kept("stability"), training.BETAS)
+    assert [row[1] for row in share.rows] == ["10 of 20 train (50%)", "15 of 18 train (83%)"]
+    default, *_ = shown.grid_tables(kept("sgd"), training.BETAS)
+    assert default.rows == [["sgd momentum 0.9", "**6.44**", "8.95", "diverged", "diverged"]]
+    (row,) = shown.settings_tables(kept("sgd")[-2:-1])[0].rows
+    assert "1, 1 diverged" in row
 
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_kept_records_are_of_the_study_and_parts_of_them_can_be_shown(name, tmp_path) -> None:
     study = STUDIES[name]
+    runs = kept(name)
     file = training.RESULTS / f"training-{name}.jsonl"
-    runs = kept_runs(study, file, {})
     assert len(runs) == len(file.read_text().splitlines()) > 0
     keys = {(run.recipe, run.settings, run.seed) for run in study.runs}
     assert len(keys) == len(study.runs)
@@ -100,7 +76,7 @@ def test_only_the_same_case_on_the_same_corpus_is_kept(tmp_path) -> None:
     file, study = tmp_path / "runs.jsonl", Study([CASE])
     for run in (
         *(record(corpus_digest="d0", valid_loss=1.0), record(title="another", valid_loss=2.0)),
-        *(record(replace(CASE, seed=9), 4.0), record(case(SETUP, DEFAULT, lr=0.5))),
+        *(record(replace(CASE, seed=9), valid_loss=4.0), record(case(SETUP, DEFAULT, lr=0.5))),
     ):
         append_run(file, run)
     found = kept_runs(study, file, {})
