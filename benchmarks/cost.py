@@ -16,7 +16,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -167,16 +167,8 @@ def run_table(
 # ---- Growth: all contenders should grow as a training step does.
 
 
-@dataclass(frozen=True)
-class Axis:
-    """One way to grow; `positions` of the sizes are where growth should be linear along."""
-
-    name: str
-    unit: str
-    positions: Sequence[float]
-    sizes: Sequence[Size]
-
-
+Axis = tuple[str, str, Sequence[float], Sequence[Size]]
+"""A way to grow: its name, its unit, positions along which growth should be linear, their sizes."""
 Quantities = Mapping[tuple[Size, str], float]
 
 
@@ -189,9 +181,9 @@ def measure_growth() -> list[Table]:
     deeper = [replace(base, layers=layers) for layers in LAYERS]
     larger = [replace(base, sentences=sentences) for sentences in SENTENCES]
     axes = [
-        Axis("depth", "layers", [2 * layers for layers in LAYERS], deeper),
-        Axis("width", "million parameters", parameters, wider),
-        Axis("batch", "sentences", SENTENCES, larger),
+        ("depth", "layers", [2 * layers for layers in LAYERS], deeper),
+        ("width", "million parameters", parameters, wider),
+        ("batch", "sentences", SENTENCES, larger),
     ]
     contenders = {
         (size, name): contenders_for(size)[name]
@@ -218,13 +210,12 @@ def departure(positions: Sequence[float], values: Sequence[float]) -> float:
 
 def growth_table(axes: Sequence[Axis], *quantities: Quantities) -> Table:
     rows = []
-    for axis in axes:
-        at = axis.positions
+    for axis, unit, at, sizes in axes:
         for name in GROWING:
-            row = [f"{axis.name}, {at[0]:.3g} to {at[-1]:.3g} {axis.unit}", name]
+            row = [f"{axis}, {at[0]:.3g} to {at[-1]:.3g} {unit}", name]
             for of in quantities:
-                values = [of[size, name] for size in axis.sizes]
-                ratios = [of[size, name] / of[size, STEP] for size in axis.sizes]
+                values = [of[size, name] for size in sizes]
+                ratios = [of[size, name] / of[size, STEP] for size in sizes]
                 row += [f"{departure(at, values):.1%}", ", ".join(f"{r:.2f}" for r in ratios)]
             rows.append(row)
     header = ["", "", "time off a line", "of a step", "memory off a line", "of training"]
@@ -235,17 +226,16 @@ def save_picture(path: Path, axes: Sequence[Axis], *quantities: Quantities) -> N
     """Time above, memory below, one column for each axis; dashed are the least-squares lines."""
     figure = Figure(figsize=(12, 6))
     panels = figure.subplots(2, 3)
-    for axis, column in zip(axes, panels.T, strict=True):
-        for panel, of, unit in zip(column, quantities, (1e-3, 2**20), strict=True):
+    for (axis, unit, at, sizes), column in zip(axes, panels.T, strict=True):
+        for panel, of, one in zip(column, quantities, (1e-3, 2**20), strict=True):
             for name in GROWING:
-                values = [of[size, name] / unit for size in axis.sizes]
-                fit = straight(axis.positions, values)
-                (dashed,) = panel.plot(axis.positions, fit, "--", linewidth=0.8)
-                panel.plot(axis.positions, values, "o", color=dashed.get_color(), label=name)
+                values = [of[size, name] / one for size in sizes]
+                (dashed,) = panel.plot(at, straight(at, values), "--", linewidth=0.8)
+                panel.plot(at, values, "o", color=dashed.get_color(), label=name)
             panel.set_xlim(left=0)
             panel.set_ylim(bottom=0)
-        column[0].set_title(axis.name)
-        column[1].set_xlabel(axis.unit)
+        column[0].set_title(axis)
+        column[1].set_xlabel(unit)
     panels[0, 0].set_ylabel("ms")
     panels[1, 0].set_ylabel("peak MiB")
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="lower center", ncol=len(GROWING))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -15,9 +15,6 @@ from record import Table
 from fairseq_gradinit.results import MARGIN, RunRecord, Settings
 from fairseq_gradinit.results.heat_map import LOSS, Panel, Point, mean_loss
 from fairseq_gradinit.results.tables import by, ratio, seeds, spread
-
-POINTS = (0.1, 0.2, 0.5, 1.0)
-"""Parts of training after which tables show the validation loss."""
 
 COLOURS = {"default": "#c0392b", "warmup": "#1b3a6b", "gradinit": "#e8a33d"}
 
@@ -52,12 +49,6 @@ def by_arm(runs: Sequence[RunRecord]) -> list[tuple[list[RunRecord], str]]:
     return [(group, COLOURS.get(name, f"C{i}")) for i, (name, group) in enumerate(groups)]
 
 
-def loss_at(run: RunRecord, part: float) -> float | None:
-    """The validation loss after the last validation within this part of training."""
-    known = [loss for update, loss in run.valid if update <= part * run.settings.updates]
-    return known[-1] if known else None
-
-
 def settings_tables(runs: Sequence[RunRecord]) -> list[Table]:
     """A row for each setting: losses on the way, scores, and what GradInit cost."""
     groups = by(runs, lambda run: (run.recipe, run.settings)).values()
@@ -71,6 +62,13 @@ def settings_tables(runs: Sequence[RunRecord]) -> list[Table]:
 def _settings_row(runs: Sequence[RunRecord]) -> dict[str, str]:
     first, used = runs[0], runs[0].settings
     finished = [run for run in runs if run.status == "finished"]
+
+    def losses_at(part: float) -> Iterator[float | None]:
+        """After the last validation within this part of training."""
+        for run in finished:
+            known = [loss for update, loss in run.valid if update <= part * used.updates]
+            yield known[-1] if known else None
+
     return {
         "corpus": corpus_and_model(first),
         "optimizer": optimizer_name(used),
@@ -78,9 +76,7 @@ def _settings_row(runs: Sequence[RunRecord]) -> dict[str, str]:
         "start": first.title,
         "warmup": str(used.warmup),
         "seeds": seeds([run.status for run in runs]),
-        **{
-            f"loss at {part:.0%}": spread(loss_at(run, part) for run in finished) for part in POINTS
-        },
+        **{f"loss at {part:.0%}": spread(losses_at(part)) for part in (0.1, 0.2, 0.5, 1.0)},
         "BLEU": spread((part.bleu for run in finished for part in run.scores), 1),
         "chrF2": spread((part.chrf for run in finished for part in run.scores), 1),
         "cost of GradInit, updates": spread(
@@ -123,10 +119,10 @@ def _lowest(panel: Panel) -> float:
 def _cell(points: Sequence[Point], best: float) -> str:
     losses = [point.loss for point in points]
     diverged = losses.count(None)
-    text = spread(losses)
-    text = f"**{text}**" if best in losses else text
-    note = "diverged" if diverged == len(losses) else f"({diverged} of {len(losses)} diverged)"
-    return f"{text} {note}".strip() if diverged else text
+    text = f"**{spread(losses)}**" if best in losses else spread(losses)
+    if not diverged:
+        return text
+    return f"{text} ({diverged} of {len(losses)} diverged)" if text else "diverged"
 
 
 def share_tables(runs: Sequence[RunRecord], grid: Grid) -> list[Table]:
