@@ -84,8 +84,10 @@ def run(arm: str, corpus: Path) -> dict[str, Any]:
             probes.append(
                 {
                     "update": look.update,
-                    **{"encoder": look.shares[:layers], "decoder": look.shares[layers:]},
-                    **{"loss": look.loss, "source_bits": look.source_bits},
+                    "encoder": look.shares[:layers],
+                    "decoder": look.shares[layers:],
+                    "loss": look.loss,
+                    "source_bits": look.source_bits,
                 }
             )
 

@@ -4,6 +4,7 @@
                                                 of the algorithm (plain_gradinit.py)
     python benchmarks/cost.py scaling           their growth with depth, width and batch
     python benchmarks/cost.py processes         two processes against one
+    python benchmarks/cost.py gpu               time and memory on a GPU, in fp32 and bf16
     python benchmarks/cost.py --table           Markdown of all results that are kept
 
 Each takes one to three minutes on one CPU core, the processes on two.
@@ -31,10 +32,12 @@ from record import RESULTS, Table, markdown, read, write
 from torch import multiprocessing
 from workload import ALWAYS_VIOLATED, Contender, Size, batch_pair, config_for, learner_on
 
-from fairseq_gradinit.engine import GradInitConfig, ProcessGroup
+from fairseq_gradinit.engine import PRECISION_NAMES, GradInitConfig, Precision, ProcessGroup
 from fairseq_gradinit.engine.learner import ScaleLearner
 
 SIZE = Size(6, 256, 1024, 4, vocabulary=4000, sentences=16, length=32)
+GPU_SIZE = Size(6, 512, 1024, 4, vocabulary=10_000, sentences=128, length=32)
+"""Of IWSLT'14."""
 REPETITIONS = 9
 ITERATIONS = 24
 """Of whole runs."""
@@ -55,12 +58,13 @@ GAMMA_SHARE = 0.8
 """gamma of the whole runs as a share of the norm at the start: both kinds of iterations occur."""
 
 
-def contenders_for(size: Size) -> dict[str, Contender]:
+def contenders_for(size: Size, precision: Precision = "fp32") -> dict[str, Contender]:
     def iteration(*settings: Any, kind: type = ScaleLearner) -> Contender:
-        return lambda: partial(learner_on(size, config_for(*settings), kind).step, batch_pair(size))
+        config = config_for(*settings, precision=precision)
+        return lambda: partial(learner_on(size, config, kind).step, batch_pair(size))
 
     return {
-        STEP: partial(workload.training_step, size),
+        STEP: partial(workload.training_step, size, precision),
         OBJECTIVE: iteration(),
         DIFFERENCES: iteration(ALWAYS_VIOLATED, "finite-difference"),
         EXACT: iteration(ALWAYS_VIOLATED, "exact"),
@@ -79,20 +83,38 @@ def judged(value: float, *, most: float | None = None, least: float | None = Non
     return [f"{value:.2f}" if met else f"{value:.2f}, **missed**", target]
 
 
-def described() -> str:
-    tokens = SIZE.sentences * SIZE.length
-    model = f"{SIZE.layers}+{SIZE.layers} layers, d={SIZE.width}, ffn={SIZE.feed_forward}"
-    return f"{model}, {tokens} tokens a side, fp32, cpu"
+def described(size: Size, precision: Precision = "fp32") -> str:
+    tokens = size.sentences * size.length
+    model = f"{size.layers}+{size.layers} layers, d={size.width}, ffn={size.feed_forward}"
+    return f"{model}, {tokens} tokens a side, {precision}, {torch.get_default_device().type}"
 
 
 # ---- The iterations, and whole runs.
 
 
 def measure_iterations() -> list[Table]:
-    contenders = contenders_for(SIZE)
+    seconds, memory = measure(contenders_for(SIZE))
+    table = iteration_table(described(SIZE), seconds, memory)
+    return [table, run_table(seconds, memory, *whole_runs())]
+
+
+def measure_on_gpu(device: str = "cuda") -> list[Table]:
+    """Without the plain form, which knows fp32 alone."""
+    tables = []
+    with torch.device(device):
+        for precision in PRECISION_NAMES:
+            contenders = contenders_for(GPU_SIZE, precision)
+            measured = measure({name: contenders[name] for name in GROWING})
+            tables.append(iteration_table(described(GPU_SIZE, precision), *measured))
+    return tables
+
+
+def measure(
+    contenders: Mapping[Any, Contender],
+) -> tuple[dict[Any, list[float]], dict[Any, int]]:
+    """Seconds and peak bytes of each."""
     memory = {name: workload.peak_memory(new) for name, new in contenders.items()}
-    seconds = workload.interleaved_seconds(contenders, REPETITIONS)
-    return [iteration_table(seconds, memory), run_table(seconds, memory, *whole_runs())]
+    return workload.interleaved_seconds(contenders, REPETITIONS), memory
 
 
 def whole_runs() -> tuple[dict[str, float], dict[str, str]]:
@@ -121,7 +143,9 @@ def whole_runs() -> tuple[dict[str, float], dict[str, str]]:
     return seconds, mixes
 
 
-def iteration_table(seconds: Mapping[str, Sequence[float]], memory: Mapping[str, int]) -> Table:
+def iteration_table(
+    workload: str, seconds: Mapping[str, Sequence[float]], memory: Mapping[str, int]
+) -> Table:
     """Time and memory of every contender, absolute and in training steps."""
     rows = []
     for name, times in seconds.items():
@@ -136,7 +160,7 @@ def iteration_table(seconds: Mapping[str, Sequence[float]], memory: Mapping[str,
             ]
         )
     header = ["", "ms (lowest to highest)", "of a step", "target", "peak MiB", "of training"]
-    return Table(f"Iterations, {described()}", [*header, "target"], rows)
+    return Table(f"Iterations, {workload}", [*header, "target"], rows)
 
 
 def run_table(
@@ -159,7 +183,7 @@ def run_table(
         "the same, all iterations constraint, times": judged(constraint),
         "memory with finite differences, of plain": judged(share, most=MEMORY_TARGET),
     }
-    title = f"Whole runs against the plain form ({mixes['plain']}), {described()}"
+    title = f"Whole runs against the plain form ({mixes['plain']}), {described(SIZE)}"
     rows = [[name, *cells] for name, cells in results.items()]
     return Table(title, ["", "measured", "target"], rows)
 
@@ -298,12 +322,18 @@ def measure_processes() -> list[Table]:
 # ---- The program.
 
 
-PARTS = {"cost": measure_iterations, "scaling": measure_growth, "processes": measure_processes}
+PARTS = {
+    "cost": ("cost-cpu.json", measure_iterations),
+    "gpu": ("cost-cuda.json", measure_on_gpu),
+    "scaling": ("scaling-cpu.json", measure_growth),
+    "processes": ("processes-cpu.json", measure_processes),
+}
+"""For each where its results are kept, and what measures them."""
 
 
 def kept_tables() -> str:
     """Markdown of all results."""
-    paths = (RESULTS / f"{part}-cpu.json" for part in PARTS)
+    paths = (RESULTS / name for name, _ in PARTS.values())
     records = [read(path) for path in paths if path.exists()]
     return "\n".join(
         markdown(record, (Table(**table) for table in record["results"]["tables"]))
@@ -320,8 +350,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if not options.table:
         torch.set_num_threads(1)
-        tables = [*map(asdict, PARTS[options.part]())]
-        write(RESULTS / f"{options.part}-cpu.json", "tables", tables)
+        name, measure_part = PARTS[options.part]
+        write(RESULTS / name, "tables", [*map(asdict, measure_part())])
     print(kept_tables(), end="")
 
 

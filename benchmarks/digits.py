@@ -160,11 +160,16 @@ def run_gradinit(net: nn.Module, optimizer: str, rate: float, seed: int) -> list
     """Scale the weights of `net` as `initialize()` does, except that biases may become 0."""
     sgd = optimizer == "SGD"
     config = engine.GradInitConfig(
-        **{"eta": rate, "target": "sgd-normalized" if sgd else "adam"},
+        eta=rate,
+        target="sgd-normalized" if sgd else "adam",
         # A bound on the l1 norm, which is Adam's, would have to be another for every net.
         gamma=1.0 if sgd else math.inf,
-        **{"iterations": ITERATIONS, "lr": 0.03, "norm_gains": "learned"},
-        **{"min_scale": 0.01, "min_bias_scale": 0.0, "max_scale": 100.0},
+        iterations=ITERATIONS,
+        lr=0.03,
+        norm_gains="learned",
+        min_scale=0.01,
+        min_bias_scale=0.0,
+        max_scale=100.0,
     )
     # Batches of its own, so that training sees the same ones with GradInit as without.
     drawn = batches(3 * BATCH // 2, seed=1000 + seed)
@@ -201,9 +206,11 @@ def run(setting: Setting, rate: float, seed: int, gradinit: bool, epochs: int) -
     if history:
         objective = sum(iteration.kind == "objective" for iteration in history)
         learning = {
-            **{"objective": objective, "constraint": len(history) - objective},
+            "objective": objective,
+            "constraint": len(history) - objective,
             "updates": round(seconds / per_update, 1),
-            **{"min_scale": history[-1].min_scale, "max_scale": history[-1].max_scale},
+            "min_scale": history[-1].min_scale,
+            "max_scale": history[-1].max_scale,
         }
     ends = range(AVERAGED, len(losses) + 1, AVERAGED)
     curve = [round(fmean(losses[end - AVERAGED : end]), 5) for end in ends]

@@ -42,7 +42,9 @@ def write(path: Path, kind: str, rows: Sequence[Any]) -> None:
     record = {
         "command": shlex.join(["python", *words]),
         **{name: found[name] for name in names},
-        **{"numpy": np.__version__, "threads": torch.get_num_threads(), "results": {kind: []}},
+        "numpy": np.__version__,
+        "threads": torch.get_num_threads(),
+        "results": {kind: []},
     }
     lines = ",\n   ".join(map(json.dumps, rows))
     text = json.dumps(record, indent=1).replace(f'"{kind}": []', f'"{kind}": [\n   {lines}\n  ]')

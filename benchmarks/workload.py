@@ -22,6 +22,7 @@ from fairseq_gradinit.engine import (
     BatchPair,
     GradInitConfig,
     LossFunction,
+    Precision,
     SecondOrder,
     collect_blocks,
 )
@@ -86,7 +87,11 @@ def batch_pair(size: Size, seed: int = 1) -> BatchPair:
     rng = torch.Generator().manual_seed(seed)
     half = size.sentences // 2
     shape = (size.sentences + half, size.length + 1)
-    source, target = (torch.randint(size.vocabulary, shape, generator=rng) for _ in range(2))
+    device = torch.get_default_device()
+    source, target = (
+        torch.randint(size.vocabulary, shape, generator=rng, device="cpu").to(device)
+        for _ in range(2)
+    )
     rows = slice(0, size.sentences), slice(half, half + size.sentences)
     first, second = ((source[part, 1:], target[part]) for part in rows)
     return BatchPair([first], [second])
@@ -106,10 +111,15 @@ def loss_of(model: Translator) -> LossFunction:
 
 
 def config_for(
-    gamma: float = math.inf, second_order: SecondOrder = "auto", lr: float = 1e-4
+    gamma: float = math.inf,
+    second_order: SecondOrder = "auto",
+    lr: float = 1e-4,
+    precision: Precision = "fp32",
 ) -> GradInitConfig:
     """A small `lr` keeps the model where it is, however often an iteration is repeated."""
-    return GradInitConfig(eta=ETA, lr=lr, gamma=gamma, second_order=second_order)
+    return GradInitConfig(
+        eta=ETA, lr=lr, gamma=gamma, second_order=second_order, precision=precision
+    )
 
 
 def learner_on(size: Size, config: GradInitConfig, kind: type = ScaleLearner, *more: Any) -> Any:
@@ -123,14 +133,16 @@ Contender = Callable[[], Step]
 """Sets up something to measure, and returns what runs it once."""
 
 
-def training_step(size: Size) -> Step:
+def training_step(size: Size, precision: Precision = "fp32") -> Step:
     """Forward, backward, Adam."""
     model = new_model(size)
     loss, pair = loss_of(model), batch_pair(size)
     adam = torch.optim.Adam(model.parameters(), lr=ETA)
+    device = torch.get_default_device().type
 
     def run() -> None:
-        total, count = loss(pair.first[0])
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+            total, count = loss(pair.first[0])
         (total / count).backward()
         adam.step()
         adam.zero_grad(set_to_none=True)
@@ -139,9 +151,16 @@ def training_step(size: Size) -> Step:
 
 
 def seconds_for(run: Step) -> float:
+    _await_device()
     start = time.perf_counter()
     run()
+    _await_device()
     return time.perf_counter() - start
+
+
+def _await_device() -> None:
+    if torch.get_default_device().type == "cuda":
+        torch.cuda.synchronize()
 
 
 def interleaved_seconds(
@@ -158,10 +177,17 @@ def interleaved_seconds(
 def peak_memory(contender: Contender) -> int:
     """Most bytes of tensors alive at once from the set-up of the model to the end of two calls.
 
-    Two, because the state of an optimizer is made at the end of the first. From the profiler's list
-    of all allocations and frees: exact, and the same on every run.
+    Two, because the state of an optimizer is made at the end of the first. On a CPU from the
+    profiler's list of all allocations and frees: exact, and the same on every run.
     """
     gc.collect()
+    if torch.get_default_device().type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run = contender()
+        run()
+        run()
+        return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:

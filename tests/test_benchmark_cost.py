@@ -59,7 +59,7 @@ def test_peak_memory_counts_what_is_alive_and_is_bounded() -> None:
 @pytest.mark.slow
 def test_the_three_measurements(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = Size(1, 16, 32, 2, vocabulary=50, sentences=4, length=6)
-    changes = {"SIZE": tiny, "GROWING_SIZE": tiny, "REPETITIONS": 2}
+    changes = {"SIZE": tiny, "GROWING_SIZE": tiny, "GPU_SIZE": tiny, "REPETITIONS": 2}
     changes |= {"ITERATIONS": 6, "LAYERS": (1, 2, 3), "WIDTHS": (16, 32), "SENTENCES": (4, 6)}
     for name, value in {**changes, "RESULTS": tmp_path}.items():
         monkeypatch.setattr(cost, name, value)
@@ -83,6 +83,11 @@ def test_the_three_measurements(tmp_path: Path, capsys, monkeypatch: pytest.Monk
     assert (tmp_path / "scaling-cpu.png").read_bytes().startswith(b"\x89PNG")
     (processes,) = measured("processes")
     assert [row[0] for row in processes] == ["objective", DIFFERENCES]
+    in_fp32, in_bf16 = cost.measure_on_gpu("cpu")
+    assert (in_fp32.title.split(", ")[-2:], in_bf16.title.split(", ")[-2:]) == (
+        ["fp32", "cpu"],
+        ["bf16", "cpu"],
+    )
     assert all(float(cell) > 0 for row in processes for cell in row[1:3])
 
 
