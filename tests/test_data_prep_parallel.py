@@ -6,21 +6,12 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from itertools import chain, repeat
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from dataprep import parallel
-from dataprep.parallel import chunks, ordered_map
-
-
-def test_chunks(monkeypatch):
-    monkeypatch.setattr(parallel, "CHUNK", 3)
-    assert list(chunks(iter(range(7)))) == [[0, 1, 2], [3, 4, 5], [6]]
-    assert list(chunks([])) == []
-
+from dataprep.parallel import ordered_map
 
 # The functions are of the standard library: a process that imports a test imports torch too.
 
@@ -49,19 +40,14 @@ def test_error_ends_the_work():
         next(results)
 
 
-def test_single_item_starts_no_process():
-    assert list(ordered_map(lambda _: os.getpid(), iter([1]), 3)) == [os.getpid()]
-    assert list(ordered_map(int, iter([]), 3)) == []
-
-
-PROGRAM = """
+PROGRAM = f"""
 import os, sys, time
-sys.path[:0] = [{data_prep!r}]
+sys.path[:0] = [{str(ROOT / "data-prep")!r}]
 from dataprep.parallel import ordered_map
 
 def work(number):
-    open({folder!r} + "/" + str(os.getpid()), "w").close()
-    time.sleep({seconds})
+    open(os.path.join("begun", str(os.getpid())), "w").close()
+    time.sleep(int(sys.argv[1]))
 
 if __name__ == "__main__":
     try:
@@ -74,26 +60,9 @@ if __name__ == "__main__":
 def gone(process: int) -> bool:
     """Whether a process has ended; one that nobody has asked after counts as ended."""
     try:
-        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except FileNotFoundError:
         return True
-    return state == "Z"
-
-
-@contextmanager
-def running(folder, seconds, started, **options):
-    """A program whose two processes work for some seconds; so many of them have begun."""
-    begun = folder / "begun"
-    begun.mkdir()
-    program = folder / "program.py"
-    program.write_text(
-        PROGRAM.format(data_prep=str(ROOT / "data-prep"), folder=str(begun), seconds=seconds)
-    )
-    with subprocess.Popen(
-        [sys.executable, str(program)], stderr=subprocess.PIPE, text=True, **options
-    ) as process:
-        wait_until(lambda: len(list(begun.iterdir())) >= started)
-        yield process
 
 
 def wait_until(condition):
@@ -105,26 +74,30 @@ def wait_until(condition):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at /proc")
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_no_process_outlives_the_one_that_started_it(tmp_path, number):
-    with running(tmp_path, seconds=600, started=2) as process:
-        process.send_signal(number)
-    for path in (tmp_path / "begun").iterdir():
-        wait_until(lambda pid=int(path.name): gone(pid))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("started", [1, 2])
-def test_ctrl_c_is_seen_by_one_process_alone(tmp_path, started):
-    with running(
-        tmp_path,
-        seconds=1,
-        started=started,
+@pytest.mark.parametrize(
+    ("end", "seconds", "error"),
+    [
+        (lambda process: process.kill(), 600, ""),
+        # Ctrl-C in a shell goes to all processes, and one of them alone tells of it.
+        (lambda process: os.killpg(process.pid, signal.SIGINT), 1, "interrupted\n"),
+    ],
+    ids=["killed", "interrupted"],
+)
+def test_no_process_outlives_the_one_that_started_it(tmp_path, end, seconds, error):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    with subprocess.Popen(
+        [sys.executable, "program.py", str(seconds)],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
         start_new_session=True,
         # Shells have what they start in the background ignore it.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
-        os.killpg(process.pid, signal.SIGINT)
-        _, error = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert error == "interrupted\n"
+        wait_until(lambda: len(list(begun.iterdir())) == 2)
+        end(process)
+        assert process.communicate(timeout=60)[1] == error
+    for path in begun.iterdir():
+        wait_until(lambda pid=int(path.name): gone(pid))

@@ -1,24 +1,16 @@
 """Cleaning, reading and splitting, without files other than miniature wheels."""
 
 import gettext
-import gzip
 import io
 import json
 import struct
-import zipfile
 from collections import Counter
 from dataclasses import replace
 from itertools import repeat
 
 import pytest
-from dataprep import DataPrepError, catalogues
-from dataprep.catalogues import (
-    GettextCatalogues,
-    JsonCatalogues,
-    read_package,
-    read_wheel,
-    without_mnemonic,
-)
+from dataprep import DataPrepError, Pair
+from dataprep.catalogues import GettextCatalogues, JsonCatalogues, matches, without_mnemonic
 from dataprep.cleaning import Cleaning, clean
 from dataprep.corpora import QUICKSTART
 from dataprep.filters import (
@@ -32,8 +24,7 @@ from dataprep.filters import (
 )
 from dataprep.moses import Moses
 from dataprep.normalising import MATCHES, mask_key, match_key, plain_typography
-from dataprep.pairs import Pair
-from dataprep.splitting import EveryNth, HeldOut, overlap
+from dataprep.splitting import HeldOut, overlap
 from dataprep.texts import TextSource, read_pairs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -41,15 +32,6 @@ from hypothesis import strategies as st
 RULES = QUICKSTART.cleaning
 KANJI = "\u6f22\u5b57"
 CYRILLIC = "\u0441\u043b\u043e\u0432\u043e"
-JSON_READER = JsonCatalogues("app/*/translations/{language}.json")
-MO_READER = GettextCatalogues("shop/locale/{language}/LC_MESSAGES/*.mo", message_language="en")
-
-
-def write_zip(path, members):
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, content in members.items():
-            archive.writestr(name, content)
-    return path
 
 
 def compiled_catalogue(messages):
@@ -95,25 +77,21 @@ def test_keys_disregard_what_they_say():
 def cleaned(pairs, cleaning=RULES):
     """The pairs that are left, and how many each filter removed."""
     removed = Counter()
-    return list(clean(pairs, cleaning, ("en", "de"), removed)), removed
+    return list(clean(pairs, cleaning, ("en", "de"), removed, set())), removed
 
 
 @pytest.mark.parametrize(
     ("name", "first", "second"),
     [
-        ("empty", "", "Etwas hier"),
         ("empty", "Some text", " \u200b "),
-        ("no-words", "{a} - {b}", "{b} - {a}"),
         ("no-words", "12 / 34", "Zahl 12 / 34"),
         ("identical", "Home Assistant", "home assistant."),
         ("markup", "Read <b>this</b> now", "Lies <b>das</b> jetzt"),
         ("markup", "See https://example.org now", "Siehe https://example.org nun"),
         ("markup", "See [the guide]({url}) now", "Siehe [Anleitung]({url}) nun"),
-        ("markup", "Set `code` to it", "Setze `code` darauf"),
         ("markup", "This &amp; that", "Dies &amp; das"),
         ("markup", "{n, plural, one {day} other {days}}", "{n, plural, one {Tag} other {Tage}}"),
         ("placeholders", "Hello {name} there", "Hallo {user} dort"),
-        ("placeholders", "Hello {name} there", "Hallo dort"),
         ("placeholders", "At most %(n)s times", "H\u00f6chstens %(n)s von %(n)s Mal"),
         ("too-short", "Kitchen", "K\u00fcche"),
         ("too-long", "word " * 26, "Wort " * 25),
@@ -130,10 +108,8 @@ def test_each_filter_removes_and_counts(name, first, second):
     ("first", "second"),
     [
         ("Turn on {name}", "{name} einschalten"),
-        ("Starting data", "Anfangsdatenbestand"),
         ("word " * 25, "Wort " * 25),
         ("Back to %(order)s: 100 % done", "Zur\u00fcck zu %(order)s: 100 % fertig"),
-        ("Salt & pepper", "Salz & Pfeffer"),
     ],
 )
 def test_good_pairs_pass(first, second):
@@ -178,63 +154,56 @@ def test_duplicates_differ_in_neither_words_nor_numbers():
     assert cleaned(pairs, replace(RULES, drop_duplicates=False)) == (pairs, removed - removed)
 
 
-def test_every_pair_is_kept_or_counted_once():
-    pairs = [Pair("", ""), Pair("a b", "a b"), Pair("one two", "eins zwei")] * 3
-    left, removed = cleaned(pairs)
-    assert len(left) + removed.total() == len(pairs)
-    assert list(removed) == RULES.names()
-    assert RULES.names()[-1] == "duplicate"
+def read(reader, files, languages):
+    """The pairs of those files that have a catalogue's name."""
+    found = {name: files[name] for name in files if matches(name, reader.pattern, languages)}
+    return list(reader.read(found, languages))
 
 
-def test_json_catalogues_align_by_key_path(tmp_path):
+def test_json_catalogues_align_by_key_path():
     english = {"title": "Lamp", "form": {"name": "Your name", "only_here": "x"}, "n": 3, "l": ["a"]}
     german = {"form": {"name": "Dein Name", "only_there": "y"}, "title": "Lampe", "n": 3}
-    path = write_zip(
-        tmp_path / "a.whl",
-        {
-            "app/lamp/translations/en.json": json.dumps(english),
-            "app/lamp/translations/de.json": json.dumps(german),
-            "app/alone/translations/en.json": json.dumps({"a": "not in German"}),
-            "app/deep/er/translations/en.json": "not read: it lies too deep",
-            "app/deep/er/translations/de.json": "not read: it lies too deep",
-            "../../escape/translations/en.json": "never a path",
-        },
-    )
-    pairs = read_wheel(path, JSON_READER, ("en", "de"))
-    assert pairs == [Pair("Lamp", "Lampe"), Pair("Your name", "Dein Name")]
-    assert read_wheel(path, JSON_READER, ("de", "en")) == [
-        Pair("Dein Name", "Your name"),
-        Pair("Lampe", "Lamp"),
-    ]
-    assert [entry.name for entry in tmp_path.iterdir()] == ["a.whl"]
+    files = {
+        "app/lamp/translations/en.json": json.dumps(english),
+        "app/lamp/translations/de.json": json.dumps(german),
+        "app/alone/translations/en.json": json.dumps({"a": "not in German"}),
+        "app/deep/er/translations/en.json": "not read: it lies too deep",
+        "app/deep/er/translations/de.json": "not read: it lies too deep",
+    }
+    reader = JsonCatalogues("app/*/translations/{language}.json")
+    pairs = [Pair("Lamp", "Lampe"), Pair("Your name", "Dein Name")]
+    assert read(reader, files, ("en", "de")) == pairs
+    swapped = read(reader, files, ("de", "en"))
+    assert {Pair(pair.second, pair.first) for pair in swapped} == set(pairs)
 
 
-def test_gettext_catalogues_align_by_message(tmp_path):
+def test_gettext_catalogues_align_by_message():
     catalogue = compiled_catalogue(
         {
-            "Open order": "Offene Bestellung",
+            "?city:_Open [[of a shop]]order": "Offene _Bestellung",
             "menu\x04Close it": "Schlie\u00dfen",
             "%(n)s day\0%(n)s days": "%(n)s Tag\0%(n)s Tage",
         }
     )
-    assert gettext.GNUTranslations(io.BytesIO(catalogue)).gettext("Open order")  # a fair fake
-    path = write_zip(
-        tmp_path / "a.whl",
-        {
-            "shop/locale/de/LC_MESSAGES/django.mo": catalogue,
-            "shop/locale/de_Informal/LC_MESSAGES/django.mo": b"another language",
-            "shop/locale/de/LC_MESSAGES/django.po": b"not compiled",
-        },
-    )
-    pairs = read_wheel(path, MO_READER, ("en", "de"))
+    assert gettext.GNUTranslations(io.BytesIO(catalogue)).gettext("menu\x04Close it")  # a fair fake
+    files = {
+        "shop/locale/de/LC_MESSAGES/django.mo": catalogue,
+        "shop/locale/de_Informal/LC_MESSAGES/django.mo": b"another language",
+        "shop/locale/de/LC_MESSAGES/django.po": b"not compiled",
+    }
+    pattern = "shop/locale/{language}/LC_MESSAGES/*.mo"
+    reader = GettextCatalogues(pattern, "_", r"^\?\w+:|\[\[.*?\]\]")
+    pairs = read(reader, files, ("en", "de"))
     assert set(pairs) == {
         Pair("", pairs[0].second),  # the header, which the filter "empty" removes
         Pair("Open order", "Offene Bestellung"),
         Pair("Close it", "Schlie\u00dfen"),
         Pair("%(n)s day", "%(n)s Tag"),
     }
-    swapped = read_wheel(path, MO_READER, ("de", "en"))
+    swapped = read(reader, files, ("de", "en"))
     assert [Pair(p.second, p.first) for p in swapped] == pairs
+    with pytest.raises(DataPrepError, match="no message catalogues under shop/locale"):
+        read(reader, files, ("en", "fr"))
 
 
 @pytest.mark.parametrize(
@@ -242,133 +211,29 @@ def test_gettext_catalogues_align_by_message(tmp_path):
     [
         ("_", "_Open", "\u00d6_ffnen", "Open"),
         ("_", "\u00d6_ffnen", "_Open", "\u00d6ffnen"),
-        ("_", "_Text", "_Text", "Text"),
         ("_", "Set max_width", "max_width setzen", "Set max_width"),
         ("_", "_Save my_file", "Datei sichern", "_Save my_file"),
         ("_", "%(first_name)s _left", "%(first_name)s ging", "%(first_name)s left"),
         ("&", "Rol&l on", "Rol&l an", "Roll on"),
         ("&", "AT&T & others", "AT&T und andere", "AT&T & others"),
         ("&", "1 &lt; 2", "1 &lt; 2", "1 &lt; 2"),
-        ("_~", "~File", "~Datei", "File"),
-        ("", "_Open", "\u00d6_ffnen", "_Open"),
     ],
 )
 def test_mnemonics(marks, text, other, expected):
     assert without_mnemonic(text, other, marks) == expected
 
 
-def test_catalogues_in_a_package(tmp_path, monkeypatch):
-    place = "usr/share/locale/{}/LC_MESSAGES/game.mo"
-    messages = {"?city:_Big [[of size]]one": "G_ro\u00dfe", "?x:Fall": "Herbst"}
-    members = {place.format("de"): compiled_catalogue(messages), place.format("fr"): b"French"}
-    asked = []
-
-    def read_members(path, wanted):
-        names = [name for name in members if wanted(name)]
-        asked.extend(names)
-        return ((name, members[name]) for name in names)
-
-    monkeypatch.setattr(catalogues, "read_members", read_members)
-    reader = GettextCatalogues(place.format("{language}"), "en", "_", r"^\?\w+:|\[\[.*?\]\]")
-    pairs = read_package(tmp_path / "game.deb", reader, ("de", "en"))
-    assert set(pairs[1:]) == {Pair("Gro\u00dfe", "Big one"), Pair("Herbst", "Fall")}
-    assert asked == [place.format("de")]
-    members.clear()
-    with pytest.raises(DataPrepError, match=r"game\.deb has no message catalogues for de and en"):
-        read_package(tmp_path / "game.deb", reader, ("de", "en"))
-
-
-def both(english, german):
-    return {
-        f"app/a/translations/{code}.json": text
-        for code, text in zip(("en", "de"), (english, german), strict=True)
-    }
-
-
-@pytest.mark.parametrize(
-    ("reader", "members", "expected"),
-    [
-        (JSON_READER, {"readme": "x"}, "no message catalogues for en and de"),
-        (JSON_READER, {"app/a/translations/en.json": "{}"}, "no message catalogues"),
-        (MO_READER, {"readme": "x"}, "no message catalogues"),
-        (MO_READER, {"shop/locale/de/LC_MESSAGES/a.mo": "text"}, "not a compiled gettext"),
-        (MO_READER, {"shop/locale/de/LC_MESSAGES/a.mo": ""}, "not a compiled gettext"),
-        (JSON_READER, both("{", "{}"), "app/a/translations/en.json in a.whl is not valid JSON"),
-        (JSON_READER, both(b"{\xff}", "{}"), "not valid JSON"),
-        (JSON_READER, both("[" * 100_000, "{}"), "not valid JSON"),
-        (JSON_READER, both("{}", "[]"), "not an object of messages"),
-    ],
-)
-def test_wheels_that_are_not_as_expected(tmp_path, reader, members, expected):
-    path = write_zip(tmp_path / "a.whl", members)
-    with pytest.raises(DataPrepError, match=expected):
-        read_wheel(path, reader, ("en", "de"))
-
-
-def test_gettext_without_the_message_language(tmp_path):
-    path = write_zip(tmp_path / "a.whl", {"shop/locale/de/LC_MESSAGES/a.mo": b""})
-    with pytest.raises(DataPrepError, match="not one of the corpus's languages"):
-        read_wheel(path, MO_READER, ("fr", "de"))
-
-
-def test_damaged_archives(tmp_path):
-    path = tmp_path / "a.whl"
-    path.write_bytes(b"no zip at all")
-    with pytest.raises(DataPrepError, match="cannot be read as a zip archive"):
-        read_wheel(path, JSON_READER, ("en", "de"))
-    text = json.dumps({str(i): f"message {i * 7919}" for i in range(2000)})
-    name = "app/a/translations/{}.json"
-    write_zip(path, {name.format("en"): text, name.format("de"): text})
-    content = bytearray(path.read_bytes())
-    content[200:2000] = bytes(1800)
-    path.write_bytes(content)
-    with pytest.raises(DataPrepError, match="cannot be read as a zip archive"):
-        read_wheel(path, JSON_READER, ("en", "de"))
-
-
-SEGMENT = b'<seg id="1"> %s </seg>\n'
-TEXTS = {
-    "no newline at the end": ("lines", b"eins\nzwei", b"one\r\ntwo\r\n", ["one", "two"]),
-    "breaks within lines": (
-        "lines",
-        b"eins\n",
-        "o\u2028n\x85e\x1c".encode(),
-        ["o\u2028n\x85e\x1c"],
-    ),
-    "gzip": ("lines", b"eins\n", gzip.compress(b"one\n"), ["one"]),
-    "tags": ("tagged", b"eins\n<url>x\n", b"<title>one</title>\n<talkid>1\n", ["one"]),
-    "segments": (
-        "segments",
-        b"<doc>\n" + SEGMENT % b"eins",
-        SEGMENT % b"it\xe2\x80\x99s",
-        ["it's"],
-    ),
-    "line too many": ("lines", b"eins\nzwei\n", b"one\n", "2 sentences in the one, 1 in"),
-    "encoding": (
-        "lines",
-        b"eins\n",
-        b"M\xe4dchen\n",
-        "b cannot be read as text: line 1 is not UTF-8",
-    ),
-    "open segment": ("segments", SEGMENT % b"eins", b'<seg id="1"> one\n', "does not end on its"),
-    "cut off": ("lines", b"eins\n", gzip.compress(b"one\n")[:-9], "ended before the end-of-stream"),
-    "checksum": ("lines", b"eins\n", gzip.compress(b"one\n")[:-8] + bytes(8), "CRC check failed"),
-    "no gzip": ("lines", b"eins\n", b"\x1f\x8bone\n", "cannot be read as text"),
-}
-
-
-@pytest.mark.parametrize(("form", "first", "second", "expected"), TEXTS.values(), ids=TEXTS)
-def test_texts(tmp_path, form, first, second, expected):
-    packed = second.startswith(b"\x1f\x8b")
-    paths = tmp_path / "a", tmp_path / ("b.gz" if packed else "b")
-    for path, content in zip(paths, (first, second), strict=True):
-        path.write_bytes(content)
-    source = TextSource("train", ("a", "b"), form=form, replacements=(("\u2019", "'"),))
-    if isinstance(expected, list):
-        assert [pair.second for pair in read_pairs(source, paths)] == expected
-    else:
-        with pytest.raises(DataPrepError, match=expected):
-            list(read_pairs(source, paths))
+def test_lines_end_at_line_feeds_alone_and_must_correspond(tmp_path):
+    source, paths = TextSource("train", ("a", "b")), (tmp_path / "a", tmp_path / "b")
+    paths[0].write_bytes(b"eins\nzwei")
+    paths[1].write_bytes("one\r\nt\u2028w\x85o\x1c\r\n".encode())
+    assert list(read_pairs(source, paths)) == [
+        Pair("eins", "one"),
+        Pair("zwei", "t\u2028w\x85o\x1c"),
+    ]
+    paths[1].write_bytes(b"one\n")
+    with pytest.raises(DataPrepError, match="a and b do not correspond"):
+        list(read_pairs(source, paths))
 
 
 # Few words, so that sides often repeat, differ by a number only, or appear on the other side.
@@ -428,19 +293,6 @@ def test_pairs_of_each_domain_are_held_out():
     assert {pairs[0], pairs[20], pairs[40]} <= set(parts["train"])
     with pytest.raises(DataPrepError, match="The domain left has 20 clean pairs, of which 19 can"):
         divided(HeldOut(10, 10), pairs, domains=domains)
-
-
-def test_holding_out_needs_enough_pairs():
-    pairs = [Pair("a one", "a eins"), Pair("b one", "b eins"), Pair("b one", "b zwei")]
-    with pytest.raises(DataPrepError, match="3 clean pairs, of which 1 can be held out; 2 are"):
-        divided(HeldOut(1, 1), pairs)
-
-
-def test_every_nth_pair_is_for_validation():
-    pairs = [Pair(str(i), str(i)) for i in range(1, 8)]
-    parts = divided(EveryNth(3), pairs)
-    assert parts["valid"] == [pairs[2], pairs[5]]
-    assert parts["train"] == [pairs[i] for i in (0, 1, 3, 4, 6)]
 
 
 def test_overlap_counts_sides_and_pairs():

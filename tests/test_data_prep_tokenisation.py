@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import io
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from dataprep import DataPrepError, bpe, sentencepiece_model
-from dataprep.bpe import Bpe, encode_lines, learn_codes
+from dataprep import DataPrepError
+from dataprep.bpe import encode_lines, learn_codes
 from dataprep.moses import Moses, detokenise, tokenise
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
@@ -51,19 +48,16 @@ def codes(tmp_path_factory) -> Path:
     [
         ("en", PLAIN, "Dr. Smith paid 1,000.50 dollars.", "Dr. Smith paid 1,000.50 dollars ."),
         ("en", PLAIN, "It's Tom's, isn't it?", "It &apos;s Tom &apos;s , isn &apos;t it ?"),
-        ("en", PLAIN, "He said 'go.'", "He said &apos; go . &apos;"),
         ("en", PLAIN, "The U.S. in 1990, etc.", "The U.S. in 1990 , etc ."),
         ("en", PLAIN, "A,B and 5,300 in No. 5, No. Why", "A , B and 5,300 in No. 5 , No . Why"),
         ("en", PLAIN, "Wait... (no) [sic]!", "Wait ... ( no ) &#91; sic &#93; !"),
         ("en", PLAIN, '"A < B", x|y.', "&quot; A &lt; B &quot; , x &#124; y ."),
         ("en", PLAIN, "See http://a.org/b?c=d&e", "See http : / / a.org / b ? c = d &amp; e"),
-        ("en", PLAIN, "mother-in-law", "mother-in-law"),
         ("en", HYPHENS, "mother-in-law, x - y", "mother @-@ in @-@ law , x - y"),
         ("de", PLAIN, "Das kostet z.B. 1.000,50 Euro.", "Das kostet z.B. 1.000,50 Euro ."),
         ("de", PLAIN, "Dr. Weiß am 3. Mai usw.", "Dr. Weiß am 3. Mai usw ."),
         ("de", PLAIN, "Er ging. Sie kam. bald", "Er ging . Sie kam. bald"),
         ("de", PLAIN, "Wie geht's, „Ärzte“?", "Wie geht &apos; s , „ Ärzte “ ?"),
-        ("de", HYPHENS, "E-Mail-Adresse", "E @-@ Mail @-@ Adresse"),
         ("de", LOWERCASE, "Dr. No, ÄRZTE UND ÖFEN", "dr. no , ärzte und öfen"),
         ("de", PUNCTUATION, "Er sagte: „Ja.“", "Er sagte : &quot; Ja &quot; ."),
         ("de", PUNCTUATION, "„Nein“, ( so ) .", "&quot; Nein &quot; , ( so ) ."),
@@ -98,69 +92,19 @@ languages = st.sampled_from(["de", "en"])
 settings = st.sampled_from(SETTINGS)
 
 
-@unhurried
-@given(anything, languages, settings)
-def test_every_line_gives_one_line_of_single_spaces(lines, language, moses) -> None:
-    tokenised = tokenise(lines, language, moses)
-    assert len(tokenised) == len(lines)
-    assert all(line == " ".join(line.split()) for line in tokenised)
-
-
-word = st.sampled_from(["ab", "haus", "größe", "straße", "überall", "tree", "quiz", "running"])
-hyphenated = st.tuples(word, word).map("-".join)
-phrase = st.lists(word | hyphenated, min_size=1, max_size=5).map(" ".join)
-bracketed = phrase.map("({})".format) | phrase.map('"{}"'.format)
-
-
-@st.composite
-def sentences(draw) -> str:
-    phrases = draw(st.lists(phrase, min_size=1, max_size=3))
-    end = draw(st.sampled_from(["", ".", "?", "!", ":"]))
-    return f"{', '.join(phrases)} {draw(bracketed)}{end}"
-
-
-@unhurried
-@given(st.lists(sentences(), max_size=3), languages, st.sampled_from([PLAIN, HYPHENS]))
-def test_text_survives_tokenisation(lines, language, moses) -> None:
-    assert detokenise(tokenise(lines, language, moses), language) == lines
-
-
-def test_codes_are_those_of_subword_nmt(codes) -> None:
+def test_codes_are_those_of_subword_nmt_in_whichever_order_lines_come(codes, tmp_path) -> None:
     theirs = io.StringIO()
     learn_bpe(io.StringIO("\n".join(CORPUS)), theirs, MERGES)
     assert codes.read_text(encoding="utf-8") == theirs.getvalue()
-
-
-def test_order_of_lines_does_not_matter(codes, tmp_path) -> None:
     learn_codes(sorted(CORPUS), MERGES, tmp_path / "codes")
     assert (tmp_path / "codes").read_bytes() == codes.read_bytes()
 
 
-@pytest.mark.slow
-def test_order_of_hashes_does_not_matter(codes, tmp_path) -> None:
-    script = (
-        "import sys; from pathlib import Path; from dataprep.bpe import learn_codes;"
-        f"learn_codes({CORPUS!r}, {MERGES}, Path(sys.argv[1]))"
-    )
-    for seed in ("1", "2"):
-        path = tmp_path / seed
-        folder = str(Path(bpe.__file__).parents[1])
-        environment = {**os.environ, "PYTHONPATH": folder, "PYTHONHASHSEED": seed}
-        subprocess.run([sys.executable, "-c", script, str(path)], env=environment, check=True)
-        assert path.read_bytes() == codes.read_bytes()
-
-
 def test_nothing_is_printed(tmp_path, capfd) -> None:
     learn_codes(CORPUS, MERGES, tmp_path / "codes")
-    with pytest.raises(DataPrepError):
+    with pytest.raises(DataPrepError, match=r"Only \d+ merges can be learnt"):
         learn_codes(CORPUS, 10_000, tmp_path / "codes")
     assert capfd.readouterr() == ("", "")
-
-
-@pytest.mark.parametrize("lines", [[], [""], ["a b c"], ["ab cd"]])
-def test_a_text_without_enough_merges_is_refused(lines, tmp_path) -> None:
-    with pytest.raises(DataPrepError, match="Only 0 merges can be learnt"):
-        learn_codes(lines, 1, tmp_path / "codes")
 
 
 def test_known_words_stay_whole_and_others_are_cut(codes) -> None:
@@ -169,41 +113,9 @@ def test_known_words_stay_whole_and_others_are_cut(codes) -> None:
 
 @unhurried
 @given(anything, languages, settings)
-def test_pieces_join_to_what_was_cut(codes, lines, language, moses) -> None:
+def test_every_line_gives_a_line_of_tokens_and_one_of_pieces(codes, lines, language, moses) -> None:
     tokenised = tokenise(lines, language, moses)
+    assert len(tokenised) == len(lines)
+    assert all(line == " ".join(line.split()) for line in tokenised)
     joined = [f"{line} ".replace("@@ ", "").rstrip() for line in encode_lines(codes, tokenised)]
     assert joined == tokenised
-
-
-def test_sentencepieces_join_to_the_text_again(tmp_path) -> None:
-    lines = [f"Zeile {i}: 20 \u00b0C, {{name}}  - CO\u2082" for i in range(50)]
-    sentencepiece_model.train_model(lines, 60, tmp_path / "m.model")
-    assert [
-        line.replace(" ", "").replace("\u2581", " ").strip()
-        for line in sentencepiece_model.encode_lines(tmp_path / "m.model", lines)
-    ] == [" ".join(line.split()) for line in lines]
-
-
-@unhurried
-@given(anything)
-def test_white_space_of_any_kind_separates_words(codes, lines) -> None:
-    encoded = encode_lines(codes, lines)
-    assert len(encoded) == len(lines)
-    assert all(line == " ".join(line.split()) for line in encoded)
-
-
-def test_memory_for_words_is_bounded(codes, monkeypatch) -> None:
-    monkeypatch.setattr(bpe, "_REMEMBERED_WORDS", 3)
-    cutter = Bpe(codes)
-    lines = [f"wort{i} hund" for i in range(20)]
-    assert [cutter.encode(line) for line in lines] == encode_lines(codes, lines)
-    assert len(cutter._bpe.cache) <= 3 + 2
-
-
-@pytest.mark.parametrize("content", [b"#version: 0.2\na b c\n", b"\xff\xfe", b"#version: x\n"])
-def test_a_file_that_holds_no_codes_is_refused(content, tmp_path, capfd) -> None:
-    path = tmp_path / "codes"
-    path.write_bytes(content)
-    with pytest.raises(DataPrepError, match="does not hold BPE codes"):
-        Bpe(path)
-    assert capfd.readouterr() == ("", "")

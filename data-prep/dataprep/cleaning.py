@@ -5,14 +5,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
+from dataprep import Pair
 from dataprep.filters import Filter
 from dataprep.normalising import NORMALISATIONS, match_key
-from dataprep.pairs import Pair
 from dataprep.parallel import chunks, ordered_map
-
-DUPLICATE = "duplicate"
 
 
 @dataclass(frozen=True)
@@ -30,18 +27,6 @@ class Cleaning:
     filters: tuple[Filter, ...] = ()
     drop_duplicates: bool = False
 
-    def names(self) -> list[str]:
-        """What pairs are counted under, in the order of the filters."""
-        return [step.name for step in self.filters] + [DUPLICATE] * self.drop_duplicates
-
-
-class _Screened(NamedTuple):
-    """The outcome for a chunk: pairs that passed, their keys if duplicates matter, counts."""
-
-    kept: list[Pair]
-    keys: list[bytes]
-    removed: Counter[str]
-
 
 def normalise(pairs: Iterable[Pair], normalisation: str) -> Iterator[Pair]:
     """The pairs with one of `normalising.NORMALISATIONS` done to both sides."""
@@ -55,8 +40,8 @@ def clean(
     cleaning: Cleaning,
     languages: tuple[str, str],
     removed: Counter[str],
+    seen: set[bytes],
     workers: int = 1,
-    seen: set[bytes] | None = None,
 ) -> Iterator[Pair]:
     """Normalise pairs, apply the filters and drop duplicates, of which the first stays.
 
@@ -64,38 +49,36 @@ def clean(
     with the number of distinct pairs, by some 100 bytes each, and only if duplicates are dropped.
 
     Args:
-        removed: counts, by the names of `cleaning`, are added to it as the stream is read.
-        seen: the keys of the pairs before these, to which those of these are added; None if there
-            are none.
+        removed: counts, by the names of the filters, are added to it as the stream is read.
+        seen: the keys of the pairs before these, to which those of these are added.
     """
-    seen = set() if seen is None else seen
-    removed.update(dict.fromkeys(cleaning.names(), 0))
+    names = [step.name for step in cleaning.filters] + ["duplicate"] * cleaning.drop_duplicates
+    removed.update(dict.fromkeys(names, 0))
     screen = partial(_screen, cleaning, languages)
-    for outcome in ordered_map(screen, chunks(pairs), workers):
-        removed.update(outcome.removed)
-        if not cleaning.drop_duplicates:
-            yield from outcome.kept
-            continue
-        for pair, key in zip(outcome.kept, outcome.keys, strict=True):
+    for kept, counts in ordered_map(screen, chunks(pairs), workers):
+        removed.update(counts)
+        for pair, key in kept:
             if key in seen:
-                removed[DUPLICATE] += 1
+                removed["duplicate"] += 1
             else:
-                seen.add(key)
+                if key is not None:
+                    seen.add(key)
                 yield pair
 
 
-def _screen(cleaning: Cleaning, languages: tuple[str, str], pairs: list[Pair]) -> _Screened:
-    outcome = _Screened([], [], Counter())
+def _screen(
+    cleaning: Cleaning, languages: tuple[str, str], pairs: list[Pair]
+) -> tuple[list[tuple[Pair, bytes | None]], Counter[str]]:
+    """The pairs of a chunk that passed, with their keys if duplicates matter; counts of others."""
+    kept, removed = [], Counter[str]()
     for pair in normalise(pairs, cleaning.normalisation):
         for step in cleaning.filters:
             if step.removes(pair, languages):
-                outcome.removed[step.name] += 1
+                removed[step.name] += 1
                 break
         else:
-            outcome.kept.append(pair)
-            if cleaning.drop_duplicates:
-                outcome.keys.append(_key(pair))
-    return outcome
+            kept.append((pair, _key(pair) if cleaning.drop_duplicates else None))
+    return kept, removed
 
 
 def _key(pair: Pair) -> bytes:

@@ -1,7 +1,7 @@
 """The table of corpora. A corpus is data: a new one is a new entry in `CORPORA`, not new code."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from dataprep.catalogues import GettextCatalogues, JsonCatalogues
 from dataprep.cleaning import Cleaning
@@ -21,19 +21,16 @@ from dataprep.filters import (
 )
 from dataprep.moses import Moses
 from dataprep.origins import (
-    CataloguePackage,
-    CataloguePackages,
-    Domains,
     HelpPackages,
     Origin,
+    Package,
     PublishedTexts,
     ReversedDigits,
     Terms,
-    Wheels,
+    Wheel,
 )
 from dataprep.splitting import AsPublished, EveryNth, HeldOut, Split
 from dataprep.texts import TextSource
-from dataprep.wheels import Wheel
 
 MOSES_BPE = "moses+bpe"
 SENTENCEPIECE = "sentencepiece"
@@ -46,12 +43,11 @@ class Corpus:
 
     Attributes:
         name: what the user types.
-        summary: one sentence for `--list`.
         languages: the two language codes, in the order in which pairs are read; empty if the user
             chooses them.
         default_source: the language that is translated from unless the user says otherwise; empty
             if the other one than English is.
-        origin: where the text comes from.
+        origins: where the text comes from.
         cleaning: what is done to it. Filters apply to what was published for training.
         split: what of it is trained on.
         vocab_size: pieces in the joint vocabulary, or merge operations of BPE.
@@ -62,14 +58,13 @@ class Corpus:
         with_text: pairs with text on both sides that a part has before it is filtered and split,
             where that is known; other numbers are an error.
         expected: pairs that a part has in the end, where that is known; other numbers are an error.
-        disk_bytes: space that everything takes, fetched files included, roughly.
+        disk_bytes: space that everything takes, fetched files included, roughly, if it is much.
     """
 
     name: str
-    summary: str
     languages: tuple[str, str] | tuple[()]
     default_source: str
-    origin: Origin
+    origins: tuple[Origin, ...]
     cleaning: Cleaning
     split: Split
     vocab_size: int
@@ -81,44 +76,28 @@ class Corpus:
     disk_bytes: int = 0
 
 
-MB = 1_000_000
-
-_QUICKSTART_WHEELS = Wheels(
-    (
-        Wheel(
-            project="homeassistant",
-            version="2026.11.0",
-            filename="homeassistant-2026.11.0-py3-none-any.whl",
-            sha256="7ca5fbde9dea879ac7723949fc84347aac5182e6309c357b2e4973fd391b00f7",
-            licence="Apache-2.0",
-            licence_evidence="License-Expression in the wheel's METADATA",
-            citation="The Home Assistant authors and translators, Home Assistant Core 2026.11.0",
-            reader=JsonCatalogues("homeassistant/components/*/translations/{language}.json"),
-        ),
-        Wheel(
-            project="pretix",
-            version="2026.8.0",
-            filename="pretix-2026.8.0-py3-none-any.whl",
-            sha256="a78932e698778d873530d67f25a57c28d1c09b1bfb1a22ec817c00d90397db85",
-            licence="Apache-2.0",
-            licence_evidence=(
-                "LICENSE in the wheel's metadata: pretix is under the AGPL-3.0 with additional "
-                "terms, its translation files, and they alone are read, under the Apache-2.0"
-            ),
-            citation="The pretix authors and translators, pretix 2026.8.0",
-            reader=GettextCatalogues(
-                "pretix/locale/{language}/LC_MESSAGES/*.mo", message_language="en"
-            ),
-        ),
-    )
+_QUICKSTART_WHEELS = (
+    Wheel(
+        "homeassistant",
+        "2026.11.0",
+        "7ca5fbde9dea879ac7723949fc84347aac5182e6309c357b2e4973fd391b00f7",
+        "Apache-2.0",
+        JsonCatalogues("homeassistant/components/*/translations/{language}.json"),
+    ),
+    Wheel(
+        "pretix",
+        "2026.8.0",
+        "a78932e698778d873530d67f25a57c28d1c09b1bfb1a22ec817c00d90397db85",
+        "Apache-2.0",
+        GettextCatalogues("pretix/locale/{language}/LC_MESSAGES/*.mo"),
+    ),
 )
 
 QUICKSTART = Corpus(
     name="quickstart",
-    summary="English-German messages of Home Assistant and pretix, out of two Python wheels",
     languages=("en", "de"),
     default_source="de",
-    origin=_QUICKSTART_WHEELS,
+    origins=_QUICKSTART_WHEELS,
     cleaning=Cleaning(
         "plain typography",
         (
@@ -137,7 +116,6 @@ QUICKSTART = Corpus(
     # ve-fairseq 0.12.3 leaves out what remains of a data set, its longest sentences.
     split=HeldOut(valid=496, test=704),
     vocab_size=4000,
-    disk_bytes=130 * MB,
 )
 
 
@@ -159,29 +137,24 @@ _MULTI30K_SHA256 = {
 
 MULTI30K_DE_EN = Corpus(
     name="multi30k-de-en",
-    summary="Multi30k task 1, English image descriptions and their German translations",
     languages=("de", "en"),
     default_source="de",
-    origin=PublishedTexts(
-        files=tuple(
-            SourceFile(f"{_MULTI30K}/{filename}", f"sha256:{sha256}")
-            for filename, sha256 in _MULTI30K_SHA256.items()
-        ),
-        sources=(
-            TextSource("train", _sides("train.{}.gz")),
-            TextSource("valid", _sides("val.{}.gz")),
-            TextSource("test", _sides("test_2016_flickr.{}.gz")),
-        ),
-        licensed=Terms(
-            licence="no open licence; for non-commercial research and education",
-            licence_evidence=(
-                '"Use of the data" in the README of github.com/multi30k/dataset since July 2026: '
-                "partly derived from Flickr30K, which is for non-commercial research and education"
+    origins=(
+        PublishedTexts(
+            files=tuple(
+                SourceFile(f"{_MULTI30K}/{filename}", f"sha256:{sha256}")
+                for filename, sha256 in _MULTI30K_SHA256.items()
             ),
-            citation=(
+            sources=(
+                TextSource("train", _sides("train.{}.gz")),
+                TextSource("valid", _sides("val.{}.gz")),
+                TextSource("test", _sides("test_2016_flickr.{}.gz")),
+            ),
+            terms=Terms(
+                "no open licence; for non-commercial research and education",
                 "D. Elliott, S. Frank, K. Sima'an, L. Specia: Multi30K: Multilingual "
                 "English-German Image Descriptions. Proceedings of the 5th Workshop on Vision and "
-                "Language, 2016, doi:10.18653/v1/W16-3210"
+                "Language, 2016, doi:10.18653/v1/W16-3210",
             ),
         ),
     ),
@@ -190,53 +163,44 @@ MULTI30K_DE_EN = Corpus(
     vocab_size=4000,
     moses=Moses(lowercase=True),
     expected={"train": 29_000, "valid": 1_014, "test": 1_000},
-    disk_bytes=20 * MB,
 )
 
 _IWSLT14_MOSES = Moses(lowercase=True)
+_IWSLT14_TEST_SETS = ("TED.dev2010", "TEDX.dev2012", "TED.tst2010", "TED.tst2011", "TED.tst2012")
 
 IWSLT14_DE_EN = Corpus(
     name="iwslt14-de-en",
-    summary="TED talks of IWSLT'14, German-English, as fairseq's prepare-iwslt14.sh divides them",
     languages=("de", "en"),
     default_source="de",
-    origin=PublishedTexts(
-        # As fetched from there twice in May 2021, and committed to github.com/facebookresearch/
-        # fairseq by mistake: examples/translation/orig/ of 5f7bc3f60, pull request 3553.
-        files=(
-            SourceFile(
-                "http://dl.fbaipublicfiles.com/fairseq/data/iwslt14/de-en.tgz",
-                "git-sha1:aa8c3f40f8836f1d43701448f94fe7e230082b4c",
+    origins=(
+        PublishedTexts(
+            # As fetched from there twice in May 2021, and committed to github.com/
+            # facebookresearch/fairseq by mistake: examples/translation/orig/ of 5f7bc3f60, pull
+            # request 3553.
+            files=(
+                SourceFile(
+                    "http://dl.fbaipublicfiles.com/fairseq/data/iwslt14/de-en.tgz",
+                    "git-sha1:aa8c3f40f8836f1d43701448f94fe7e230082b4c",
+                ),
             ),
-        ),
-        sources=(
-            TextSource(
-                "train", _sides("de-en/train.tags.de-en.{}"), archive="de-en.tgz", form="tagged"
+            sources=(
+                TextSource("train", _sides("de-en/train.tags.de-en.{}"), "de-en.tgz", "tagged"),
+                *(
+                    TextSource(
+                        "test",
+                        _sides(f"de-en/IWSLT14.{name}.de-en.{{}}.xml"),
+                        "de-en.tgz",
+                        "segments",
+                        replacements=(("\u2019", "'"),),
+                    )
+                    for name in _IWSLT14_TEST_SETS
+                ),
             ),
-            *(
-                TextSource(
-                    "test",
-                    _sides(f"de-en/IWSLT14.{name}.de-en.{{}}.xml"),
-                    archive="de-en.tgz",
-                    form="segments",
-                    replacements=(("\u2019", "'"),),
-                )
-                for name in (
-                    "TED.dev2010",
-                    "TEDX.dev2012",
-                    "TED.tst2010",
-                    "TED.tst2011",
-                    "TED.tst2012",
-                )
-            ),
-        ),
-        licensed=Terms(
-            licence="CC-BY-NC-ND-3.0",
-            licence_evidence="README in the archive",
-            citation=(
+            terms=Terms(
+                "CC-BY-NC-ND-3.0",
                 "M. Cettolo, J. Niehues, S. St\u00fcker, L. Bentivogli, M. Federico: Report on the "
                 "11th IWSLT Evaluation Campaign, IWSLT 2014; M. Cettolo, C. Girardi, M. Federico: "
-                "WIT3: Web Inventory of Transcribed and Translated Talks, EAMT 2012"
+                "WIT3: Web Inventory of Transcribed and Translated Talks, EAMT 2012",
             ),
         ),
     ),
@@ -249,7 +213,6 @@ IWSLT14_DE_EN = Corpus(
     moses=_IWSLT14_MOSES,
     joined_dictionary=False,
     expected={"train": 160_239, "valid": 7_283, "test": 6_750},
-    disk_bytes=250 * MB,
 )
 
 _STATMT = "http://www.statmt.org"
@@ -285,12 +248,9 @@ _WMT14_TEST = SourceFile(
     "https://statmt.org/wmt14/test-full.tgz", "md5:a8cd784e006feb32ac6f3d9ec7eb389a"
 )
 _WMT14_TERMS = Terms(
-    licence="each text's own; no one licence for all",
-    licence_evidence="statmt.org/wmt14/translation-task.html and the pages it leads to",
-    citation=(
-        "O. Bojar and others: Findings of the 2014 Workshop on Statistical Machine Translation. "
-        "Proceedings of the Ninth Workshop on Statistical Machine Translation, 2014, pages 12-58"
-    ),
+    "each text's own; no one licence for all",
+    "O. Bojar and others: Findings of the 2014 Workshop on Statistical Machine Translation. "
+    "Proceedings of the Ninth Workshop on Statistical Machine Translation, 2014, pages 12-58",
 )
 _WMT14_MOSES = Moses(aggressive_hyphens=True, normalise_punctuation=True)
 
@@ -317,20 +277,21 @@ def _wmt14(other: str, *training: tuple[SourceFile, str]) -> PublishedTexts:
                 form="segments",
             ),
         ),
-        licensed=_WMT14_TERMS,
+        terms=_WMT14_TERMS,
     )
 
 
 WMT14_EN_DE = Corpus(
     name="wmt14-en-de",
-    summary="WMT'14 English-German: Europarl, Common Crawl, news commentary; newstest2013 and 2014",
     languages=("de", "en"),
     default_source="en",
-    origin=_wmt14(
-        "de",
-        (_EUROPARL, "training/europarl-v7.de-en.{}"),
-        (_COMMON_CRAWL, "commoncrawl.de-en.{}"),
-        (_NEWS_COMMENTARY, "training/news-commentary-v9.de-en.{}"),
+    origins=(
+        _wmt14(
+            "de",
+            (_EUROPARL, "training/europarl-v7.de-en.{}"),
+            (_COMMON_CRAWL, "commoncrawl.de-en.{}"),
+            (_NEWS_COMMENTARY, "training/news-commentary-v9.de-en.{}"),
+        ),
     ),
     # clean-corpus-n.perl's usual ratio, and the length of fairseq's prepare-wmt14en2de.sh.
     cleaning=Cleaning("single spaces", (Empty(), TooLong(words=250), WordRatio(ratio=9.0))),
@@ -341,21 +302,22 @@ WMT14_EN_DE = Corpus(
     # Pairs with text on both sides, as counted for wmt/wmt14, "de-en", on huggingface.co/datasets.
     with_text={"train": 4_508_785, "valid": 3_000, "test": 3_003},
     expected={"valid": 3_000, "test": 3_003},
-    disk_bytes=8_000 * MB,
+    disk_bytes=8_000_000_000,
 )
 
 WMT14_EN_FR = Corpus(
     name="wmt14-en-fr",
-    summary="WMT'14 English-French, as of fairseq's prepare-wmt14en2fr.sh; newstest2013 and 2014",
     languages=("fr", "en"),
     default_source="en",
-    origin=_wmt14(
-        "fr",
-        (_EUROPARL, "training/europarl-v7.fr-en.{}"),
-        (_COMMON_CRAWL, "commoncrawl.fr-en.{}"),
-        (_UNITED_NATIONS, "un/undoc.2000.fr-en.{}"),
-        (_NEWS_COMMENTARY, "training/news-commentary-v9.fr-en.{}"),
-        (_GIGA_FREN, "giga-fren.release2.fixed.{}.gz"),
+    origins=(
+        _wmt14(
+            "fr",
+            (_EUROPARL, "training/europarl-v7.fr-en.{}"),
+            (_COMMON_CRAWL, "commoncrawl.fr-en.{}"),
+            (_UNITED_NATIONS, "un/undoc.2000.fr-en.{}"),
+            (_NEWS_COMMENTARY, "training/news-commentary-v9.fr-en.{}"),
+            (_GIGA_FREN, "giga-fren.release2.fixed.{}.gz"),
+        ),
     ),
     # The script's limits. It applies them to the pieces of BPE, which are learnt later here.
     cleaning=Cleaning(
@@ -367,24 +329,20 @@ WMT14_EN_FR = Corpus(
     moses=_WMT14_MOSES,
     with_text={"valid": 3_000, "test": 3_003},
     expected={"valid": 3_000, "test": 3_003},
-    disk_bytes=70_000 * MB,
+    disk_bytes=70_000_000_000,
+)
+
+_MANUAL_TERMS = Terms(
+    "MPL-2.0",
+    "The LibreOffice contributors and translators: LibreOffice Help, The Document Foundation, in "
+    "the version that the inputs name",
 )
 
 LIBREOFFICE_HELP = Corpus(
     name="libreoffice-help",
-    summary="LibreOffice's manual, any two of its languages, out of the distribution's packages",
     languages=(),
     default_source="",
-    origin=HelpPackages(
-        Terms(
-            licence="MPL-2.0",
-            licence_evidence="usr/share/doc/libreoffice-help-*/copyright in the packages",
-            citation=(
-                "The LibreOffice contributors and translators: LibreOffice Help, The Document "
-                "Foundation, in the version that the inputs name"
-            ),
-        ),
-    ),
+    origins=(HelpPackages(_MANUAL_TERMS),),
     cleaning=Cleaning(
         "plain typography",
         (
@@ -402,172 +360,116 @@ LIBREOFFICE_HELP = Corpus(
     ),
     split=HeldOut(valid=1_000, test=1_000),
     vocab_size=8_000,
-    disk_bytes=60 * MB,
 )
-
-
-def _wheel(
-    project: str,
-    version: str,
-    filename: str,
-    sha256: str,
-    licence: tuple[str, str],
-    pattern: str,
-    mnemonics: str = "",
-) -> Wheel:
-    """A wheel of gettext catalogues in English; `licence` has where it is stated, too."""
-    return Wheel(
-        project,
-        version,
-        filename,
-        sha256,
-        *licence,
-        citation=f"The {project} authors and translators, {project} {version}",
-        reader=GettextCatalogues(pattern, "en", mnemonics),
-    )
 
 
 _GTK, _KDE = "_", "&"  # how labels mark the letter that chooses them
-_LOCALES = "usr/share/locale/{language}/LC_MESSAGES/*.mo"
 
 
-def _catalogues(
+_SOFTWARE_WHEELS = (
+    *_QUICKSTART_WHEELS,
+    Wheel(
+        "gramps",
+        "6.0.8",
+        "56f03bcb643320eb9f9892d4c3f8bbe7c4c4d2e4c71e56f598584af24561ec1c",
+        "GPL-2.0-or-later",
+        GettextCatalogues("gramps-*.data/data/share/locale/{language}/LC_MESSAGES/gramps.mo", _GTK),
+    ),
+    Wheel(
+        "weblate",
+        "2026.10.1",
+        "27a779ceb05fec3665081df0d3f46f4b6ac0e3f499160a1c3cb145e8e35853d2",
+        "GPL-3.0-or-later",
+        GettextCatalogues("weblate/locale/{language}/LC_MESSAGES/*.mo"),
+    ),
+    Wheel(
+        "indico",
+        "3.3.14",
+        "d98e030e0f21d22b9d9423d7cb3f9fca472ac5c2c4f3d8c5d7026ed3ed6c9811",
+        "MIT",
+        GettextCatalogues("indico/translations/{language}_DE/LC_MESSAGES/messages.mo"),
+    ),
+    Wheel(
+        "mayan-edms",
+        "4.12.2",
+        "5eb0deccb29199a7add33a757161f3f461aa3b00451de13027049258dd412f67",
+        "GPL-2.0-only",
+        GettextCatalogues("mayan/apps/*/locale/{language}_DE/LC_MESSAGES/django.mo"),
+        tags="py2.py3-none-any",
+    ),
+)
+
+
+def _gettext_package(
+    domain: str,
     package: str,
     program: str,
     licence: str,
-    mnemonics: str = "",
+    mnemonics: str,
     asides: str = "",
-    pattern: str = _LOCALES,
-) -> CataloguePackage:
-    """A Debian package of gettext catalogues in English."""
-    return CataloguePackage(
-        package,
-        Terms(
-            licence,
-            f"usr/share/doc/{package}/copyright in the package",
-            f"The {program} authors and translators, {program}, in the version that the inputs "
-            "name",
-        ),
-        GettextCatalogues(pattern, "en", mnemonics, asides),
-    )
+    pattern: str = "usr/share/locale/{language}/LC_MESSAGES/*.mo",
+) -> Package:
+    reader = GettextCatalogues(pattern, mnemonics, asides)
+    return Package(package, program, licence, reader, domain)
 
 
-_APPS = Wheels(
-    (
-        *_QUICKSTART_WHEELS.wheels,
-        _wheel(
-            "gramps",
-            "6.0.8",
-            "gramps-6.0.8-py3-none-any.whl",
-            "56f03bcb643320eb9f9892d4c3f8bbe7c4c4d2e4c71e56f598584af24561ec1c",
-            ("GPL-2.0-or-later", "License in the wheel's METADATA: GPL v2 or greater"),
-            "gramps-*.data/data/share/locale/{language}/LC_MESSAGES/gramps.mo",
-            _GTK,
-        ),
-        _wheel(
-            "weblate",
-            "2026.10.1",
-            "weblate-2026.10.1-py3-none-any.whl",
-            "27a779ceb05fec3665081df0d3f46f4b6ac0e3f499160a1c3cb145e8e35853d2",
-            ("GPL-3.0-or-later", "License-Expression in the wheel's METADATA"),
-            "weblate/locale/{language}/LC_MESSAGES/*.mo",
-        ),
-        _wheel(
-            "indico",
-            "3.3.14",
-            "indico-3.3.14-py3-none-any.whl",
-            "d98e030e0f21d22b9d9423d7cb3f9fca472ac5c2c4f3d8c5d7026ed3ed6c9811",
-            ("MIT", "License-Expression in the wheel's METADATA"),
-            "indico/translations/{language}_DE/LC_MESSAGES/messages.mo",
-        ),
-        _wheel(
-            "mayan-edms",
-            "4.12.2",
-            "mayan_edms-4.12.2-py2.py3-none-any.whl",
-            "5eb0deccb29199a7add33a757161f3f461aa3b00451de13027049258dd412f67",
-            ("GPL-2.0-only", "License in the wheel's METADATA"),
-            "mayan/apps/*/locale/{language}_DE/LC_MESSAGES/django.mo",
-        ),
-    )
-)
-_OFFICE = CataloguePackages(
-    (
-        _catalogues(
-            "libreoffice-l10n-de",
-            "LibreOffice",
-            "MPL-2.0",
-            "_~",
-            pattern="usr/lib/libreoffice/program/resource/{language}/LC_MESSAGES/*.mo",
-        ),
-    )
-)
-_GRAPHICS = CataloguePackages(
-    (
-        _catalogues("gimp-data", "GIMP", "GPL-3.0-or-later", _GTK),
-        _catalogues("inkscape", "Inkscape", "GPL", _GTK),
-        _catalogues("digikam-data", "digiKam", "GPL-2.0-or-later", _KDE),
-        _catalogues("krita-l10n", "Krita", "GPL and LGPL", _KDE),
-        _catalogues("darktable", "darktable", "GPL-3.0-or-later", _GTK),
-    )
-)
-_DESKTOP = CataloguePackages(
-    (
-        _catalogues("evolution-common", "Evolution", "LGPL-2.0-only OR LGPL-3.0-only", _GTK),
-        _catalogues("claws-mail-i18n", "Claws Mail", "GPL-3.0-or-later", _GTK),
-        _catalogues("pidgin-data", "Pidgin", "GPL-2.0-or-later", _GTK),
-        _catalogues("gnucash-common", "GnuCash", "GPL-2.0-or-later", _GTK),
-        _catalogues("kmymoney-common", "KMyMoney", "GPL-2.0-or-later", _KDE),
-        _catalogues("gnumeric-common", "Gnumeric", "GPL-2.0-only OR GPL-3.0-only", _GTK),
-        _catalogues("audacity-data", "Audacity", "CC-BY-3.0 OR GPL-2.0-or-later", _KDE),
-        # "Copy|C" has a mnemonic too, "Author[[the first]]" says what is meant.
-        _catalogues("lyx-common", "LyX", "GPL-2.0-or-later", _KDE, r"\|\w$|\[\[.*?\]\]"),
-    )
-)
-# "?female:Mayor %s" is a mayor who is a woman.
-_GAMES = CataloguePackages(
-    (_catalogues("freeciv-data", "Freeciv", "GPL-2.0-or-later", _GTK, r"^\?[^:]+:"),)
+_SOFTWARE: tuple[Origin, ...] = (
+    *(replace(wheel, domain="apps") for wheel in _SOFTWARE_WHEELS),
+    HelpPackages(_MANUAL_TERMS, "help"),
+    _gettext_package(
+        "office",
+        "libreoffice-l10n-de",
+        "LibreOffice",
+        "MPL-2.0",
+        "_~",
+        pattern="usr/lib/libreoffice/program/resource/{language}/LC_MESSAGES/*.mo",
+    ),
+    *(
+        _gettext_package(*columns)
+        for columns in (
+            ("graphics", "gimp-data", "GIMP", "GPL-3.0-or-later", _GTK),
+            ("graphics", "inkscape", "Inkscape", "GPL", _GTK),
+            ("graphics", "digikam-data", "digiKam", "GPL-2.0-or-later", _KDE),
+            ("graphics", "krita-l10n", "Krita", "GPL and LGPL", _KDE),
+            ("graphics", "darktable", "darktable", "GPL-3.0-or-later", _GTK),
+            ("desktop", "evolution-common", "Evolution", "LGPL-2.0-only OR LGPL-3.0-only", _GTK),
+            ("desktop", "claws-mail-i18n", "Claws Mail", "GPL-3.0-or-later", _GTK),
+            ("desktop", "pidgin-data", "Pidgin", "GPL-2.0-or-later", _GTK),
+            ("desktop", "gnucash-common", "GnuCash", "GPL-2.0-or-later", _GTK),
+            ("desktop", "kmymoney-common", "KMyMoney", "GPL-2.0-or-later", _KDE),
+            ("desktop", "gnumeric-common", "Gnumeric", "GPL-2.0-only OR GPL-3.0-only", _GTK),
+            ("desktop", "audacity-data", "Audacity", "CC-BY-3.0 OR GPL-2.0-or-later", _KDE),
+        )
+    ),
+    # "Copy|C" has a mnemonic too, "Author[[the first]]" says what is meant.
+    _gettext_package(
+        "desktop", "lyx-common", "LyX", "GPL-2.0-or-later", _KDE, r"\|\w$|\[\[.*?\]\]"
+    ),
+    # "?female:Mayor %s" is a mayor who is a woman.
+    _gettext_package("games", "freeciv-data", "Freeciv", "GPL-2.0-or-later", _GTK, r"^\?[^:]+:"),
 )
 
 SOFTWARE_DE_EN = Corpus(
     name="software-de-en",
-    summary="German-English messages of 21 programs and LibreOffice's manual: IWSLT'14's size",
     languages=("de", "en"),
     default_source="de",
-    origin=Domains(
-        (
-            ("apps", _APPS),
-            ("help", LIBREOFFICE_HELP.origin),
-            ("office", _OFFICE),
-            ("graphics", _GRAPHICS),
-            ("desktop", _DESKTOP),
-            ("games", _GAMES),
-        )
-    ),
+    origins=_SOFTWARE,
     cleaning=LIBREOFFICE_HELP.cleaning,
     # Of each domain; multiples of 8 for the reason that the quickstart has.
     split=HeldOut(valid=200, test=504),
     vocab_size=10_000,
-    disk_bytes=450 * MB,
 )
 
 NUMBERS = Corpus(
     name="numbers",
-    summary="digits in German words, backwards in English, for trying things out in seconds",
     languages=("de", "en"),
     default_source="de",
-    origin=ReversedDigits(
-        Terms(
-            licence="MIT",
-            licence_evidence="LICENSE of this project, which makes them",
-            citation="fairseq-gradinit, data-prep/dataprep/origins.py",
-        ),
-    ),
+    origins=(ReversedDigits(Terms("MIT", "fairseq-gradinit, data-prep/dataprep/origins.py")),),
     cleaning=Cleaning("single spaces"),
     split=AsPublished(),
     vocab_size=40,
     tokenisation=MOSES_BPE,
     expected={"train": 2_000, "valid": 50, "test": 50},
-    disk_bytes=2 * MB,
 )
 
 CORPORA = {

@@ -9,11 +9,10 @@ import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, ClassVar, Protocol
 
+from dataprep import Pair
 from dataprep.moses import Moses, tokenise
 from dataprep.normalising import PLACEHOLDER, match_key
-from dataprep.pairs import Pair
 
 _MARKUP = re.compile(
     r"""<[^<>]*>              # HTML tag
@@ -28,65 +27,55 @@ _MARKUP = re.compile(
 )
 
 
-class Filter(Protocol):
-    """Decides about one pair.
+@dataclass(frozen=True)
+class Filter:
+    """Decides about one pair."""
 
-    Attributes:
-        name: what its pairs are counted under.
-    """
-
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-    name: ClassVar[str]
+    @property
+    def name(self) -> str:
+        """What its pairs are counted under: "too-short" of TooShort."""
+        return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", type(self).__name__).lower()
 
     def removes(self, pair: Pair, languages: tuple[str, str]) -> bool:
         """Whether the pair is unusable."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class Empty:
+class Empty(Filter):
     """A side without text."""
-
-    name: ClassVar[str] = "empty"
 
     def removes(self, pair: Pair, languages: tuple[str, str]) -> bool:
         return not pair.first or not pair.second
 
 
 @dataclass(frozen=True)
-class NoWords:
+class NoWords(Filter):
     """A side without a letter, placeholders disregarded."""
-
-    name: ClassVar[str] = "no-words"
 
     def removes(self, pair: Pair, languages: tuple[str, str]) -> bool:
         return any(not any(map(str.isalpha, PLACEHOLDER.sub("", text))) for text in pair)
 
 
 @dataclass(frozen=True)
-class Identical:
+class Identical(Filter):
     """Sides that agree except in case and punctuation: names, text that was not translated."""
-
-    name: ClassVar[str] = "identical"
 
     def removes(self, pair: Pair, languages: tuple[str, str]) -> bool:
         return match_key(pair.first) == match_key(pair.second)
 
 
 @dataclass(frozen=True)
-class Markup:
+class Markup(Filter):
     """HTML, Markdown links and emphasis, code, addresses, templates, escapes."""
-
-    name: ClassVar[str] = "markup"
 
     def removes(self, pair: Pair, languages: tuple[str, str]) -> bool:
         return any(map(_MARKUP.search, pair))
 
 
 @dataclass(frozen=True)
-class Placeholders:
+class Placeholders(Filter):
     """Sides whose `{name}`, `%(name)s`, `${name}` differ, in kind or number."""
-
-    name: ClassVar[str] = "placeholders"
 
     def removes(self, pair: Pair, languages: tuple[str, str]) -> bool:
         first, second = (Counter(PLACEHOLDER.findall(text)) for text in pair)
@@ -94,33 +83,31 @@ class Placeholders:
 
 
 @dataclass(frozen=True)
-class TooShort:
+class TooShort(Filter):
     """Fewer words than this on the longer side; German compounds make one word of several.
 
     Words are separated by spaces.
     """
 
     words: int
-    name: ClassVar[str] = "too-short"
 
     def removes(self, pair: Pair, languages: tuple[str, str]) -> bool:
         return max(len(text.split()) for text in pair) < self.words
 
 
 @dataclass(frozen=True)
-class TooLong:
+class TooLong(Filter):
     """More words or characters than this on either side."""
 
     words: int
     characters: int = 1_000_000
-    name: ClassVar[str] = "too-long"
 
     def removes(self, pair: Pair, languages: tuple[str, str]) -> bool:
         return any(len(text) > self.characters or len(text.split()) > self.words for text in pair)
 
 
 @dataclass(frozen=True)
-class LengthRatio:
+class LengthRatio(Filter):
     """More than `ratio` characters on one side for one on the other, plus `slack`.
 
     Scripts that say more in a character count for more, see `_DENSITY`.
@@ -128,7 +115,6 @@ class LengthRatio:
 
     ratio: float
     slack: int
-    name: ClassVar[str] = "length-ratio"
 
     def removes(self, pair: Pair, languages: tuple[str, str]) -> bool:
         short, long = sorted(
@@ -143,11 +129,10 @@ _DENSITY = {"zh": 3, "ja": 2, "ko": 2}
 
 
 @dataclass(frozen=True)
-class WordRatio:
+class WordRatio(Filter):
     """More than `ratio` words on one side for one on the other."""
 
     ratio: float
-    name: ClassVar[str] = "word-ratio"
 
     def removes(self, pair: Pair, languages: tuple[str, str]) -> bool:
         short, long = sorted(len(text.split()) for text in pair)
@@ -155,10 +140,8 @@ class WordRatio:
 
 
 @dataclass(frozen=True)
-class WrongScript:
+class WrongScript(Filter):
     """A side most of whose letters are of another script than its language is written in."""
-
-    name: ClassVar[str] = "wrong-script"
 
     def removes(self, pair: Pair, languages: tuple[str, str]) -> bool:
         return any(
@@ -195,7 +178,7 @@ def scripts(language: str) -> frozenset[str]:
 
 
 @dataclass(frozen=True)
-class TokenLengths:
+class TokenLengths(Filter):
     """A side without a token, with more than `most`, or with `ratio` times those of the other.
 
     Tokens are those of the Moses tokeniser, as for clean-corpus-n.perl of the Moses scripts.
@@ -204,7 +187,6 @@ class TokenLengths:
     most: int
     ratio: float
     moses: Moses = field(default_factory=Moses)
-    name: ClassVar[str] = "token-lengths"
 
     def removes(self, pair: Pair, languages: tuple[str, str]) -> bool:
         short, long = sorted(

@@ -7,36 +7,19 @@ languages say under one id of one page.
 
 import re
 from collections import Counter, defaultdict
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
+from typing import NamedTuple
 
-from lxml import etree, html
+from lxml import html
 
-from dataprep import DataPrepError
-from dataprep.packages import read_members
-from dataprep.pairs import Pair
+from dataprep import DataPrepError, Pair
 
 _PAGE = re.compile(r"usr/share/libreoffice/help/(?P<folder>[^/]+)/(?P<page>text/.+\.html)")
 _TEXT_ID = re.compile(r"(par|hd|tit)_")
 _CODE_CLASSES = {"code", "codeintable", "input", "literal", "smathcode", "smathcodeintable"}
 
 
-@dataclass(frozen=True)
-class AlignedPages:
-    """The pairs of two packages, and how many paragraphs were left out.
-
-    Attributes:
-        pairs: page by page in the order of their paths, within a page as the first language has
-            them. White space is single spaces.
-        left_out: numbers of paragraphs, by the reason.
-    """
-
-    pairs: list[Pair]
-    left_out: dict[str, int]
-
-
-@dataclass(frozen=True)
-class _Paragraph:
+class _Paragraph(NamedTuple):
     text: str
     is_code: bool
 
@@ -45,22 +28,30 @@ class _Paragraph:
 _Page = dict[str, set[_Paragraph]]
 
 
-def read_pages(first: Path, second: Path, languages: tuple[str, str]) -> AlignedPages:
-    """Read all aligned pairs of two packages.
+def is_page(name: str) -> bool:
+    """Whether a file of a package is a page of the manual."""
+    return _PAGE.fullmatch(name) is not None
 
-    Left out are, under these names, paragraphs that one language lacks ("unpaired"), those whose
-    id has several texts on one page ("ambiguous"), and those that are nothing but code ("code").
-    Ids are ambiguous on pages that show sections of other pages. Nothing but their order says
-    which of the texts belong together, and a translator may change it; where the sections come
-    from, their ids are unique.
+
+def read_pages(
+    first: Mapping[str, bytes], second: Mapping[str, bytes], languages: tuple[str, str]
+) -> tuple[list[Pair], dict[str, int]]:
+    """Read all aligned pairs of two packages, and count the paragraphs that are left out.
+
+    Pairs come page by page in the order of their paths, within a page as the first language has
+    them. White space is single spaces. Left out are, under these names, paragraphs that one
+    language lacks ("unpaired"), those whose id has several texts on one page ("ambiguous"), and
+    those that are nothing but code ("code"). Ids are ambiguous on pages that show sections of
+    other pages. Nothing but their order says which of the texts belong together, and a translator
+    may change it; where the sections come from, their ids are unique.
 
     Args:
-        first: the package in the first language.
-        second: the package in the second language.
+        first: the pages of the package in the first language, by their names there.
+        second: those in the second language.
         languages: their codes, such as "de", "en" (or "en-us") and "pt-br".
 
     Raises:
-        DataPrepError: a package cannot be read, or does not hold the pages in its language.
+        DataPrepError: the pages are not in their language.
     """
     ours, theirs = _read_package(first, languages[0]), _read_package(second, languages[1])
     pairs: list[Pair] = []
@@ -69,42 +60,30 @@ def read_pages(first: Path, second: Path, languages: tuple[str, str]) -> Aligned
         page, other = ours.get(name, {}), theirs.get(name, {})
         for identifier in dict.fromkeys((*page, *other)):
             sides = page.get(identifier, set()), other.get(identifier, set())
-            reason = _reason_to_leave_out(*sides)
-            if reason is not None:
-                left_out[reason] += 1
-                continue
-            (paragraph,), (translation,) = sides
-            pairs.append(Pair(paragraph.text, translation.text))
-    return AlignedPages(pairs, dict(left_out))
+            if not all(sides):
+                left_out["unpaired"] += 1
+            elif any(len(side) > 1 for side in sides):
+                left_out["ambiguous"] += 1
+            else:
+                (paragraph,), (translation,) = sides
+                if paragraph.is_code or translation.is_code:
+                    left_out["code"] += 1
+                else:
+                    pairs.append(Pair(paragraph.text, translation.text))
+    return pairs, dict(left_out)
 
 
-def _reason_to_leave_out(first: set[_Paragraph], second: set[_Paragraph]) -> str | None:
-    if not first or not second:
-        return "unpaired"
-    if len(first) > 1 or len(second) > 1:
-        return "ambiguous"
-    if any(paragraph.is_code for paragraph in first | second):
-        return "code"
-    return None
-
-
-def _read_package(path: Path, language: str) -> dict[str, _Page]:
-    """The pages in a package by their path below the language's folder."""
+def _read_package(files: Mapping[str, bytes], language: str) -> dict[str, _Page]:
+    """The pages by their path below the language's folder."""
     pages: defaultdict[str, dict[str, _Page]] = defaultdict(dict)
-    for name, content in read_members(path, lambda name: bool(_PAGE.fullmatch(name))):
-        match = _PAGE.fullmatch(name)
-        assert match is not None  # no others are read
-        folder, page = match.groups()
-        try:
-            pages[folder][page] = _read_page(content)
-        except etree.ParserError as error:
-            raise DataPrepError(f"{name} in {path} is not a page of HTML: {error}.") from error
+    for name, content in files.items():
+        if match := _PAGE.fullmatch(name):
+            pages[match["folder"]][match["page"]] = _read_page(content)
     folders = [folder for folder in pages if _is_in(folder, language)]
     if len(folders) != 1:
         raise DataPrepError(
-            f"{path} is not LibreOffice's help in {language!r}: it has pages in "
-            f"{', '.join(sorted(pages)) or 'no language'}. Take the package "
-            "libreoffice-help-LANGUAGE of Debian or Ubuntu."
+            f"A package is not LibreOffice's help in {language!r}: it has pages in "
+            f"{', '.join(sorted(pages)) or 'no language'}."
         )
     return pages[folders[0]]
 

@@ -38,12 +38,8 @@ class Moses:
 def tokenise(lines: Iterable[str], language: str, moses: Moses) -> list[str]:
     """Separate tokens by single spaces and escape what has a meaning to Moses ("&quot;").
 
-    Every line gives one line, whatever characters it contains.
-
-    Args:
-        lines: text, one sentence each.
-        language: its two-letter code, which decides on abbreviations and apostrophes.
-        moses: which scripts are applied.
+    Every line gives one line. The language, by its two-letter code, decides on abbreviations and
+    apostrophes.
     """
     tokenizer = _tokenizer(language)
     tokenised = []
@@ -62,13 +58,8 @@ def tokenise(lines: Iterable[str], language: str, moses: Moses) -> list[str]:
 
 
 def detokenise(lines: Iterable[str], language: str) -> list[str]:
-    """Join tokens to text again, as detokenizer.perl does; "@-@" and escapes are undone.
-
-    Args:
-        lines: tokens separated by spaces, one sentence each.
-        language: its two-letter code.
-    """
-    detokenizer = _detokenizer(language)
+    """Join tokens to text again, as detokenizer.perl does; "@-@" and escapes are undone."""
+    detokenizer = MosesDetokenizer(language)
     return [detokenizer.detokenize(line.split()) for line in lines]
 
 
@@ -87,11 +78,6 @@ class _Tokenizer(MosesTokenizer):
 @cache
 def _tokenizer(language: str) -> _Tokenizer:
     return _Tokenizer(language)
-
-
-@cache
-def _detokenizer(language: str) -> MosesDetokenizer:
-    return MosesDetokenizer(language)
 
 
 @cache

@@ -1,26 +1,19 @@
 """Where text comes from: what is fetched, and how aligned pairs are read out of it."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import count, islice
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
-from dataprep import DataPrepError
-from dataprep.archives import unpack
-from dataprep.catalogues import Reader, read_package, read_wheel
-from dataprep.checksums import file_sha256
+from dataprep import Pair
+from dataprep.catalogues import Reader, matches
 from dataprep.downloads import SourceFile, obtain_files
-from dataprep.help_pages import read_pages
-from dataprep.packages import check_versions, obtain_packages, package_version
-from dataprep.pairs import Pair
-from dataprep.texts import TextSource, read_pairs
-from dataprep.wheels import Wheel, obtain_wheels
+from dataprep.help_pages import is_page, read_pages
+from dataprep.packages import obtain_package, obtain_wheel, read_package, read_wheel
+from dataprep.texts import TextSource, read_pairs, unpack
 
 Files = Mapping[str, Path]
-
-Inputs = list[dict[str, str]]
-"""What tells others exactly which files a corpus was made of."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +21,11 @@ class Terms:
     """Under which terms a text may be used.
 
     Attributes:
-        licence: in a few words, or as an SPDX expression.
-        licence_evidence: where that is stated.
+        licence: in a few words, or as an SPDX expression. The README says where it is stated.
         citation: whom to name when the text is used.
     """
 
     licence: str
-    licence_evidence: str
     citation: str
 
 
@@ -47,21 +38,26 @@ class Stretch:
         name: what they are counted under.
         pairs: the pairs, read as they are asked for.
         left_out: how much of the place is not among them, by the reason.
-        domain: what kind of text they are, where a corpus has several.
     """
 
     part: str
     name: str
     pairs: Iterator[Pair]
     left_out: Mapping[str, int] = field(default_factory=dict)
-    domain: str = ""
 
 
 class Origin(Protocol):
-    """Fetches files, and reads pairs from them in an order that depends on their content alone."""
+    """Fetches files, and reads pairs from them in an order that depends on their content alone.
 
-    def terms(self) -> tuple[Terms, ...]:
-        """Under which terms the text may be used."""
+    Attributes:
+        domain: what kind of text it is, where a corpus has several.
+    """
+
+    @property
+    def terms(self) -> Terms: ...
+
+    @property
+    def domain(self) -> str: ...
 
     def obtain(self, languages: tuple[str, str], cache: Path, mirror: str | None) -> Files:
         """Return files that are whole and the right ones, fetching what is not in `cache`.
@@ -77,43 +73,105 @@ class Origin(Protocol):
         """Yield what is in the files; all stretches of a part come one after the other.
 
         Args:
-            scratch: an empty folder to unpack into, which stays until the last pair is read.
+            scratch: a folder to unpack into, which stays until the last pair is read.
 
         Raises:
             DataPrepError: a file does not hold what it should.
         """
 
-    def inputs(self, files: Files) -> Inputs:
-        """What goes into the manifest about files that were obtained."""
+
+@dataclass(frozen=True)
+class Wheel:
+    """Message catalogues in one pinned Python wheel, all for training.
+
+    Attributes:
+        project: its name in the package index.
+        licence: of the messages read from it.
+        reader: how aligned pairs are read out of it.
+        tags: the end of the file's name.
+    """
+
+    project: str
+    version: str
+    sha256: str
+    licence: str
+    reader: Reader
+    tags: str = "py3-none-any"
+    domain: str = ""
+
+    @property
+    def terms(self) -> Terms:
+        names = f"The {self.project} authors and translators"
+        return Terms(self.licence, f"{names}, {self.project} {self.version}")
+
+    @property
+    def filename(self) -> str:
+        return f"{self.project.replace('-', '_')}-{self.version}-{self.tags}.whl"
+
+    def obtain(self, languages: tuple[str, str], cache: Path, mirror: str | None) -> Files:
+        requirement = f"{self.project}=={self.version}"
+        path = obtain_wheel(requirement, self.filename, self.sha256, cache, mirror)
+        return {self.project: path}
+
+    def read(self, files: Files, languages: tuple[str, str], scratch: Path) -> Iterator[Stretch]:
+        pattern = self.reader.pattern
+        members = read_wheel(files[self.project], lambda name: matches(name, pattern, languages))
+        yield Stretch("train", self.project, self.reader.read(members, languages))
 
 
 @dataclass(frozen=True)
-class Wheels:
-    """Message catalogues in pinned Python wheels, all for training."""
+class Package:
+    """Message catalogues in one of Debian's or Ubuntu's packages, all for training.
 
-    wheels: tuple[Wheel, ...]
+    Attributes:
+        name: the package's.
+        program: whose messages they are.
+        licence: of the messages.
+        reader: how aligned pairs are read out of it.
+    """
 
-    def terms(self) -> tuple[Terms, ...]:
-        return tuple(Terms(w.licence, w.licence_evidence, w.citation) for w in self.wheels)
+    name: str
+    program: str
+    licence: str
+    reader: Reader
+    domain: str
+
+    @property
+    def terms(self) -> Terms:
+        names = f"The {self.program} authors and translators"
+        return Terms(self.licence, f"{names}, {self.program}, in the version that the inputs name")
 
     def obtain(self, languages: tuple[str, str], cache: Path, mirror: str | None) -> Files:
-        return obtain_wheels(self.wheels, cache, _folder(mirror, "pip fetches the wheels"))
+        return {self.name: obtain_package(self.name, cache, mirror)}
 
     def read(self, files: Files, languages: tuple[str, str], scratch: Path) -> Iterator[Stretch]:
-        for wheel in self.wheels:
-            pairs = iter(read_wheel(files[wheel.project], wheel.reader, languages))
-            yield Stretch("train", wheel.project, pairs)
+        pattern = self.reader.pattern
+        members = read_package(files[self.name], lambda name: matches(name, pattern, languages))
+        yield Stretch("train", self.name, self.reader.read(members, languages))
 
-    def inputs(self, files: Files) -> Inputs:
-        return [
-            {
-                "project": wheel.project,
-                "version": wheel.version,
-                "file": wheel.filename,
-                "sha256": wheel.sha256,
-            }
-            for wheel in self.wheels
-        ]
+
+@dataclass(frozen=True)
+class HelpPackages:
+    """LibreOffice's manual in Debian's or Ubuntu's packages, all for training."""
+
+    terms: Terms
+    domain: str = ""
+
+    def obtain(self, languages: tuple[str, str], cache: Path, mirror: str | None) -> Files:
+        names = [_help_package(language) for language in languages]
+        return {name: obtain_package(name, cache, mirror) for name in names}
+
+    def read(self, files: Files, languages: tuple[str, str], scratch: Path) -> Iterator[Stretch]:
+        first, second = (
+            read_package(files[_help_package(language)], is_page) for language in languages
+        )
+        pairs, left_out = read_pages(first, second, languages)
+        yield Stretch("train", "manual", iter(pairs), left_out)
+
+
+def _help_package(language: str) -> str:
+    """The English manual's package is named for American English."""
+    return f"libreoffice-help-{'en-us' if language == 'en' else language.lower()}"
 
 
 @dataclass(frozen=True)
@@ -123,15 +181,12 @@ class PublishedTexts:
     Attributes:
         files: what is fetched.
         sources: the texts in them, those of a part one after the other.
-        licensed: under which terms.
     """
 
     files: tuple[SourceFile, ...]
     sources: tuple[TextSource, ...]
-    licensed: Terms
-
-    def terms(self) -> tuple[Terms, ...]:
-        return (self.licensed,)
+    terms: Terms
+    domain: str = ""
 
     def obtain(self, languages: tuple[str, str], cache: Path, mirror: str | None) -> Files:
         return obtain_files(self.files, cache, mirror)
@@ -139,16 +194,17 @@ class PublishedTexts:
     def read(self, files: Files, languages: tuple[str, str], scratch: Path) -> Iterator[Stretch]:
         for source in self.sources:
             if source.archive is None:
-                paths = tuple(files[name] for name in source.names)
+                first, second = (files[name] for name in source.names)
             else:
-                paths = self._unpacked(source.archive, files, scratch / source.archive, source)
+                first, second = self._unpacked(source.archive, files, scratch, source)
             name = source.names[0].rpartition("/")[2]
-            yield Stretch(source.part, name, read_pairs(source, (paths[0], paths[1])))
+            yield Stretch(source.part, name, read_pairs(source, (first, second)))
 
     def _unpacked(
-        self, archive: str, files: Files, folder: Path, source: TextSource
+        self, archive: str, files: Files, scratch: Path, source: TextSource
     ) -> tuple[Path, ...]:
         """Where the texts of a source lie; the first one of an archive has all of it unpacked."""
+        folder = scratch / archive
         members = [name for s in self.sources if s.archive == archive for name in s.names]
         places = {
             # The ending tells whether the text is compressed within the archive too.
@@ -159,16 +215,6 @@ class PublishedTexts:
             folder.mkdir(parents=True)
             unpack(files[archive], places)
         return tuple(places[name] for name in source.names)
-
-    def inputs(self, files: Files) -> Inputs:
-        return [
-            {
-                "file": file.filename,
-                "address": file.address,
-                "sha256": file_sha256(files[file.filename]),
-            }
-            for file in self.files
-        ]
 
 
 _DIGITS = {
@@ -181,14 +227,10 @@ _DIGITS = {
 class ReversedDigits:
     """A toy made without files: digits in German words, and backwards in English words."""
 
-    licensed: Terms
-
-    def terms(self) -> tuple[Terms, ...]:
-        return (self.licensed,)
+    terms: Terms
+    domain: str = ""
 
     def obtain(self, languages: tuple[str, str], cache: Path, mirror: str | None) -> Files:
-        if mirror is not None:
-            raise DataPrepError("--mirror does not apply to this corpus: nothing is fetched.")
         return {}
 
     def read(self, files: Files, languages: tuple[str, str], scratch: Path) -> Iterator[Stretch]:
@@ -204,129 +246,3 @@ class ReversedDigits:
                 for number in islice(numbers, size)
             )
             yield Stretch(part, f"numbers for {part}", pairs)
-
-    def inputs(self, files: Files) -> Inputs:
-        return []
-
-
-@dataclass(frozen=True)
-class HelpPackages:
-    """LibreOffice's manual in Debian's or Ubuntu's packages, all for training."""
-
-    licensed: Terms
-
-    def terms(self) -> tuple[Terms, ...]:
-        return (self.licensed,)
-
-    def obtain(self, languages: tuple[str, str], cache: Path, mirror: str | None) -> Files:
-        names = [_package(language) for language in languages]
-        files = obtain_packages(names, cache, _folder(mirror, "apt-get fetches the packages"))
-        check_versions(files)
-        return files
-
-    def read(self, files: Files, languages: tuple[str, str], scratch: Path) -> Iterator[Stretch]:
-        first, second = (files[_package(language)] for language in languages)
-        pages = read_pages(first, second, languages)
-        yield Stretch("train", "manual", iter(pages.pairs), pages.left_out)
-
-    def inputs(self, files: Files) -> Inputs:
-        return [_package_input(name, path) for name, path in files.items()]
-
-
-@dataclass(frozen=True)
-class CataloguePackage:
-    """A Debian package of message catalogues.
-
-    Attributes:
-        name: the package's.
-        licensed: the terms of the messages.
-        reader: how aligned pairs are read out of it.
-    """
-
-    name: str
-    licensed: Terms
-    reader: Reader
-
-
-@dataclass(frozen=True)
-class CataloguePackages:
-    """Message catalogues in Debian's or Ubuntu's packages, all for training."""
-
-    packages: tuple[CataloguePackage, ...]
-
-    def terms(self) -> tuple[Terms, ...]:
-        return tuple(package.licensed for package in self.packages)
-
-    def obtain(self, languages: tuple[str, str], cache: Path, mirror: str | None) -> Files:
-        names = [package.name for package in self.packages]
-        return obtain_packages(names, cache, _folder(mirror, "apt-get fetches the packages"))
-
-    def read(self, files: Files, languages: tuple[str, str], scratch: Path) -> Iterator[Stretch]:
-        for package in self.packages:
-            pairs = read_package(files[package.name], package.reader, languages)
-            yield Stretch("train", package.name, iter(pairs))
-
-    def inputs(self, files: Files) -> Inputs:
-        return [_package_input(name, path) for name, path in files.items()]
-
-
-def _package_input(name: str, path: Path) -> dict[str, str]:
-    return {
-        "package": name,
-        "version": package_version(path),
-        "file": path.name,
-        "sha256": file_sha256(path),
-    }
-
-
-@dataclass(frozen=True)
-class Domains:
-    """Several origins, all for training, each of a domain with test sentences of its own.
-
-    Attributes:
-        origins: by the name of the domain, which its files are named for.
-    """
-
-    origins: tuple[tuple[str, Origin], ...]
-
-    def terms(self) -> tuple[Terms, ...]:
-        return tuple(terms for _, origin in self.origins for terms in origin.terms())
-
-    def obtain(self, languages: tuple[str, str], cache: Path, mirror: str | None) -> Files:
-        return {
-            f"{domain}/{name}": path
-            for domain, origin in self.origins
-            for name, path in origin.obtain(languages, cache, mirror).items()
-        }
-
-    def read(self, files: Files, languages: tuple[str, str], scratch: Path) -> Iterator[Stretch]:
-        for domain, origin in self.origins:
-            for stretch in origin.read(_of(domain, files), languages, scratch / domain):
-                yield replace(stretch, domain=domain)
-
-    def inputs(self, files: Files) -> Inputs:
-        return [
-            {"domain": domain, **described}
-            for domain, origin in self.origins
-            for described in origin.inputs(_of(domain, files))
-        ]
-
-
-def _of(domain: str, files: Files) -> Files:
-    """Those of a domain, under the names that its origin gave them."""
-    start = f"{domain}/"
-    return {n.removeprefix(start): path for n, path in files.items() if n.startswith(start)}
-
-
-def _package(language: str) -> str:
-    """The English manual's package is named for American English."""
-    return f"libreoffice-help-{'en-us' if language == 'en' else language.lower()}"
-
-
-def _folder(mirror: str | None, fetcher: str) -> Path | None:
-    if mirror is not None and "://" in mirror:
-        raise DataPrepError(
-            f"{fetcher} of this corpus, so that --mirror can only name a folder that holds them; "
-            f"{mirror} is an address."
-        )
-    return None if mirror is None else Path(mirror)

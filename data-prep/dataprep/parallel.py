@@ -7,7 +7,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
 from itertools import chain, islice
 from typing import TypeVar
 
@@ -19,13 +18,6 @@ CHUNK = 5_000
 of workers, so that no outcome can depend on it."""
 
 
-def usable_cores() -> int:
-    """The cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):  # not on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def chunks(items: Iterable[T]) -> Iterator[list[T]]:
     """Lists of CHUNK items, the last one shorter."""
     iterator = iter(items)
@@ -34,34 +26,23 @@ def chunks(items: Iterable[T]) -> Iterator[list[T]]:
 
 
 def ordered_map(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
-    """Apply a function in several processes; results come in the order of the items.
+    """Apply a picklable function in several processes; results come in the order of the items.
 
     No more items are taken than the workers need, so that neither input nor output piles up:
-    joblib.Parallel reads ahead of a slow consumer without limit.
-
-    Args:
-        function: picklable, as are items and results.
-        workers: with 1, or with a single item, everything happens in this process.
-
-    Raises:
-        Exception: whatever `function` raises; what is not begun then is not begun.
+    joblib.Parallel reads ahead of a slow consumer without limit. With one worker, or a single item,
+    everything happens in this process.
     """
-    if workers == 1:
-        yield from map(function, items)
-        return
     remaining = iter(items)
     begun = list(islice(remaining, 2))
-    if len(begun) < 2:  # processes take longer to start than to work on one chunk
-        yield from map(function, begun)
+    if workers == 1 or len(begun) < 2:  # processes take longer to start than one chunk takes
+        yield from map(function, chain(begun, remaining))
         return
-    pool = ProcessPoolExecutor(
-        workers, mp_context=multiprocessing.get_context("spawn"), initializer=_end_with_parent
-    )
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_follow_parent)
     waiting: deque[Future[R]] = deque()
     try:
         for item in chain(begun, remaining):
-            with _interrupts_held_back():
-                waiting.append(pool.submit(function, item))
+            waiting.append(pool.submit(function, item))
             if len(waiting) >= 2 * workers:
                 yield waiting.popleft().result()
         while waiting:
@@ -70,18 +51,9 @@ def ordered_map(function: Callable[[T], R], items: Iterable[T], workers: int) ->
         pool.shutdown(cancel_futures=True)
 
 
-@contextmanager
-def _interrupts_held_back() -> Iterator[None]:
-    """What is started meanwhile never sees Ctrl-C: this process alone ends all the others."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _end_with_parent() -> None:
-    """A process of the pool would wait for ever if the one that feeds it was killed."""
+def _follow_parent() -> None:
+    """Leave Ctrl-C to the process that feeds this one, and end when that one was killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def wait() -> None:
         if (parent := multiprocessing.parent_process()) is not None:

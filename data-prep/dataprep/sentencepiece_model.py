@@ -11,14 +11,10 @@ from dataprep import DataPrepError
 
 
 def train_model(sentences: Iterable[str], vocab_size: int, path: Path) -> None:
-    """Learn byte-pair encoding and write it as a sentencepiece model.
-
-    The same sentences give the same bytes in every run.
+    """Learn byte-pair encoding and write it as a sentencepiece model; the same bytes in every run.
 
     Args:
-        sentences: training text of both languages.
         vocab_size: pieces in the vocabulary, the three special ones included.
-        path: the file to write.
 
     Raises:
         DataPrepError: the text is too small for such a vocabulary.
@@ -47,34 +43,21 @@ def train_model(sentences: Iterable[str], vocab_size: int, path: Path) -> None:
     path.write_bytes(model.getvalue())
 
 
-def encode_lines(model: Path, lines: Iterable[str]) -> list[str]:
-    """Cut lines into pieces, separated by spaces, as fairseq-preprocess reads them.
+def encode_lines(model: Path, lines: list[str]) -> list[str]:
+    """Cut lines into pieces, separated by spaces, as fairseq-preprocess reads them."""
+    return [" ".join(pieces) for pieces in _processor(model).encode(lines, out_type=str)]
 
-    Args:
-        model: the file written by `train_model`.
-        lines: text, one sentence each.
-    """
+
+def write_dictionary(model: Path, path: Path) -> None:
+    """Write the vocabulary as a fairseq dictionary, without the special symbols: fairseq adds its
+    own. The count beside each piece is a formality to it."""
     processor = _processor(model)
-    return [" ".join(pieces) for pieces in processor.encode(list(lines), out_type=str)]
-
-
-def write_dictionary(model: Path, path: Path) -> int:
-    """Write the vocabulary as a fairseq dictionary.
-
-    fairseq adds its own special symbols; the count beside each piece is a formality to it.
-
-    Returns:
-        The number of pieces written.
-    """
-    processor = _processor(model)
-    ids = range(processor.get_piece_size())
     pieces = [
         processor.id_to_piece(i)
-        for i in ids
+        for i in range(processor.get_piece_size())
         if not (processor.is_control(i) or processor.is_unknown(i))
     ]
     path.write_text("".join(f"{piece} 1\n" for piece in pieces), encoding="utf-8")
-    return len(pieces)
 
 
 @cache

@@ -4,30 +4,16 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import NamedTuple, Protocol
 
-from dataprep import DataPrepError
+from dataprep import DataPrepError, Pair
 from dataprep.normalising import MATCHES, mask_key
-from dataprep.pairs import Pair
-from dataprep.parallel import chunks, ordered_map
 
 Labelled = tuple[str, Pair]
 """A pair, after the name of the part or of the domain that it belongs to."""
 
 
-class Split(Protocol):
-    """Says which of the pairs that were published for training are trained on."""
-
-    def divide(self, pairs: Iterable[Labelled], seed: int) -> Iterator[Labelled]:
-        """Yield all pairs, each with the name of its part.
-
-        Args:
-            pairs: each with the name of its domain.
-
-        Raises:
-            DataPrepError: there are too few.
-        """
+# A split says which of the pairs that were published for training are trained on: `divide` takes
+# all of them, each with the name of its domain, and yields each with the name of its part.
 
 
 @dataclass(frozen=True)
@@ -99,79 +85,55 @@ class HeldOut:
         return sorted(unique, key=lambda pair: _rank(pair, seed))[:wanted]
 
 
+Split = AsPublished | EveryNth | HeldOut
+
+
 def _rank(pair: Pair, seed: int) -> bytes:
     return hashlib.sha256(f"{seed}\t{pair.first}\t{pair.second}".encode()).digest()
 
 
-# ---- What is held out and was trained on.
-
-Digests = tuple[bytes, bytes]
-
-
-class _Common(NamedTuple):
-    """What two sets of pairs have in common: sentences of either side, whole pairs."""
-
-    first: set[bytes]
-    second: set[bytes]
-    pair: set[Digests]
-
-
 def overlap(
-    held_out: Mapping[str, Sequence[Pair]],
-    others: Iterable[Pair],
-    languages: tuple[str, str],
-    workers: int = 1,
+    held_out: Mapping[str, Sequence[Pair]], others: Iterable[Pair], languages: tuple[str, str]
 ) -> dict[str, dict[str, dict[str, int]]]:
     """Count the held-out sentences that are among other pairs, language by language.
 
     The others are gone through once. Memory grows with the held-out pairs alone.
 
-    Args:
-        held_out: the pairs of each part.
-
     Returns:
         For each part and each sense in `MATCHES`, how many of its pairs have their sentence in each
         of the two languages among the others', and how many the whole pair.
     """
-    parts = {
-        part: {sense: [_digests(pair, sense) for pair in pairs] for sense in MATCHES}
-        for part, pairs in held_out.items()
+    names = (*languages, "pair")
+    keys = {
+        sense: {part: [_keys(pair, sense) for pair in pairs] for part, pairs in held_out.items()}
+        for sense in MATCHES
     }
-    keys = {sense: [pair for part in parts.values() for pair in part[sense]] for sense in MATCHES}
-    found = {sense: _Common(set(), set(), set()) for sense in MATCHES}
-    for common in ordered_map(partial(_in_common, keys), chunks(others), workers):
-        for sense, new in common.items():
-            found[sense].first.update(new.first)
-            found[sense].second.update(new.second)
-            found[sense].pair.update(new.pair)
+    # What is looked for, and what of it is found: a set each for both sides and for whole pairs.
+    wanted = {
+        sense: [{row[i] for rows in parts.values() for row in rows} for i in range(len(names))]
+        for sense, parts in keys.items()
+    }
+    found: dict[str, list[set[object]]] = {sense: [set() for _ in names] for sense in MATCHES}
+    for pair in others:
+        for sense in MATCHES:
+            for key, known, seen in zip(
+                _keys(pair, sense), wanted[sense], found[sense], strict=True
+            ):
+                if key in known:
+                    seen.add(key)
     return {
         part: {
             sense: {
-                languages[0]: sum(pair[0] in found[sense].first for pair in pairs),
-                languages[1]: sum(pair[1] in found[sense].second for pair in pairs),
-                "pair": sum(pair in found[sense].pair for pair in pairs),
+                name: sum(row[i] in found[sense][i] for row in keys[sense][part])
+                for i, name in enumerate(names)
             }
-            for sense, pairs in senses.items()
+            for sense in MATCHES
         }
-        for part, senses in parts.items()
+        for part in held_out
     }
 
 
-def _in_common(keys: Mapping[str, list[Digests]], others: list[Pair]) -> dict[str, _Common]:
-    common = {}
-    for sense, held_out in keys.items():
-        pairs = {_digests(pair, sense) for pair in others}
-        first, second = (set(side) for side in zip(*pairs, strict=True))
-        common[sense] = _Common(
-            first.intersection(pair[0] for pair in held_out),
-            second.intersection(pair[1] for pair in held_out),
-            pairs.intersection(held_out),
-        )
-    return common
-
-
-def _digests(pair: Pair, sense: str) -> Digests:
-    """Hashes of both sentences: other processes hash strings differently, and these are short."""
-    key = MATCHES[sense]
-    first, second = (hashlib.blake2b(key(text).encode(), digest_size=8).digest() for text in pair)
-    return first, second
+def _keys(pair: Pair, sense: str) -> tuple[object, ...]:
+    """What both sides and the whole pair are compared by."""
+    first, second = map(MATCHES[sense], pair)
+    return first, second, (first, second)

@@ -16,14 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from dataprep import DataPrepError
-from dataprep.checksums import file_sha256
+from dataprep.checksums import file_digest
 
 log = logging.getLogger(__name__)
 
 RECORD = "step.json"
-
-Report = dict[str, Any]
-"""What a step has to say about its work, in JSON's types."""
 
 
 @dataclass(frozen=True)
@@ -33,70 +30,39 @@ class StepRecord:
     Attributes:
         fingerprint: a hash of everything that decided the outcome.
         files: the SHA-256 of each file of the folder, by its name.
-        report: what the step said.
+        report: what the step said about its work, in JSON's types.
     """
 
     fingerprint: str
     files: dict[str, str]
-    report: Report
-
-
-def code_fingerprint() -> str:
-    """A hash of this package's source, so that a changed filter redoes what it decides."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-def fingerprint(ingredients: Mapping[str, object]) -> str:
-    """A hash of named values of JSON's types."""
-    return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
-
-
-def finished_step(folder: Path, ingredients: Mapping[str, object]) -> StepRecord | None:
-    """The record of a step that was done before, or None if it has to be done.
-
-    Args:
-        folder: the step's.
-        ingredients: as for `run_step`; with others, or with a changed file, it is done again.
-    """
-    try:
-        record = StepRecord(**json.loads((folder / RECORD).read_text(encoding="utf-8")))
-        fits = record.fingerprint == fingerprint(ingredients) and all(
-            file_sha256(folder / name) == sha for name, sha in record.files.items()
-        )
-    except (OSError, ValueError, TypeError, AttributeError):
-        return None
-    if not fits:
-        return None
-    log.info("step %s: finished before, skipped", folder.name)
-    return record
+    report: Any
 
 
 def run_step(
-    folder: Path, ingredients: Mapping[str, object], work: Callable[[Path], Report]
+    folder: Path, ingredients: Mapping[str, object], work: Callable[[Path], object]
 ) -> StepRecord:
     """Make sure that `folder` holds the outcome of a step, doing the step only if it must.
 
     Args:
         folder: where the outcome belongs. Its name is the step's name.
-        ingredients: all that decides the outcome: hashes of inputs, options, versions of tools.
+        ingredients: all that decides the outcome beside this package's code: hashes of inputs,
+            options, versions of tools. With others, or with a changed file, it is done again.
         work: does the step, in the folder that it is given, and returns its report.
-
-    Returns:
-        The record of the step, now done or done before.
 
     Raises:
         DataPrepError: `folder` exists and was not made by such a step.
     """
-    done = finished_step(folder, ingredients)
+    fingerprint = _fingerprint(ingredients)
+    done = _finished(folder, fingerprint)
     if done is not None:
+        log.info("step %s: finished before, skipped", folder.name)
         return done
-    changed = (folder / RECORD).exists()
-    log.info(
-        "step %s: %s", folder.name, "inputs or outputs changed, redone" if changed else "started"
-    )
+    if folder.exists() and not (folder / RECORD).exists():
+        raise DataPrepError(
+            f"{folder} exists and was not made by this program. Move it away, or choose another "
+            "--out."
+        )
+    log.info("step %s: started", folder.name)
     for abandoned in folder.parent.glob(f".partial-{folder.name}-*"):
         shutil.rmtree(abandoned, ignore_errors=True)
     # With the process in its name, it cannot be the one that a child of a killed run still fills.
@@ -104,12 +70,33 @@ def run_step(
     partial.mkdir(parents=True)
     start = time.monotonic()
     report = work(partial)
-    files = {path.name: file_sha256(path) for path in sorted(partial.iterdir())}
-    record = StepRecord(fingerprint(ingredients), files, report)
+    files = {path.name: file_digest(path) for path in sorted(partial.iterdir())}
+    record = StepRecord(fingerprint, files, report)
     write_json(partial / RECORD, asdict(record))
-    _replace_folder(partial, folder)
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(partial, folder)
     log.info("step %s: done in %.0f s", folder.name, time.monotonic() - start)
     return record
+
+
+def _fingerprint(ingredients: Mapping[str, object]) -> str:
+    """A hash of them and of this package's source: a changed filter redoes what it decides."""
+    digest = hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode())
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _finished(folder: Path, fingerprint: str) -> StepRecord | None:
+    try:
+        record = StepRecord(**json.loads((folder / RECORD).read_text(encoding="utf-8")))
+        fits = record.fingerprint == fingerprint and all(
+            file_digest(folder / name) == sha for name, sha in record.files.items()
+        )
+    except (OSError, ValueError, TypeError):
+        return None
+    return record if fits else None
 
 
 def write_json(path: Path, content: object) -> None:
@@ -118,14 +105,3 @@ def write_json(path: Path, content: object) -> None:
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
-
-
-def _replace_folder(partial: Path, folder: Path) -> None:
-    if folder.exists():
-        if any(folder.iterdir()) and not (folder / RECORD).exists():
-            raise DataPrepError(
-                f"{folder} exists and was not made by this program. Move it away, or choose "
-                "another --out."
-            )
-        shutil.rmtree(folder)
-    os.replace(partial, folder)

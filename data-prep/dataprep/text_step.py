@@ -1,38 +1,35 @@
 """The step that makes text/: reads, cleans and divides, and counts everything it leaves out."""
 
-import logging
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import chain, groupby
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from dataprep import DataPrepError
+from dataprep import DataPrepError, Pair
 from dataprep.cleaning import clean, normalise
 from dataprep.corpora import Corpus
 from dataprep.origins import Files, Stretch
-from dataprep.pairs import PARTS, Pair
 from dataprep.splitting import Labelled, overlap
-from dataprep.steps import Report
 from dataprep.texts import read_text
-
-log = logging.getLogger(__name__)
-
-UNPACKED = "unpacked"
 
 
 def make_text(
-    folder: Path, corpus: Corpus, languages: tuple[str, str], files: Files, seed: int, workers: int
-) -> Report:
+    folder: Path,
+    corpus: Corpus,
+    languages: tuple[str, str],
+    files: Sequence[Files],
+    seed: int,
+    workers: int,
+) -> dict[str, Any]:
     """Write {train,valid,test}.{language} and those of further parts, one sentence a line.
 
     Args:
-        folder: to write to, empty.
-        files: what the corpus's origin obtained.
+        files: what each of the corpus's origins obtained.
         seed: chooses the pairs that are held out, if the corpus does not say which.
 
     Returns:
@@ -41,11 +38,8 @@ def make_text(
     Raises:
         DataPrepError: a file does not hold what it should, or too few pairs are left.
     """
-    read: Counter[str] = Counter()
-    with_text: Counter[str] = Counter()
-    left_out: Counter[str] = Counter()
-    removed: Counter[str] = Counter()
-    kept: Counter[str] = Counter()
+    read, with_text, left_out, removed, kept = (Counter[str]() for _ in range(5))
+    unpacked = folder / "unpacked"
 
     def counted(stretch: Stretch) -> Iterator[Pair]:
         left_out.update(stretch.left_out)
@@ -54,27 +48,31 @@ def make_text(
             with_text[stretch.part] += bool(pair.first.strip() and pair.second.strip())
             yield pair
 
-    def cleaned(stretches: Iterable[Stretch]) -> Iterator[Labelled]:
+    def stretches() -> Iterator[tuple[str, Stretch]]:
+        for origin, obtained in zip(corpus.origins, files, strict=True):
+            for stretch in origin.read(obtained, languages, unpacked):
+                yield origin.domain, stretch
+
+    def cleaned(group: Iterable[tuple[str, Stretch]]) -> Iterator[Labelled]:
         seen: set[bytes] = set()
-        for stretch in stretches:
+        for domain, stretch in group:
             pairs = counted(stretch)
-            for pair in clean(pairs, corpus.cleaning, languages, removed, workers, seen):
+            for pair in clean(pairs, corpus.cleaning, languages, removed, seen, workers):
                 kept[stretch.name] += 1
-                yield stretch.domain, pair
+                yield domain, pair
 
     def labelled() -> Iterator[Labelled]:
-        stretches = corpus.origin.read(files, languages, folder / UNPACKED)
-        for part, group in groupby(stretches, lambda stretch: stretch.part):
+        for part, group in groupby(stretches(), lambda labelled: labelled[1].part):
             if part == "train":
                 yield from corpus.split.divide(cleaned(group), seed)
             else:
-                pairs = chain.from_iterable(map(counted, group))
-                normalised = normalise(pairs, corpus.cleaning.normalisation)
-                yield from ((part, pair) for pair in normalised)
+                pairs = chain.from_iterable(counted(stretch) for _, stretch in group)
+                for pair in normalise(pairs, corpus.cleaning.normalisation):
+                    yield part, pair
 
     progress = tqdm(labelled(), desc="pairs", unit="", unit_scale=True, disable=None)
     parts = _write(folder, progress, languages)
-    shutil.rmtree(folder / UNPACKED, ignore_errors=True)
+    shutil.rmtree(unpacked, ignore_errors=True)
     _require("with text on both sides", corpus.with_text, with_text)
     _require("in the end", corpus.expected, {part: size["pairs"] for part, size in parts.items()})
     return {
@@ -83,7 +81,7 @@ def make_text(
         "removed": dict(removed),
         "kept": dict(kept),
         "parts": parts,
-        "in_both": _in_both(folder, languages, workers),
+        "in_both": _in_both(folder, languages),
     }
 
 
@@ -91,33 +89,29 @@ def _write(
     folder: Path, pairs: Iterable[Labelled], languages: tuple[str, str]
 ) -> dict[str, dict[str, int]]:
     """Write all parts at once; returns the pairs and words of each."""
+    words = [f"words_{language}" for language in languages]
     sizes: dict[str, dict[str, int]] = {}
     out: dict[str, list[TextIO]] = {}
     with ExitStack() as stack:
 
         def open_part(part: str) -> None:
-            sizes[part] = dict.fromkeys(("pairs", *_words(languages)), 0)
-            paths = [folder / f"{part}.{code}" for code in languages]
-            out[part] = [stack.enter_context(_create(path)) for path in paths]
+            sizes[part] = dict.fromkeys(("pairs", *words), 0)
+            paths = [folder / f"{part}.{language}" for language in languages]
+            out[part] = [
+                stack.enter_context(path.open("w", encoding="utf-8", newline="\n"))
+                for path in paths
+            ]
 
-        for part in PARTS:
+        for part in ("train", "valid", "test"):
             open_part(part)
         for part, pair in pairs:
             if part not in out:
                 open_part(part)
             sizes[part]["pairs"] += 1
-            for file, text, words in zip(out[part], pair, _words(languages), strict=True):
+            for file, text, counted in zip(out[part], pair, words, strict=True):
                 file.write(f"{text}\n")
-                sizes[part][words] += len(text.split())
+                sizes[part][counted] += len(text.split())
     return sizes
-
-
-def _words(languages: tuple[str, str]) -> tuple[str, ...]:
-    return tuple(f"words_{language}" for language in languages)
-
-
-def _create(path: Path) -> TextIO:
-    return path.open("w", encoding="utf-8", newline="\n")
 
 
 def _require(when: str, expected: Mapping[str, int], found: Mapping[str, int]) -> None:
@@ -131,22 +125,17 @@ def _require(when: str, expected: Mapping[str, int], found: Mapping[str, int]) -
         )
 
 
-def _in_both(
-    folder: Path, languages: tuple[str, str], workers: int
-) -> dict[str, dict[str, dict[str, int]]]:
+def _in_both(folder: Path, languages: tuple[str, str]) -> dict[str, dict[str, dict[str, int]]]:
     """How much of the held-out parts is also in training, and of the test set in validation."""
-    valid, test = (list(read_part(folder, part, languages)) for part in ("valid", "test"))
-    training = read_part(folder, "train", languages)
+
+    def pairs(part: str) -> Iterator[Pair]:
+        return map(Pair, *(read_text(folder / f"{part}.{language}") for language in languages))
+
+    valid, test = list(pairs("valid")), list(pairs("test"))
     return {
-        **overlap({"valid, in train": valid, "test, in train": test}, training, languages, workers),
+        **overlap({"valid, in train": valid, "test, in train": test}, pairs("train"), languages),
         **overlap({"test, in valid": test}, valid, languages),
     }
-
-
-def read_part(folder: Path, part: str, languages: tuple[str, str]) -> Iterator[Pair]:
-    """The pairs of a part that `make_text` wrote."""
-    first, second = (read_text(folder / f"{part}.{language}") for language in languages)
-    return map(Pair, first, second)
 
 
 def counts(numbers: Mapping[str, int]) -> str:

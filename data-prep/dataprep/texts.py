@@ -3,20 +3,37 @@
 import gzip
 import io
 import re
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+import shutil
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
-from dataprep import DataPrepError
-from dataprep.pairs import Pair
+from dataprep import DataPrepError, Pair
 
 
-def lines(texts: Iterable[str]) -> Iterator[str]:
-    """Every line is a sentence."""
-    yield from texts
+def unpack(archive: Path, wanted: Mapping[str, Path]) -> None:
+    """Write some members of a tar archive to files; no name in the archive becomes a path.
+
+    Args:
+        archive: a tar file, compressed or not. It is read as far as the last wanted member.
+        wanted: for the name of each member, without a leading "./", the file to write, in a folder
+            that exists.
+
+    Raises:
+        DataPrepError: the archive lacks a wanted file.
+    """
+    missing = dict(wanted)
+    with tarfile.open(archive, "r|*") as tar:
+        while missing and (member := tar.next()):
+            name = member.name.removeprefix("./")
+            if name in missing and member.isreg() and (content := tar.extractfile(member)):
+                with missing.pop(name).open("wb") as file:
+                    shutil.copyfileobj(content, file)
+    if missing:
+        raise DataPrepError(f"{archive} does not hold {', '.join(missing)}.")
 
 
 def tagged(texts: Iterable[str]) -> Iterator[str]:
@@ -36,16 +53,14 @@ def segments(texts: Iterable[str]) -> Iterator[str]:
     Entities stay as they are, as in sacrebleu's copies of these sets and in fairseq's scripts.
     """
     for text in texts:
-        found = re.search(r"<seg id=[^>]*>(.*)</seg>", text)
-        if found:
+        if found := re.search(r"<seg id=[^>]*>(.*)</seg>", text):
             yield found[1].strip()
-        elif "<seg id" in text:
-            raise DataPrepError(f"a segment does not end on its line: {text[:80]!r}")
 
 
-# By the name in `corpora`.
 FORMS: dict[str, Callable[[Iterable[str]], Iterator[str]]] = {
-    function.__name__: function for function in (lines, tagged, segments)
+    "lines": iter,
+    "tagged": tagged,
+    "segments": segments,
 }
 
 
@@ -75,53 +90,38 @@ def read_pairs(source: TextSource, paths: tuple[Path, Path]) -> Iterator[Pair]:
         paths: where the two texts are, compressed by gzip if they are so named.
 
     Raises:
-        DataPrepError: a file cannot be read, or the two have different numbers of sentences.
+        DataPrepError: a line is not UTF-8, or the two have different numbers of sentences.
     """
-    first, second = map(partial(_sentences, source), source.names, paths)
-    for number, pair in enumerate(zip_longest(first, second)):
+    for pair in zip_longest(*map(partial(_sentences, source), source.names, paths)):
         if None in pair:
-            counts = [number, number]
-            longer = 1 if pair[0] is None else 0
-            counts[longer] += 1 + sum(1 for _ in (first, second)[longer])
             raise DataPrepError(
-                f"{source.names[0]} and {source.names[1]} do not correspond: {counts[0]:,} "
-                f"sentences in the one, {counts[1]:,} in the other."
+                f"{source.names[0]} and {source.names[1]} do not correspond: one has more "
+                "sentences than the other."
             )
         yield Pair(*pair)
 
 
 def _sentences(source: TextSource, name: str, path: Path) -> Iterator[str]:
     replacements = str.maketrans(dict(source.replacements))
-    try:
-        with _opened(path) as stream:
-            for sentence in FORMS[source.form](read_lines(stream)):
-                yield sentence.translate(replacements)
-    except (OSError, EOFError, zlib.error, DataPrepError) as error:
-        what = path if source.archive is None else f"{name} in {source.archive}"
-        raise DataPrepError(f"{what} cannot be read as text: {error}.") from error
-
-
-def _opened(path: Path) -> io.BufferedIOBase:
-    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
-
-
-def read_lines(stream: io.BufferedIOBase) -> Iterator[str]:
-    """The lines of a UTF-8 text without their ends, which may be those of Windows.
-
-    They end at line feeds alone: Unicode has other characters that end lines in some programs, and
-    they may stand within a sentence.
-
-    Raises:
-        DataPrepError: a line is not UTF-8.
-    """
-    for number, line in enumerate(stream, start=1):
-        try:
-            yield line.decode().removesuffix("\n").removesuffix("\r")
-        except UnicodeDecodeError as error:
-            raise DataPrepError(f"line {number:,} is not UTF-8 ({error})") from error
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
+        for sentence in FORMS[source.form](_read_lines(stream, name)):
+            yield sentence.translate(replacements)
 
 
 def read_text(path: Path) -> Iterator[str]:
     """The lines of a file that this program wrote."""
     with path.open("rb") as stream:
-        yield from read_lines(stream)
+        yield from _read_lines(stream, str(path))
+
+
+def _read_lines(stream: io.BufferedIOBase, name: str) -> Iterator[str]:
+    """The lines of a UTF-8 text without their ends, which may be those of Windows.
+
+    They end at line feeds alone: Unicode has other characters that end lines in some programs, and
+    they may stand within a sentence.
+    """
+    for number, line in enumerate(stream, start=1):
+        try:
+            yield line.decode().removesuffix("\n").removesuffix("\r")
+        except UnicodeDecodeError as error:
+            raise DataPrepError(f"{name} is not UTF-8 in line {number:,}: {error}.") from error
