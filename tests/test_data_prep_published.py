@@ -98,9 +98,7 @@ HOSTILE = (
     "\u202eright\u202c to \u2067left\u2069 \u05e9\u05dc\u05d5\u05dd \u200f.",
     # Ends of lines for some programs.
     "one\x1ctwo\u0085three\u2028four\u2029five",
-    "\u0301\u0302 \ufeff \u200b\u200d",
-    "\ufffe \U0010ffff \ufffd",
-    "\U0001f469\u200d\U0001f52c \U0001d504",
+    "\u0301\u0302 \ufeff \u200b\u200d \ufffe \U0010ffff \ufffd \U0001f469\u200d\U0001f52c",
     "@@ @-@ </w> \u2581 \u2581\u2581 <unk> <s> </s> <pad> &lt;unk&gt;",
     "w" * 5000,
     "x",
@@ -163,11 +161,8 @@ def test_multi30k_from_a_server_up_to_a_training(run, tmp_path):
 SETS = {"TED.dev2010": 9, "TEDX.dev2012": 7, "TED.tst2010": 8, "TED.tst2011": 6, "TED.tst2012": 5}
 TALKS = 40
 KEPT = [100 * talk + i for talk in range(TALKS) for i in range(12)]
-IWSLT_PARTS = {
-    "train": len(KEPT) - len(KEPT) // 23,
-    "valid": len(KEPT) // 23,
-    "test": sum(SETS.values()),
-}
+VALID = KEPT[22::23]
+IWSLT_PARTS = {"train": len(KEPT) - len(VALID), "valid": len(VALID), "test": sum(SETS.values())}
 
 
 def iwslt_members():
@@ -195,10 +190,9 @@ def test_iwslt(run, tmp_path):
     archive = tar(iwslt_members())
     assert run(IWSLT14_DE_EN, {"de-en.tgz": archive}, expected=IWSLT_PARTS) == 0
     out = tmp_path / "out"
-    valid = KEPT[22::23]
     for language in ("de", "en"):
-        assert lines_of(out / f"text/valid.{language}") == [sentence(language, i) for i in valid]
-        train = [sentence(language, i) for i in KEPT if i not in valid]
+        assert lines_of(out / f"text/valid.{language}") == [sentence(language, i) for i in VALID]
+        train = [sentence(language, i) for i in KEPT if i not in VALID]
         assert lines_of(out / f"text/train.{language}") == train
     # As the published script has it: dev2010 first, plain apostrophes, lower case, Moses's escapes.
     assert lines_of(out / "text/test.en")[0] == sentence("en", 90_000, "'s!")
@@ -229,12 +223,10 @@ def test_other_texts_than_published(run, tmp_path, capsys):
     sides = ((code, members[f"de-en/train.tags.de-en.{code}"]) for code in ("de", "en"))
     more = {f"de-en/train.tags.de-en.{code}": content + b"ja\n" for code, content in sides}
     train = IWSLT_PARTS["train"]
-    assert f"expected train {train}, valid 20, test 35, found train {train + 1}" in error(
-        members | more
-    )
-    assert f"{german} is not UTF-8 in line 604" in error(
-        members | {german: members[german] + b"\xff\n"}
-    )
+    expected = f"expected train {train}, valid 20, test 35, found train {train + 1}"
+    assert expected in error(members | more)
+    damaged = members | {german: members[german] + b"\xff\n"}
+    assert f"{german} is not UTF-8 in line 604" in error(damaged)
     del members[german]
     assert f"does not hold {german}" in error(members)
     assert not (tmp_path / "out/text").exists()
@@ -329,24 +321,15 @@ def test_wmt(run, tmp_path, corpus, other, texts, removed, tokens):
 @pytest.mark.usefixtures("instant_fairseq")
 def test_bytes_do_not_depend_on_the_workers(run, tmp_path, monkeypatch):
     monkeypatch.setattr("dataprep.parallel.CHUNK", 50)
+    files = wmt("fr")
     for workers in ("1", "3"):
         options = {"out": workers, "expected": {}}
-        assert run(WMT14_EN_FR, wmt("fr"), "--workers", workers, **options) == 0
+        assert run(WMT14_EN_FR, files, "--workers", workers, **options) == 0
     assert contents(tmp_path / "1") == contents(tmp_path / "3")
 
 
-@pytest.mark.usefixtures("instant_fairseq")
 def test_room_is_asked_for_before_anything_is_fetched(run, tmp_path, capsys, monkeypatch):
-    usage = Mock(free=900_000_000)
-    monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda _: usage)
-
-    def command():
-        return run(WMT14_EN_DE, wmt("de"), disk_bytes=1_000_000_000, expected={})
-
-    error = error_of(command, capsys)
+    monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda _: Mock(free=900_000_000))
+    options = {"disk_bytes": 1_000_000_000, "mirror": "nowhere"}
+    error = error_of(lambda: run(WMT14_EN_DE, wmt("de"), **options), capsys)
     assert f"takes some 1.0 GB of disk space, and {tmp_path / 'out'} has 0.9 GB free" in error
-    usage.free = 1_100_000_000
-    assert command() == 0
-    # What is finished takes no more.
-    usage.free = 0
-    assert command() == 0
