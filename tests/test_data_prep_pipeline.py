@@ -294,14 +294,12 @@ def test_mistakes_on_the_command_line(command, capsys, options, expected):
     assert expected in error_of(command, capsys, *options)
 
 
-def test_languages_of_the_manual():
+def test_languages_of_the_manual(capsys):
     corpus = CORPORA["libreoffice-help"]
-    languages = ("de", "en"), ("de", "en")
-    assert prepare._languages(corpus, "de", None) == languages
+    assert prepare._languages(corpus, "de", None) == (("de", "en"), ("de", "en"))
     assert prepare._languages(corpus, "fr", "de") == (("de", "fr"), ("fr", "de"))
-    for source, target in ((None, None), (None, "en"), ("de", "de")):
-        with pytest.raises(DataPrepError):
-            prepare._languages(corpus, source, target)
+    assert prepare.main(["libreoffice-help", "--out", "nowhere", "--target-lang", "en"]) == 1
+    assert "has many languages: choose one with --source-lang" in capsys.readouterr().err
 
 
 @pytest.mark.slow

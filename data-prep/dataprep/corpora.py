@@ -42,12 +42,10 @@ class Corpus:
     """A corpus and everything that decides what comes out of it.
 
     Attributes:
-        name: what the user types.
         languages: the two language codes, in the order in which pairs are read; empty if the user
             chooses them.
         default_source: the language that is translated from unless the user says otherwise; empty
             if the other one than English is.
-        origins: where the text comes from.
         cleaning: what is done to it. Filters apply to what was published for training.
         split: what of it is trained on.
         vocab_size: pieces in the joint vocabulary, or merge operations of BPE.

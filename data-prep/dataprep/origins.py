@@ -86,8 +86,6 @@ class Wheel:
 
     Attributes:
         project: its name in the package index.
-        licence: of the messages read from it.
-        reader: how aligned pairs are read out of it.
         tags: the end of the file's name.
     """
 
@@ -124,10 +122,7 @@ class Package:
     """Message catalogues in one of Debian's or Ubuntu's packages, all for training.
 
     Attributes:
-        name: the package's.
         program: whose messages they are.
-        licence: of the messages.
-        reader: how aligned pairs are read out of it.
     """
 
     name: str
@@ -179,7 +174,6 @@ class PublishedTexts:
     """Texts that their authors publish as files, alone or in archives.
 
     Attributes:
-        files: what is fetched.
         sources: the texts in them, those of a part one after the other.
     """
 
