@@ -105,16 +105,11 @@ def failure(server: Server, cache: Path) -> str:
     return str(caught.value)
 
 
-def test_file_is_fetched_once(server, cache, capsys):
-    fetch(server, cache)
-    fetch(server, cache)
-    assert server.starts == [None]
-    assert capsys.readouterr().err == ""  # no progress bar where nobody watches
-
-
-def test_broken_transfer_is_resumed(server, cache):
+def test_broken_transfer_is_resumed_and_a_whole_file_is_kept(server, cache, capsys):
     server.script = [(200, 100_000), (200, 100_000)]
     fetch(server, cache)
+    fetch(server, cache)
+    assert capsys.readouterr().err == ""  # no progress bar where nobody watches
     beginning, first, second = server.starts
     assert beginning is None
     assert 100_000 - LOST <= first <= 100_000
