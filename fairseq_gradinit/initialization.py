@@ -1,17 +1,12 @@
-"""GradInit for any PyTorch model in one call: `from fairseq_gradinit import initialize`.
-
-A layer above the engine, in plain PyTorch.
-"""
+"""GradInit for any PyTorch model in one call: `from fairseq_gradinit import initialize`."""
 
 from __future__ import annotations
 
-import inspect
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from numbers import Real
 from pathlib import Path
 from typing import Any, cast
 
@@ -77,7 +72,6 @@ def initialize(
     optimizer: str | torch.optim.Optimizer = "adam",
     lr: float | None = None,
     *,
-    eta: float | None = None,
     iterations: int = 100,
     scale_lr: float = 0.03,
     gamma: float = math.inf,
@@ -86,7 +80,6 @@ def initialize(
     norm_gains: NormGains = "learned",
     seed: int = 0,
     split: Split = thirds,
-    progress: bool = True,
 ) -> Initialization:
     """Scale each parameter tensor of a fresh model so that the first training step is most useful.
 
@@ -106,11 +99,10 @@ def initialize(
             shuffled, and cut in thirds A, B, C for the batches A + B and B + C of the method
             (section 3.3). It is moved to the model's device. Gradients of a few examples are noise:
             have the loader drop a last batch that is much smaller than the others.
-        optimizer: what will train the model: a torch optimizer, whose first step is tried out; or
-            `adam` for steps along the sign of the gradient, `sgd` along the gradient, or
-            `sgd-normalized` along the gradient over its l2 norm.
-        lr: learning rate of training, 1e-3 if not given. A torch optimizer has its own.
-        eta: length of the trial step in units of the learning rate, in place of the optimizer's.
+        optimizer: what will train the model, one of torch's in `FIRST_STEPS`; or `adam` for steps
+            along the sign of the gradient, `sgd` along the gradient, or `sgd-normalized` along the
+            gradient over its l2 norm.
+        lr: learning rate of the first step. If not given it is the optimizer's, 1e-3 for a name.
         iterations: number of updates of the scales; each costs about two training steps. The
             default settings are those of the nets in docs/digits.md.
         scale_lr: learning rate of Adam on the scales, which start at 1.
@@ -122,7 +114,6 @@ def initialize(
         seed: makes the result repeatable.
         split: makes the two batches of the method from one of the loader, for batches of other
             kinds. Half of the examples of each should be in the other, too.
-        progress: show a progress bar on a terminal, if tqdm is installed.
 
     Raises:
         GradInitError: an argument cannot be used, or losses or gradients are not finite. The model
@@ -130,16 +121,13 @@ def initialize(
     """
     blocks = collect_blocks({"": model}, norm_gains)
     device = _device(blocks)
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        # Another one is refused with the rest of the configuration.
-        target, length = cast(TargetName, optimizer), 1e-3 if lr is None else lr
-    elif lr is None:
-        _require_parameters(model, optimizer)
-        target, length = _first_step(optimizer, device)
+    if isinstance(optimizer, torch.optim.Optimizer):
+        target, length = _first_step(optimizer, model)
     else:
-        raise GradInitError("the learning rate is the optimizer's: leave out lr")
+        # Another name is refused with the rest of the configuration.
+        target, length = cast(TargetName, optimizer), 1e-3
     config = GradInitConfig(
-        eta=length if eta is None else eta,
+        eta=length if lr is None else lr,
         target=target,
         gamma=gamma,
         iterations=iterations,
@@ -152,12 +140,8 @@ def initialize(
     )
     description = Description(config, fingerprint(blocks), str(device))
     pairs = pair_batches(loader, split, device)
-    with (
-        _gradients_kept(blocks),
-        deterministic(model),
-        _progress_bar(iterations, progress) as advance,
-    ):
-        learned = learn_scales(blocks, _summed(loss_fn, model), pairs, config, on_iteration=advance)
+    with _gradients_kept(blocks), deterministic(model):
+        learned = learn_scales(blocks, _summed(loss_fn, model), pairs, config)
     settings = description.settings(learned.second_order)
     return Initialization(Scales.of(blocks, learned.scale_of, settings, learned.history))
 
@@ -173,79 +157,51 @@ def _device(blocks: Sequence[Block]) -> torch.device:
     return blocks[0].parameter.device
 
 
-def _require_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    given = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
-    own = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
-    if given != own.keys():
-        missing = [name for p, name in own.items() if p not in given]
-        which = f"{missing[0]} is missing" if missing else "some are of another module"
-        raise GradInitError(
-            f"the parameters of the optimizer are not those of the model ({which}): make it from "
-            "model.parameters(), and freeze what is not trained by requires_grad_(False)"
-        )
+FIRST_STEPS: dict[type[torch.optim.Optimizer], TargetName] = {
+    torch.optim.SGD: "sgd",
+    torch.optim.Adam: "adam",
+    torch.optim.AdamW: "adam",
+    torch.optim.Adamax: "adam",
+    torch.optim.Adagrad: "adam",
+}
+"""The optimizers whose first step is one learning rate times the gradient, or its sign."""
 
 
-_GRADIENT = ((1.0, -0.03), (0.2, -0.001))
-_TOLERANCE = 0.02
-"""Relative. It leaves room for an epsilon of Adam's up to 1e-5 beside the smallest gradient."""
-
-
-def _first_step(optimizer: torch.optim.Optimizer, device: torch.device) -> tuple[TargetName, float]:
-    """The direction and the length of the first step, from optimizers like it of one small tensor.
-
-    Weight decay is left out, as it is in the method.
+def _first_step(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[TargetName, float]:
+    """The direction and the length of the first step; weight decay is left out, as in the method.
 
     Raises:
-        GradInitError: it is no step of the method's.
+        GradInitError: it is no step of the method's, or not one of all parameters of the model.
     """
-    gradient = torch.tensor(_GRADIENT, dtype=torch.float64, device=device)
-    accepted = inspect.signature(type(optimizer)).parameters
-    defaults = {name: v for name, v in optimizer.defaults.items() if name in accepted}
-    steps = []
-    try:
-        for group in optimizer.param_groups:
-            # Two sizes, since there are optimizers whose step depends on that of the weights.
-            for size in (0.5, 2.0):
-                weight = nn.Parameter(torch.full_like(gradient, size))
-                weight.grad = gradient.clone()
-                like = [{**group, "params": [weight], "weight_decay": 0.0}]
-                type(optimizer)(like, **defaults).step()
-                steps.append(size - weight.detach())
-    except Exception as error:  # Anybody's code.
-        raise GradInitError(_unknown_step(optimizer)) from error
-    targets: tuple[tuple[TargetName, Tensor], ...] = (("adam", gradient.sign()), ("sgd", gradient))
-    for target, direction in targets:
-        lengths = torch.stack(steps) / direction
-        length = lengths[0, 0, 0]
-        if length > 0 and torch.allclose(lengths, length, rtol=_TOLERANCE, atol=0.0):
-            # Without what rounding and an epsilon of Adam's change.
-            return target, float(f"{length:.5g}")
-    raise GradInitError(_unknown_step(optimizer))
-
-
-def _unknown_step(optimizer: torch.optim.Optimizer) -> str:
-    return (
-        f"the first step of {type(optimizer).__name__}, as it is set up, is not one learning rate "
-        "times the gradient or its sign for all parameters: name the closest with "
-        f"optimizer={' or '.join(map(repr, TARGET_NAMES))}, and give lr"
-    )
+    given = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in given:
+            raise GradInitError(
+                f"the optimizer does not train {name}: make it from model.parameters(), and freeze "
+                "what is not trained by requires_grad_(False)"
+            )
+    found = [target for kind, target in FIRST_STEPS.items() if isinstance(optimizer, kind)]
+    lengths = {
+        float(group["lr"]) * (1.0 + group["momentum"] if group.get("nesterov") else 1.0)
+        for group in optimizer.param_groups
+    }
+    if not found or len(lengths) > 1:
+        raise GradInitError(
+            f"the first step of {type(optimizer).__name__}, as it is set up, is not known to be "
+            "one learning rate times the gradient or its sign for all parameters: name the closest "
+            f"with optimizer={' or '.join(map(repr, TARGET_NAMES))}, and give lr"
+        )
+    return found[0], lengths.pop()
 
 
 def _summed(loss_fn: Callable[[nn.Module, Any], Loss], model: nn.Module) -> LossFunction:
     def loss(batch: Any) -> tuple[Tensor, Tensor | float]:
         found = loss_fn(model, batch)
-        total, count = found if isinstance(found, tuple) and len(found) == 2 else (found, 1.0)
-        counts = count.dim() == 0 if isinstance(count, Tensor) else isinstance(count, Real)
-        if not (isinstance(total, Tensor) and total.dim() == 0 and counts):
-            shape = f" of shape {tuple(found.shape)}" if isinstance(found, Tensor) else ""
+        total, count = found if isinstance(found, tuple) else (found, 1.0)
+        if not (isinstance(total, Tensor) and total.dim() == 0 and total.requires_grad):
             raise GradInitError(
-                "loss_fn must return the mean loss as a tensor of shape (), or the sum of losses "
-                f"and their count; it returned a {type(found).__name__}{shape}"
-            )
-        if not total.requires_grad:
-            raise GradInitError(
-                "the loss has no gradient: loss_fn must compute it from what the model returns, "
-                "without detach() or torch.no_grad()"
+                "loss_fn must return the mean loss as a tensor of shape () with a gradient, or the "
+                "sum of losses and their count"
             )
         return total, count
 
@@ -263,24 +219,3 @@ def _gradients_kept(blocks: Sequence[Block]) -> Iterator[None]:
     finally:
         for block, gradient in zip(blocks, kept, strict=True):
             block.parameter.grad = gradient
-
-
-@contextmanager
-def _progress_bar(iterations: int, show: bool) -> Iterator[Callable[[Iteration], None]]:
-    """Gives what is to be called after each iteration; without tqdm it does nothing."""
-    try:
-        from tqdm import tqdm
-    except ModuleNotFoundError:
-        tqdm = None
-    if tqdm is None:
-        yield lambda iteration: None
-        return
-    # None: on a terminal only.
-    with tqdm(total=iterations, desc="GradInit", disable=None if show else True) as bar:
-
-        def advance(iteration: Iteration) -> None:
-            loss = iteration.loss if iteration.trial_loss is None else iteration.trial_loss
-            bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
-            bar.update()
-
-        yield advance

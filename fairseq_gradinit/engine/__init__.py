@@ -9,7 +9,6 @@ scales, `ProcessGroup` and `require_same_setup` serve data-parallel runs, and `S
 what an interrupted run goes on from.
 """
 
-from fairseq_gradinit.engine.agreement import require_same_setup
 from fairseq_gradinit.engine.batch_pairs import (
     BatchPair,
     Split,
@@ -27,7 +26,7 @@ from fairseq_gradinit.engine.blocks import (
     frozen_names,
     set_weights,
 )
-from fairseq_gradinit.engine.centering import center_layer_norms, layer_norm_biases, undone_on_error
+from fairseq_gradinit.engine.centering import center_layer_norms, layer_norm_biases
 from fairseq_gradinit.engine.config import (
     PRECISION_NAMES,
     SECOND_ORDER_NAMES,
@@ -42,7 +41,12 @@ from fairseq_gradinit.engine.determinism import deterministic, random_state_kept
 from fairseq_gradinit.engine.gradients import LossFunction
 from fairseq_gradinit.engine.history import Iteration
 from fairseq_gradinit.engine.learning import learn_scales
-from fairseq_gradinit.engine.processes import OneProcess, Processes, ProcessGroup
+from fairseq_gradinit.engine.processes import (
+    OneProcess,
+    Processes,
+    ProcessGroup,
+    require_same_setup,
+)
 from fairseq_gradinit.engine.state import StateFile
 
 __all__ = [
@@ -80,5 +84,4 @@ __all__ = [
     "seed_everything",
     "set_weights",
     "thirds",
-    "undone_on_error",
 ]

@@ -49,25 +49,26 @@ def overlapping_thirds(order: Order) -> tuple[Order, Order]:
 def pair_batches(loader: Iterable[Any], split: Split, device: torch.device) -> Iterator[BatchPair]:
     """One pair after another, without end.
 
-    A batch that is too small is left out, except the first: an epoch's last one may be.
+    Batches that are too small are left out: an epoch's last one may be.
 
     Args:
         loader: is iterated again when it ends.
         device: where tensors in tuples, lists and dictionaries are moved to.
 
     Raises:
-        GradInitError: there are no more batches, or the first is too small.
+        GradInitError: there are no more batches.
     """
-    usable = False
-    for batch in _without_end(loader):
-        if pair := split(batch):
-            usable = True
-            first, second = (_map(lambda tensor: tensor.to(device), part) for part in pair)
-            yield BatchPair([first], [second])
-        elif not usable:
+    while True:
+        usable = False
+        for batch in loader:
+            if pair := split(batch):
+                usable = True
+                first, second = (_map(lambda tensor: tensor.to(device), part) for part in pair)
+                yield BatchPair([first], [second])
+        if not usable:
             raise GradInitError(
-                "a batch has fewer than three examples, and GradInit cuts each in thirds: use a "
-                "larger batch size"
+                "the loader gives no more batches of three examples or more: use a larger batch "
+                "size, or instead of a generator, which ends, a list or a DataLoader"
             )
 
 
@@ -80,54 +81,29 @@ def thirds(batch: Any) -> tuple[Any, Any] | None:
     Raises:
         GradInitError: it is something else.
     """
-    sizes = {len(tensor) for tensor in _tensors(batch)}
-    if len(sizes) != 1:
-        raise _uncut(
-            "tensors with the examples along the first dimension, which has sizes "
-            f"{', '.join(map(str, sorted(sizes)))} here"
-            if sizes
-            else "a tensor"
+    values = list(_values(batch))
+    sizes = {v.shape[:1] if isinstance(v, Tensor) else () for v in values}
+    if len(sizes) != 1 or () in sizes:
+        raise GradInitError(
+            "a batch must consist of tensors with the examples along the first dimension, which "
+            "has one size in all: give split, a function that makes two batches of one"
         )
-    examples = sizes.pop()
+    examples = len(values[0])
     if examples < 3:
         return None
     first, second = overlapping_thirds(torch.randperm(examples))
     return _map(lambda tensor: tensor[first], batch), _map(lambda tensor: tensor[second], batch)
 
 
-def _without_end(loader: Iterable[Any]) -> Iterator[Any]:
-    count = 0
-    while True:
-        before = count
-        for batch in loader:
-            count += 1
-            yield batch
-        if count == 0:
-            raise GradInitError("the loader gives no batch: GradInit needs some of the data")
-        if count == before:
-            raise GradInitError(
-                f"the loader ended after {count} batches and cannot be iterated again: use a list "
-                "or a DataLoader instead of a generator, or fewer iterations"
-            )
-
-
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    if isinstance(batch, Tensor) and batch.dim() > 0:
-        yield batch
-    elif isinstance(batch, MutableMapping | tuple | list):
-        for value in batch.values() if isinstance(batch, MutableMapping) else batch:
-            yield from _tensors(value)
+def _values(batch: Any) -> Iterator[Any]:
+    """All but None in the tuples, lists and dictionaries of `batch`."""
+    if isinstance(batch, MutableMapping):
+        yield from _values(list(batch.values()))
+    elif isinstance(batch, tuple | list):
+        for item in batch:
+            yield from _values(item)
     elif batch is not None:
-        scalar = "scalar " if isinstance(batch, Tensor) else ""
-        raise _uncut(
-            f"tensors of examples, and this one has a value of type {scalar}{type(batch).__name__}"
-        )
-
-
-def _uncut(needs: str) -> GradInitError:
-    return GradInitError(
-        f"a batch must consist of {needs}: give split, a function that makes two batches of one"
-    )
+        yield batch
 
 
 def _map(function: Callable[[Tensor], Tensor], batch: Any) -> Any:

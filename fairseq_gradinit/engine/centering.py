@@ -5,17 +5,13 @@ Adam moves every weight by the learning rate, and those of all tokens add up alo
 positional embeddings and ReLU, nearly half of the power of a post-LN Transformer's activations is
 such a common part at first. The bias of a LayerNorm, which starts at zero, can take it out; see
 docs/experiments.md.
-
-Each bias changes the inputs of all later LayerNorms, so every LayerNorm needs a forward pass of its
-own. Such a pass repeats what the pass before has computed, unless it is a `Replay`, which makes all
-of them together nearly as cheap as one.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -23,14 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fairseq_gradinit.engine.processes import OneProcess, Processes
-from fairseq_gradinit.engine.replay import Replay
 from fairseq_gradinit.errors import GradInitError
-
-Run = Callable[[], object]
-"""The forward pass of a batch."""
-
-TOLERANCE = 1e-4
-"""Up to which a replayed mean output is right, relative to its largest element."""
 
 
 @torch.no_grad()
@@ -51,8 +40,8 @@ def center_layer_norms(
             those with a trainable bias that the first batch passes through are centered.
         evaluate: runs the model on a batch.
         batches: the same ones in every process; without padding, which would count as tokens.
-        processes: those that hold the model, each of which must call this function; they share
-            the work and end up with the same biases, bit for bit.
+        processes: each of them must call this function; they share the work and end up with the
+            same biases, bit for bit.
         chosen: whether a LayerNorm with this bias is centered.
 
     Returns:
@@ -65,15 +54,15 @@ def center_layer_norms(
     names = {norm: name for root in modules for name, norm in root.named_modules()}
     # In all processes the same, whatever their share of the batches.
     norms = [n for n in _calls(names, partial(evaluate, batches[0])) if chosen(n.bias)]
-    if not norms:
-        return 0
     runs = [partial(evaluate, batch) for batch in batches[processes.rank :: processes.count]]
-    own = _center_by_replay(norms, names, runs, processes)
-    wrong = norms[0].bias.new_tensor([not _is_right(own, runs)], dtype=torch.float64)
-    processes.max_(wrong)
-    if wrong.item():
-        _center(norms, names, runs, processes)
+    calls = [_calls(names, run) for run in runs]
     for norm in norms:
+        norm.bias.zero_()
+        total = torch.zeros(norm.bias.numel() + 1, dtype=torch.float64, device=norm.bias.device)
+        for run, counted in zip(runs, calls, strict=True):
+            _add_outputs(norm, counted[norm], run, total)
+        processes.sum_([total])
+        norm.bias.copy_(-total[:-1] / total[-1])
         if not torch.isfinite(norm.bias).all():
             raise GradInitError(
                 f"the output of {names[norm]} is not finite before training: check how the model "
@@ -88,102 +77,12 @@ def layer_norm_biases(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
     return found
 
 
-@contextmanager
-def undone_on_error(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Gives the LayerNorms the biases that they have now back if an error leaves the context."""
-    biases = layer_norm_biases(modules)
-    before = [bias.detach().clone() for bias in biases]
-    try:
-        yield
-    except BaseException:
-        with torch.no_grad():
-            for bias, values in zip(biases, before, strict=True):
-                bias.copy_(values)
-        raise
-
-
 class _Seen(Exception):
     """A forward pass has come as far as it was needed."""
 
 
-def _center(
-    norms: Sequence[Any], modules: Iterable[nn.Module], runs: Sequence[Run], processes: Processes
-) -> None:
-    """Center `norms` by a forward pass for each of them and each of `runs`."""
-    modules = list(modules)
-    calls = [_calls(modules, run) for run in runs]
-    for norm in norms:
-        total = _cleared(norm)
-        for run, counted in zip(runs, calls, strict=True):
-            _add_outputs(norm, counted[norm], run, total)
-        _set_bias(norm, total, processes)
-
-
-def _center_by_replay(
-    norms: Sequence[Any], modules: Iterable[nn.Module], runs: Sequence[Run], processes: Processes
-) -> dict[Any, Tensor]:
-    """Center `norms`, none of which may be called twice in a run, without computing things twice.
-
-    Returns:
-        What `_add_outputs` says of the outputs in this process's runs, without biases; nan for
-        those of a run that failed.
-    """
-    own: dict[Any, Tensor] = {}
-    with Replay(modules, norms) as replay:
-        passes = [replay.of(run) for run in runs]
-        for norm in norms:
-            own[norm] = total = _cleared(norm)
-            try:
-                for again in passes:
-                    _add_outputs(norm, 1, again, total)
-            except Exception:
-                # The other processes must not wait for this one; a plain pass shows what it is.
-                total.fill_(torch.nan)
-            _set_bias(norm, total.clone(), processes)
-            replay.close(norm)
-    return own
-
-
-def _is_right(own: Mapping[Any, Tensor], runs: Sequence[Run]) -> bool:
-    """Whether plain passes give the outputs that `_center_by_replay` found."""
-    found = {norm: torch.zeros_like(total) for norm, total in own.items()}
-    with ExitStack() as hooks:
-        for norm, total in found.items():
-            add = partial(_add, total)
-            handle = norm.register_forward_hook(lambda _, __, output, add=add: add(output))
-            hooks.callback(handle.remove)
-        for run in runs:
-            run()
-    for norm, total in found.items():
-        total[:-1] -= norm.bias.double() * total[-1]
-        expected = own[norm]
-        error, largest = (total - expected)[:-1].abs().max(), expected[:-1].abs().max()
-        # The counts differ if it was called more than once. nan is never right.
-        if total[-1] != expected[-1] or not error <= TOLERANCE * largest:
-            return False
-    return True
-
-
-def _cleared(norm: Any) -> Tensor:
-    """Zero the bias, and as many zeros as `_add` wants."""
-    norm.bias.zero_()
-    return torch.zeros(norm.bias.numel() + 1, dtype=torch.float64, device=norm.bias.device)
-
-
-def _set_bias(norm: Any, total: Tensor, processes: Processes) -> None:
-    processes.sum_([total])
-    norm.bias.copy_(-total[:-1] / total[-1])
-
-
-def _add(total: Tensor, output: Tensor) -> None:
-    """Add the rows of `output` to `total`, and their number to its last element."""
-    rows = output.reshape(-1, output.shape[-1]).double()
-    total[:-1] += rows.sum(0)
-    total[-1] += len(rows)
-
-
-def _add_outputs(norm: Any, calls: int, run: Run, total: Tensor) -> None:
-    """Do `_add` for the outputs of `norm` in `run`.
+def _add_outputs(norm: Any, calls: int, run: Callable[[], object], total: Tensor) -> None:
+    """Add the rows of all outputs of `norm` in `run` to `total`, their number to its last element.
 
     Args:
         calls: how often `run` calls it; what comes after the last time is left out.
@@ -192,7 +91,9 @@ def _add_outputs(norm: Any, calls: int, run: Run, total: Tensor) -> None:
 
     def add(_: nn.Module, __: object, output: Tensor) -> None:
         nonlocal left
-        _add(total, output)
+        rows = output.reshape(-1, output.shape[-1]).double()
+        total[:-1] += rows.sum(0)
+        total[-1] += len(rows)
         left -= 1
         if not left:
             raise _Seen

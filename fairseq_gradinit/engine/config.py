@@ -1,14 +1,10 @@
-"""What one GradInit run is asked to do.
-
-These dataclasses are the engine's whole configuration. They know nothing of fairseq; `options.py`
-builds them from fairseq's command line.
-"""
+"""What one GradInit run is asked to do: the engine's whole configuration, free of fairseq."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from fairseq_gradinit.errors import GradInitError
 
@@ -17,9 +13,9 @@ NormGains = Literal["fixed", "learned"]
 SecondOrder = Literal["auto", "exact", "finite-difference"]
 Precision = Literal["fp32", "bf16"]
 
-TARGET_NAMES: tuple[TargetName, ...] = ("adam", "sgd", "sgd-normalized")
-SECOND_ORDER_NAMES: tuple[SecondOrder, ...] = ("auto", "exact", "finite-difference")
-PRECISION_NAMES: tuple[Precision, ...] = ("fp32", "bf16")
+TARGET_NAMES: tuple[TargetName, ...] = get_args(TargetName)
+SECOND_ORDER_NAMES: tuple[SecondOrder, ...] = get_args(SecondOrder)
+PRECISION_NAMES: tuple[Precision, ...] = get_args(Precision)
 
 
 @dataclass(frozen=True)
@@ -37,9 +33,8 @@ class GradInitConfig:
         iterations: number of scale updates.
         lr: learning rate of Adam on the scales (tau in the paper), in units of a scale.
         betas: decay rates of Adam on the scales.
-        min_scale: lower bound of a scale.
+        min_scale, max_scale: bounds of a scale.
         min_bias_scale: lower bound of a bias tensor's scale.
-        max_scale: upper bound of a scale.
         norm_gains: whether the gains of normalisation layers get a learned scale or keep 1.
         second_order: how Hessian-vector products are taken: `exact` by double backward,
             `finite-difference` from two gradients, `auto` by finite differences if two lengths of
@@ -71,32 +66,35 @@ class GradInitConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require_one_of("optimizer for GradInit", self.target, TARGET_NAMES)
-        _require_one_of("norm-gains", self.norm_gains, ("fixed", "learned"))
-        _require_one_of("second-order", self.second_order, SECOND_ORDER_NAMES)
-        _require_one_of("precision", self.precision, PRECISION_NAMES)
-        if self.iterations < 1:
-            raise GradInitError(f"iterations must be at least 1, not {self.iterations}")
-        _require_positive("eta", self.eta)
-        _require_positive("lr", self.lr)
-        _require_positive("gamma", self.gamma, infinite="to switch the norm constraint off")
-        _require_positive("clip-norm", self.clip_norm, infinite="for no clipping")
-        if self.max_skipped < 0:
-            raise GradInitError(f"max-skipped must be at least 0, not {self.max_skipped}")
-        if len(self.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in self.betas):
-            raise GradInitError(f"betas must be two numbers in [0, 1), not {self.betas}")
-        for name in ("min_scale", "min_bias_scale"):
-            low = getattr(self, name)
+        for name, value, choices in (
+            ("optimizer for GradInit", self.target, TARGET_NAMES),
+            ("norm-gains", self.norm_gains, get_args(NormGains)),
+            ("second-order", self.second_order, SECOND_ORDER_NAMES),
+            ("precision", self.precision, PRECISION_NAMES),
+        ):
+            if value not in choices:
+                raise GradInitError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+        positive = "a number greater than 0"
+        finite = "a finite number of at least 1, so that the scales can start at 1"
+        for name, fits, wanted in (
+            ("iterations", self.iterations >= 1, "at least 1"),
+            ("max-skipped", self.max_skipped >= 0, "at least 0"),
+            ("eta", 0.0 < self.eta < math.inf, positive),
+            ("lr", 0.0 < self.lr < math.inf, positive),
+            ("gamma", self.gamma > 0.0, f"{positive}, or inf to switch the norm constraint off"),
+            ("clip-norm", self.clip_norm > 0.0, f"{positive}, or inf for no clipping"),
+            ("betas", all(0.0 <= beta < 1.0 for beta in self.betas), "two numbers in [0, 1)"),
+            ("max-scale", 1.0 <= self.max_scale < math.inf, finite),
+        ):
+            if not fits:
+                raise GradInitError(
+                    f"{name} must be {wanted}, not {getattr(self, name.replace('-', '_'))}"
+                )
+        for name, low in (("min", self.min_scale), ("min-bias", self.min_bias_scale)):
             if not 0.0 <= low <= 1.0:
                 raise GradInitError(
-                    f"{name.replace('_', '-')} must lie in [0, 1], so that the scales can start "
-                    f"at 1, not {low}"
+                    f"{name}-scale must lie in [0, 1], so that the scales can start at 1, not {low}"
                 )
-        if not 1.0 <= self.max_scale < math.inf:
-            raise GradInitError(
-                f"max-scale must be a finite number of at least 1, so that the scales can start "
-                f"at 1, not {self.max_scale}"
-            )
 
     @property
     def norm_order(self) -> int:
@@ -110,14 +108,3 @@ class GradInitConfig:
     @property
     def constrained(self) -> bool:
         return math.isfinite(self.gamma)
-
-
-def _require_one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise GradInitError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
-
-
-def _require_positive(name: str, value: float, infinite: str = "") -> None:
-    if not value > 0.0 or (math.isinf(value) and not infinite):
-        hint = f", or inf {infinite}" if infinite else ""
-        raise GradInitError(f"{name} must be a number greater than 0{hint}, not {value}")

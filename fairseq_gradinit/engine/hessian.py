@@ -25,16 +25,9 @@ AGREEMENT = 0.3
 """Relative difference of two finite differences, one twice as long, up to which `auto` trusts
 them. The kinks of ReLU alone make them differ by about 0.1 at a few hundred tokens."""
 
-NOT_TWICE = (
-    "the model cannot be differentiated twice, which exact second-order products need ({}): set "
-    "second-order to finite-difference"
-)
-
 
 class HessianProducts:
     """H v, H being the Hessian of the mean loss of some batches at the present weights.
-
-    What `exact` and `by_difference` return is this process's part: the parts add up to H v.
 
     Attributes:
         second_order: how products are taken; `auto` until the first has been.
@@ -57,48 +50,42 @@ class HessianProducts:
         Args:
             gradient: at the same weights and batches, the sum over processes; it is used up.
             vector: v; it is used up.
-        """
-        if self.second_order == "auto":
-            dots = self._difference_dots(batches, gradient, [v.clone() for v in vector])
-            longer = self._difference_dots(batches, gradient, [v.clone() for v in vector], 2.0)
-            self.second_order = "finite-difference" if agree(dots, longer) else "exact"
-            if self.second_order == "finite-difference":
-                return dots
-        elif self.second_order == "finite-difference":
-            return self._difference_dots(batches, gradient, vector)
-        gradient.by_parameter.clear()
-        return self._weights.dots(self.exact(batches, gradient, vector))
-
-    def _difference_dots(
-        self,
-        batches: Sequence[Any],
-        gradient: MeanGradient,
-        vector: list[Tensor],
-        lengthening: float = 1.0,
-    ) -> Tensor:
-        dots = self._weights.dots(self.by_difference(batches, gradient, vector, lengthening))
-        self._weights.put()
-        return dots
-
-    def exact(
-        self, batches: Sequence[Any], gradient: MeanGradient, vector: list[Tensor]
-    ) -> list[Tensor]:
-        """By double backward: the derivative of <grad L, v>.
-
-        Args:
-            gradient: its graph, if there is one, is used up instead of being made again.
 
         Raises:
-            GradInitError: the model contains an operation without second derivative.
+            GradInitError: `exact` products of a model with an operation without second derivative.
         """
+        if self.second_order == "auto":
+            dots, longer = (
+                self._by_difference(batches, gradient, [v.clone() for v in vector], lengthening)
+                for lengthening in (1.0, 2.0)
+            )
+            difference = float((dots - longer).norm() / dots.norm())
+            trusted = difference <= AGREEMENT
+            logger.info(
+                "second-order products: %s (finite differences over two lengths differ by %.1f %%)",
+                "finite differences" if trusted else "exact",
+                100.0 * difference,
+            )
+            self.second_order = "finite-difference" if trusted else "exact"
+            if trusted:
+                return dots
+        elif self.second_order == "finite-difference":
+            return self._by_difference(batches, gradient, vector)
+        gradient.by_parameter.clear()
+        return self._weights.dots(self._exact(batches, gradient, vector))
 
-        reached = [False] * len(self._parameters)
+    def _exact(
+        self, batches: Sequence[Any], gradient: MeanGradient, vector: list[Tensor]
+    ) -> list[Tensor]:
+        """This process's part of H v by double backward: the derivative of <grad L, v>.
+
+        The graph of `gradient`, if there is one, is used up instead of being made again.
+        """
 
         def differentiate(batch: Any) -> None:
             first = gradient.graph.pop() if gradient.graph else None
             if first is None:
                 first = self._gradients.differentiable(batch)[2]
-            reached[:] = [r or g is not None for r, g in zip(reached, first, strict=True)]
             pairs = [(g, v) for g, v in zip(first, vector, strict=True) if g is not None]
             product = torch.stack([(g * v).sum() for g, v in pairs]).sum()
             # The graph does not need them any more, and they are as large as the model.
@@ -107,34 +94,37 @@ class HessianProducts:
                 torch.autograd.backward(product)
 
         try:
-            product = self._gradients.of_each(batches, differentiate, gradient.count)
+            return self._gradients.of_each(batches, differentiate, gradient.count)
         except RuntimeError as error:
-            raise GradInitError(NOT_TWICE.format(said_by(error))) from error
-        if any(u and not r for u, r in zip(gradient.used, reached, strict=True)):
             raise GradInitError(
-                NOT_TWICE.format("a part of it hides its parameters, as checkpointing does")
-            )
-        return product
+                "the model cannot be differentiated twice, which exact second-order products need "
+                f"({said_by(error)}): set second-order to finite-difference"
+            ) from error
 
     @torch.no_grad()
-    def by_difference(
+    def _by_difference(
         self,
         batches: Sequence[Any],
         gradient: MeanGradient,
         vector: list[Tensor],
         lengthening: float = 1.0,
-    ) -> list[Tensor]:
-        """By (grad L(theta + e v) - grad L(theta)) / e: one gradient more, and no second graph.
+    ) -> Tensor:
+        """`by_scales` from (grad L(theta + e v) - grad L(theta)) / e: no second graph.
 
         The length e is in proportion to ||theta|| / ||v||, see `RELATIVE_LENGTH`, and rounded to
         a power of two: parameters that are equal, as fresh gains of normalisation layers are,
-        would all round the same way after another step. The weights are left at theta + e v.
+        would all round the same way after another step.
 
         Args:
             vector: used up, to save its memory.
             lengthening: factor on e, a power of two.
         """
-        length = self._length(vector) * lengthening
+        size = global_norm(vector, 2)
+        dtype = self._parameters[0].dtype
+        relative = RELATIVE_LENGTH[self._precision] * torch.finfo(dtype).eps ** 0.5
+        wanted = relative * global_norm(self._parameters, 2) / size
+        length = torch.where(size > 0.0, torch.exp2(torch.log2(wanted).round()), 1.0).to(dtype)
+        length = length * lengthening
         torch._foreach_mul_(vector, length)
         torch._foreach_add_(self._parameters, vector)
         vector.clear()
@@ -143,28 +133,6 @@ class HessianProducts:
         # `gradient` is the sum over the processes, of which each subtracts an equal part.
         torch._foreach_sub_(moved, gradient.by_parameter, alpha=1.0 / self._weights.processes.count)
         torch._foreach_div_(moved, length)
-        return moved
-
-    def _length(self, vector: list[Tensor]) -> Tensor:
-        size = global_norm(vector, 2)
-        dtype = self._parameters[0].dtype
-        relative = RELATIVE_LENGTH[self._precision] * torch.finfo(dtype).eps ** 0.5
-        wanted = relative * global_norm(self._parameters, 2) / size
-        length = torch.exp2(torch.log2(wanted).round())
-        return torch.where(size > 0.0, length, 1.0).to(dtype)
-
-
-def agree(dots: Tensor, longer: Tensor) -> bool:
-    """Whether finite differences, and those over twice the length, tell the same.
-
-    Args:
-        dots, longer: <H v, W_i> for every learned block, shape (learned,).
-    """
-    difference = float((dots - longer).norm() / dots.norm())
-    trusted = difference <= AGREEMENT
-    logger.info(
-        "second-order products: %s (finite differences over two lengths differ by %.1f %%)",
-        "finite differences" if trusted else "exact",
-        100.0 * difference,
-    )
-    return trusted
+        dots = self._weights.dots(moved)
+        self._weights.put()
+        return dots

@@ -15,21 +15,23 @@ the loss after it.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from fairseq_gradinit.engine.batch_pairs import BatchPair
 from fairseq_gradinit.engine.blocks import Block
 from fairseq_gradinit.engine.config import GradInitConfig, SecondOrder
-from fairseq_gradinit.engine.gradients import Halve, LossFunction, LossGradients
+from fairseq_gradinit.engine.gradients import Halve, LossFunction, LossGradients, MeanGradient
 from fairseq_gradinit.engine.hessian import HessianProducts
 from fairseq_gradinit.engine.history import Iteration, IterationKind
-from fairseq_gradinit.engine.objective import ScaleGradient, constraint, objective
-from fairseq_gradinit.engine.outcomes import Outcomes
+from fairseq_gradinit.engine.outcomes import Outcomes, ScaleGradient
 from fairseq_gradinit.engine.processes import OneProcess, Processes
 from fairseq_gradinit.engine.state import LearnerState
-from fairseq_gradinit.engine.trial_step import global_norm
+from fairseq_gradinit.engine.trial_step import first_step, global_norm, norm_direction
 from fairseq_gradinit.engine.weights import ScaledWeights
 from fairseq_gradinit.errors import GradInitError
 
@@ -60,13 +62,11 @@ class ScaleLearner:
     Args:
         blocks: see `fairseq_gradinit.engine.blocks.collect_blocks`.
         loss: the training loss, with everything stochastic switched off (`deterministic`).
-        config: the settings.
         processes: those that share each batch, every one of them with a learner of its own.
         halve: how to cut a batch that does not fit in the memory of a GPU.
 
     Attributes:
         outcomes: what the iterations came to, as far as it has been read.
-        first_loss: loss of the first batch of all, at the initial weights; None if not finite.
 
     Raises:
         GradInitError: the processes hold different weights.
@@ -81,7 +81,6 @@ class ScaleLearner:
         halve: Halve | None = None,
     ) -> None:
         self.config = config
-        self.first_loss: float | None = None
         self._processes = processes or OneProcess()
         self.weights = ScaledWeights(blocks, config, self._processes)
         self.outcomes = Outcomes(self.weights, config.max_skipped)
@@ -89,6 +88,8 @@ class ScaleLearner:
             self.weights.parameters, loss, config.precision, self._processes, halve
         )
         self._products = HessianProducts(self.weights, self._gradients, config)
+        # Loss of the first batch of all, at the initial weights; None if not finite.
+        self._first_loss: float | None = None
         self._last_kind: IterationKind | None = None
 
     @property
@@ -139,7 +140,7 @@ class ScaleLearner:
         begins = self.pairs_used == 0
         loss, count, norm_value = self.outcomes.read([first.loss, first.count, norm])
         if begins and math.isfinite(loss):
-            self.first_loss = loss
+            self._first_loss = loss
         if self.outcomes.stopped:
             return None
         if not count > 0.0:
@@ -152,19 +153,38 @@ class ScaleLearner:
                 self.outcomes.skip(what, value)
                 return None
         if norm_value > self.config.gamma:
-            by_scales = constraint(self._products, self.config, pair.first, first, norm)
+            # d||g||_p / dm_i = <H v, W_i>, with v the derivative of the norm by g.
+            vector = norm_direction(first.by_parameter, norm, self.config.norm_order)
+            by_scales = self._products.by_scales(pair.first, first, vector)
             return ScaleGradient("constraint", by_scales, loss, None, norm_value)
         first.graph.clear()
-        by_scales, trial_loss = objective(
-            self.weights, self._gradients, self.config, pair.second, first
-        )
+        by_scales, trial_loss = self._objective(pair.second, first)
         return ScaleGradient("objective", by_scales, loss, trial_loss, norm_value)
+
+    def _objective(self, batches: Sequence[Any], first: MeanGradient) -> tuple[Tensor, Tensor]:
+        """d L(S~; theta_m - eta A[g_m]) / dm_i over eta, and L(S~) there; A[g_m] is a constant.
+
+        Args:
+            batches: S~.
+            first: g_m, the sum over processes; it is used up.
+
+        Returns:
+            Shapes (learned blocks,) and ().
+        """
+        with torch.no_grad():
+            step = first_step(first.by_parameter, self.config)
+            torch._foreach_add_(self.weights.parameters, step, alpha=-self.config.eta)
+        # They are as large as the model.
+        first.by_parameter.clear()
+        del step
+        second = self._gradients.of_mean(batches)
+        by_scales = self.weights.dots(second.by_parameter)
+        self.weights.put()
+        return by_scales / self.config.eta, second.loss
 
     def agree_to_stop(self, stop: bool) -> bool:
         """Whether a process wants all of them to stop; all must ask."""
-        wish = torch.full((1,), float(stop), dtype=torch.float64, device=self.weights.device)
-        self._processes.max_(wish)
-        return bool(wish.item())
+        return bool(self.weights.compare(self.weights.scales.detach(), stop)[1])
 
     def flush(self) -> None:
         """Read the outcome of the last iteration, if that has not been read; raises as `step`."""
@@ -179,24 +199,17 @@ class ScaleLearner:
             history=tuple(self.outcomes.history),
             skipped=self.outcomes.skipped,
             second_order=self._products.second_order,
-            first_loss=self.first_loss,
+            first_loss=self._first_loss,
             last_kind=self._last_kind,
         )
 
     def fits(self, state: LearnerState, pair: BatchPair) -> bool:
-        """Whether this learner can have been in the `state`, the first batch's loss included.
+        """Whether the first batch of all, `pair`, has the loss that it had in the run of `state`.
 
-        A state that it cannot come to was made by hand. What the identity of a file does not tell
-        shows here if it changes the loss by more than 0.1 %: other data under the same indices, or
-        another model of the same weights. To be asked before the first iteration.
+        What the identity of a file does not tell shows here if it changes the loss by more than
+        0.1 %: other data under the same indices, or another model of the same weights. To be asked
+        before the first iteration.
         """
-        if not (
-            self.weights.allow(state.scales)
-            and len(state.history) <= self.config.iterations
-            and 0 <= state.skipped <= self.config.max_skipped
-            and self.config.second_order in ("auto", state.second_order)
-        ):
-            return False
         loss = float(self._gradients.of_mean(pair.first).loss)
         if state.first_loss is None:
             return not math.isfinite(loss)
@@ -206,13 +219,11 @@ class ScaleLearner:
     def load(self, state: LearnerState) -> None:
         """Go on from the `state` of a learner that was set up as this one is."""
         self.weights.load(state.scales, state.moments)
-        self.outcomes = Outcomes(self.weights, self.config.max_skipped)
         self.outcomes.history = list(state.history)
         self.outcomes.skipped = state.skipped
-        self.first_loss = state.first_loss
+        self._first_loss = state.first_loss
         self._last_kind = state.last_kind
-        if self.config.second_order == "auto":
-            self._products.second_order = state.second_order
+        self._products.second_order = state.second_order
 
     def learned(self) -> Learned:
         """What has been learned so far."""

@@ -34,19 +34,15 @@ def learn_scales(
 ) -> Learned:
     """Learn the scales and leave the model with its weights scaled.
 
-    Call this inside `deterministic`.
-
-    Random number generators are set to the seed of `config` before each pair is drawn.
+    Call this inside `deterministic`. Random number generators are set to the seed of `config`
+    before each pair is drawn.
 
     Args:
-        blocks: the parameter tensors, from `collect_blocks`.
-        loss: the training loss of a batch as (sum, count).
         pairs: at least `config.iterations` pairs of batches, the same ones in every process's
             life; each process gives its own share of them.
-        config: the settings.
         on_iteration: called with each iteration's record, in order.
         processes: those that share each batch; each of them must call this function.
-        halve: cuts a batch that does not fit in the memory of a GPU, see `Halve`.
+        halve: cuts a batch that does not fit in the memory of a GPU.
         state_file: where to go on from, and to keep the state; None keeps none.
         stop: asked before each iteration whether to stop after it, and once after the last.
 
@@ -69,15 +65,13 @@ def learn_scales(
 
 def _draw(pairs: Iterable[BatchPair], seed: int) -> Iterator[BatchPair]:
     iterator = iter(pairs)
-    index = 0
     while True:
-        seed_everything(seed + index)
+        seed_everything(seed)
         try:
-            pair = next(iterator)
+            yield next(iterator)
         except StopIteration:
             return
-        yield pair
-        index += 1
+        seed += 1
 
 
 def _resume(

@@ -5,16 +5,34 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fairseq_gradinit.engine.history import Iteration
-from fairseq_gradinit.engine.objective import ScaleGradient
+from fairseq_gradinit.engine.history import Iteration, IterationKind
 from fairseq_gradinit.engine.weights import ScaledWeights
 from fairseq_gradinit.errors import GradInitError
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ScaleGradient:
+    """What one iteration descends.
+
+    Attributes:
+        kind: which function of the scales it is the derivative of: the gradient norm
+            (`constraint`), or the loss after the trial step over eta (`objective`).
+        by_scales: the derivative, shape (learned blocks,).
+        loss, trial_loss, norm: see `Iteration`; trial_loss is a tensor of shape ().
+    """
+
+    kind: IterationKind
+    by_scales: Tensor
+    loss: float
+    trial_loss: Tensor | None
+    norm: float
 
 
 class Outcomes:
@@ -51,40 +69,31 @@ class Outcomes:
         self._pending = descended, outcome
 
     def read(self, values: Sequence[Tensor]) -> list[float]:
-        """`values` on the host, together with the outcome of the last iteration.
+        """`values` on the host; records the last iteration, or counts its batch as skipped.
 
         Raises:
             GradInitError: too many batches were skipped, or the processes differ.
         """
-        pending, self._pending = self._pending, None
         tensors = [value.double().reshape(1) for value in values]
-        if pending is None:
+        if self._pending is None:
             return torch.cat(tensors).tolist() if tensors else []
-        descended, outcome = pending
-        floats: list[float] = torch.cat([outcome, *tensors]).tolist()
-        self._settle(descended, floats[: len(outcome)])
-        return floats[len(outcome) :]
-
-    def _settle(self, descended: ScaleGradient, outcome: Sequence[float]) -> None:
-        """Record an iteration, or count it as skipped."""
-        usable, trial_loss, low, high, differ, stop = outcome
+        (descended, outcome), self._pending = self._pending, None
+        usable, trial_loss, low, high, differ, stop, *floats = torch.cat(
+            [outcome, *tensors]
+        ).tolist()
         self._weights.require_same("scales", differ)
         self.stopped = bool(stop)
-        if not usable:
-            what = "gradient of the scales" if math.isfinite(trial_loss) else "trial loss"
-            self.skip(what, math.nan if math.isfinite(trial_loss) else trial_loss)
-            return
-        self.history.append(
-            Iteration(
-                index=len(self.history) + 1,
-                kind=descended.kind,
-                loss=descended.loss,
-                trial_loss=None if descended.trial_loss is None else trial_loss,
-                grad_norm=descended.norm,
-                min_scale=low,
-                max_scale=high,
+        if usable:
+            index = len(self.history) + 1
+            trial = None if descended.trial_loss is None else trial_loss
+            self.history.append(
+                Iteration(index, descended.kind, descended.loss, trial, descended.norm, low, high)
             )
-        )
+        elif math.isfinite(trial_loss):
+            self.skip("gradient of the scales", math.nan)
+        else:
+            self.skip("trial loss", trial_loss)
+        return floats
 
     def skip(self, what: str, value: float) -> None:
         """Count a batch that gave no usable gradient.

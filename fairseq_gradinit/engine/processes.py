@@ -7,43 +7,20 @@ keep identical scales.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch.distributed
 from torch import Tensor
 
 from fairseq_gradinit.errors import GradInitError, said_by
 
-# As in torch's DistributedDataParallel: large enough to use the network, small beside a model.
-BUCKET_BYTES = 25 * 2**20
-
-
-class Processes(Protocol):
-    """The processes that share the work; all of them must make the same calls in the same order.
-
-    Attributes:
-        count: how many there are.
-        rank: which of them this is, from 0.
-
-    The methods raise GradInitError when another process has ended, or does not answer in time.
-    """
-
-    count: int
-    rank: int
-
-    def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by its sum over the processes, bit for bit the same on each."""
-
-    def max_(self, tensor: Tensor) -> None:
-        """Replace each element of `tensor` by its maximum over the processes."""
-
-    def gather(self, text: str) -> list[str]:
-        """The texts that the processes give here, in the order of their ranks."""
+T = TypeVar("T")
 
 
 class OneProcess:
-    """No other process: see `Processes`."""
+    """No other process: see `ProcessGroup`."""
 
     count = 1
     rank = 0
@@ -59,7 +36,11 @@ class OneProcess:
 
 
 class ProcessGroup:
-    """A group of torch.distributed, None being the default one: see `Processes`."""
+    """A group of torch.distributed, None being the default one.
+
+    All processes must make the same calls in the same order. The methods raise GradInitError when
+    another process has ended, or does not answer in time.
+    """
 
     def __init__(self, group: torch.distributed.ProcessGroup | None = None) -> None:
         self._group = group
@@ -67,31 +48,31 @@ class ProcessGroup:
         self.rank = torch.distributed.get_rank(group)
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
-        for bucket in _buckets(tensors):
-            if len(bucket) == 1:
-                self._all_reduce(bucket[0], torch.distributed.ReduceOp.SUM)
-                continue
-            flat = torch.cat([tensor.flatten() for tensor in bucket])
-            self._all_reduce(flat, torch.distributed.ReduceOp.SUM)
-            parts = torch.split(flat, [tensor.numel() for tensor in bucket])
-            torch._foreach_copy_(
-                bucket, [part.view_as(t) for part, t in zip(parts, bucket, strict=True)]
-            )
+        """Replace each tensor by its sum over the processes, bit for bit the same on each.
+
+        Args:
+            tensors: all of one type and on one device.
+        """
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        self._call(torch.distributed.all_reduce, flat, torch.distributed.ReduceOp.SUM, self._group)
+        parts = torch.split(flat, [tensor.numel() for tensor in tensors])
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.copy_(part.view_as(tensor))
 
     def max_(self, tensor: Tensor) -> None:
-        self._all_reduce(tensor, torch.distributed.ReduceOp.MAX)
+        """Replace each element of `tensor` by its maximum over the processes."""
+        operation = torch.distributed.ReduceOp.MAX
+        self._call(torch.distributed.all_reduce, tensor, operation, self._group)
 
     def gather(self, text: str) -> list[str]:
+        """The texts that the processes give here, in the order of their ranks."""
         texts = [""] * self.count
         self._call(torch.distributed.all_gather_object, texts, text, self._group)
         return texts
 
-    def _all_reduce(self, tensor: Tensor, operation: Any) -> None:
-        self._call(torch.distributed.all_reduce, tensor, operation, self._group)
-
-    def _call(self, collective: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    def _call(self, collective: Callable[..., Any], *args: Any) -> None:
         try:
-            collective(*args, **kwargs)
+            collective(*args)
         except RuntimeError as error:
             raise GradInitError(
                 f"process {self.rank} of {self.count} lost the others in {collective.__name__}: "
@@ -101,16 +82,49 @@ class ProcessGroup:
             ) from error
 
 
-def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Cut `tensors` in runs of one type and at most BUCKET_BYTES, or of a single tensor."""
-    bucket: list[Tensor] = []
-    size = 0
-    for tensor in tensors:
-        bytes_ = tensor.numel() * tensor.element_size()
-        if bucket and (size + bytes_ > BUCKET_BYTES or tensor.dtype != bucket[0].dtype):
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(tensor)
-        size += bytes_
-    if bucket:
-        yield bucket
+Processes = OneProcess | ProcessGroup
+"""The processes that share the work."""
+
+
+def require_same_setup(
+    processes: Processes, prepare: Callable[[], T], describe: Callable[[T], Mapping[str, object]]
+) -> T:
+    """What `prepare` returns, when it has succeeded in all processes and they describe it alike.
+
+    Once they have begun, a process that fails leaves the others waiting for it, and processes that
+    were started differently give to one collective what belongs to another: gloo aborts the program
+    then, or they train on, each towards something else.
+
+    Args:
+        prepare: must not wait for another process.
+        describe: what must be the same everywhere, by names that a user can understand.
+
+    Raises:
+        GradInitError: `prepare` has raised it in one of them, or they differ; the same in all.
+    """
+    if processes.count == 1:
+        return prepare()
+    found: list[T] = []
+    texts: dict[str, str] = {}
+    error = ""
+    try:
+        found.append(prepare())
+        texts = {name: str(value) for name, value in describe(found[0]).items()}
+    except GradInitError as raised:
+        error = str(raised)
+    told = [json.loads(text) for text in processes.gather(json.dumps([error, texts]))]
+    for rank, (error, _) in enumerate(told):
+        if error:
+            everywhere = all(other == error for other, _ in told)
+            raise GradInitError(error if everywhere else f"process {rank} of {len(told)}: {error}")
+    first = told[0][1]
+    for rank, (_, other) in enumerate(told):
+        differing = [name for name in {**first, **other} if other.get(name) != first.get(name)]
+        if differing:
+            differences = (f"{name} {other.get(name)}, not {first.get(name)}" for name in differing)
+            raise GradInitError(
+                f"process {rank} of {len(told)} was started otherwise than process 0: it has "
+                f"{'; '.join(differences)}: start all of them with the same command and seed, on "
+                "the same data, with the same versions"
+            )
+    return found[0]

@@ -60,26 +60,10 @@ class LearnerState:
     first_loss: float | None = None
     last_kind: IterationKind | None = None
 
-    def __post_init__(self) -> None:
-        """Refuse, with a ValueError, what no run can come to."""
-        moments = self.moments.values()
-        if any(len(self.scales) != len(v) for m in moments for v in (m.mean, m.square)):
-            raise ValueError("its vectors are not of one length")
-        done = len(self.history)
-        if [iteration.index for iteration in self.history] != list(range(1, done + 1)):
-            raise ValueError("its iterations are not in order")
-        if any(not 0 <= m.step <= done or min(m.square, default=0.0) < 0 for m in moments):
-            raise ValueError("its moments are not those of its iterations")
-
 
 @dataclass(frozen=True)
 class Saved:
-    """What is in a state file.
-
-    Attributes:
-        identity: of the run that left it, see `StateFile`.
-        digest: of the two others, by which a damaged file shows.
-    """
+    """What is in a state file; the digest is of the two others."""
 
     identity: Mapping[str, str]
     state: LearnerState
@@ -90,7 +74,6 @@ class StateFile:
     """Keeps the latest state in one file, which rank 0 reads and writes for all processes.
 
     Args:
-        path: the file.
         identity: what the run must have in common with one whose state it continues, by name: all
             that determines the scales.
         interval: iterations from one writing to the next.
@@ -116,48 +99,36 @@ class StateFile:
             GradInitError: the file cannot be written.
         """
         if self._processes.rank == 0:
-            digest = digest_of(self._identity, state)
+            digest = _digest_of(self._identity, state)
             save_document(self.path, FORMAT, Saved(self._identity, state, digest))
 
     def load(self) -> LearnerState | None:
         """The state to go on from; None, with a warning, when the file is of no use."""
-        state = self._read() if self._processes.rank == 0 else None
+        state = None
+        if self._processes.rank == 0 and self.path.exists():
+            try:
+                state = self._read()
+            except GradInitError as error:
+                logger.warning("learning the scales from scratch: %s", error)
         text = self._processes.gather(json.dumps(state and asdict(state)))[0]
         return parse(LearnerState, json.loads(text)) if text != "null" else None
 
-    def _read(self) -> LearnerState | None:
-        if not self.path.exists():
-            return None
-        try:
-            saved = load_document(self.path, FORMAT, Saved)
-        except GradInitError as error:
-            logger.warning("learning the scales from scratch: %s", error)
-            return None
-        if saved.digest != digest_of(saved.identity, saved.state):
-            logger.warning(
-                "learning the scales from scratch: %s is damaged: wrong digest", self.path
+    def _read(self) -> LearnerState:
+        saved = load_document(self.path, FORMAT, Saved)
+        if saved.digest != _digest_of(saved.identity, saved.state):
+            raise GradInitError(f"{self.path} is damaged: wrong digest")
+        theirs, ours = saved.identity, self._identity
+        names = [name for name in {**ours, **theirs} if theirs.get(name) != ours.get(name)]
+        if names:
+            differences = (
+                f"{abbreviate(name)[1:-1]} {abbreviate(theirs.get(name))}, not {ours.get(name)}"
+                for name in names[:5]
             )
-            return None
-        if saved.identity != self._identity:
-            logger.warning(
-                "learning the scales from scratch: %s is of another run: it has %s",
-                self.path,
-                _differences(saved.identity, self._identity),
-            )
-            return None
+            raise GradInitError(f"{self.path} is of another run: it has {'; '.join(differences)}")
         return saved.state
 
 
-def digest_of(identity: Mapping[str, str], state: LearnerState) -> str:
+def _digest_of(identity: Mapping[str, str], state: LearnerState) -> str:
     """32 hexadecimal digits that change with anything in either."""
     text = json.dumps([identity, asdict(state)], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def _differences(theirs: Mapping[str, str], ours: Mapping[str, str]) -> str:
-    names = [name for name in {**ours, **theirs} if theirs.get(name) != ours.get(name)]
-    found = (
-        f"{abbreviate(name)[1:-1]} {abbreviate(theirs.get(name))}, not {ours.get(name)}"
-        for name in names[:5]
-    )
-    return "; ".join(found)

@@ -20,7 +20,6 @@ class ScaledWeights:
 
     Args:
         blocks: their parameters hold the initial weights W_i.
-        config: bounds of the scales, and the settings of Adam.
         processes: those that hold the same weights.
 
     Attributes:
@@ -39,15 +38,13 @@ class ScaledWeights:
         self.parameters: list[Tensor] = [block.parameter for block in blocks]
         self._learned = [i for i, block in enumerate(blocks) if block.learned]
         self._base = base_weights(blocks)
-        self.device = self.parameters[self._learned[0]].device
-        self.scales = torch.ones(
-            len(self._learned), dtype=torch.float64, device=self.device, requires_grad=True
-        )
-        learned = [blocks[i] for i in self._learned]
+        self._device = self.parameters[self._learned[0]].device
+        biases = [blocks[i].is_bias for i in self._learned]
         self._lower = self._vector(
-            [config.min_bias_scale if b.is_bias else config.min_scale for b in learned]
+            [config.min_bias_scale if b else config.min_scale for b in biases]
         )
         self._upper = torch.full_like(self._lower, config.max_scale)
+        self.scales = torch.ones_like(self._lower, requires_grad=True)
         # One Adam for each kind of iteration: their gradients differ by orders of magnitude, and
         # shared moments would let one kind decide the step of the other.
         self._adam = {
@@ -107,18 +104,13 @@ class ScaledWeights:
                 found[kind] = Moments(int(kept["step"]), tuple(mean), tuple(square))
         return found
 
-    def allow(self, scales: Sequence[float]) -> bool:
-        """Whether these can be the scales."""
-        bounds = zip(scales, self._lower.tolist(), self._upper.tolist(), strict=False)
-        within = all(low <= scale <= high for scale, low, high in bounds)
-        return within and len(scales) == len(self._learned)
-
     def load(self, scales: Sequence[float], moments: Mapping[IterationKind, Moments]) -> None:
+        """Go on with these `scales`, and with what `moments` has told."""
         with torch.no_grad():
             self.scales.copy_(self._vector(scales))
         for kind, kept in moments.items():
             self._adam[kind].state[self.scales] = {
-                "step": torch.tensor(float(kept.step), device=self.device),
+                "step": torch.tensor(float(kept.step), device=self._device),
                 "exp_avg": self._vector(kept.mean),
                 "exp_avg_sq": self._vector(kept.square),
             }
@@ -152,4 +144,4 @@ class ScaledWeights:
             )
 
     def _vector(self, values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=self.device)
+        return torch.tensor(values, dtype=torch.float64, device=self._device)

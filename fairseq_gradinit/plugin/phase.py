@@ -25,7 +25,6 @@ from fairseq_gradinit.engine import (
     layer_norm_biases,
     learn_scales,
     require_same_setup,
-    undone_on_error,
 )
 from fairseq_gradinit.errors import GradInitError, GradInitStopped
 from fairseq_gradinit.plugin.batches import MicroBatch, PairedBatches
@@ -87,7 +86,7 @@ def run_phase(trainer: Any, plan: Plan) -> None:
     frozen = frozen_names(modules)
     if frozen:
         logger.info("frozen, so kept at scale 1: %s", ", ".join(frozen))
-    with full_precision(trainer), undone_on_error(list(modules.values())):
+    with full_precision(trainer):
         prepared = require_same_setup(
             data_parallel_processes(trainer),
             lambda: _prepare(trainer, plan),
