@@ -6,9 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import GRADINIT, train_here
 from scheme_models import build, outputs
-from test_train import STANDSTILL, scales_in
 from tiny import central_differences
 from torch import nn
 
@@ -57,16 +55,6 @@ def zoo():
     return model, loss, BatchPair([rows[:8]], [rows[4:]])
 
 
-def test_every_tensor_of_every_module_is_a_block_once(zoo):
-    model, _, _ = zoo
-    blocks = collect_blocks({"": model}, "learned")
-    assert [block.name for block in blocks] == [name for name, _ in model.named_parameters()]
-    names = {block.name for block in blocks}
-    assert {"conv.weight", "attention.in_proj_weight", "recurrence.weight_hh_l1"} < names
-    assert {"positions", "temperature", "bilinear.weight", "batch_norm.weight"} < names
-    assert "tied.weight" not in names
-
-
 @pytest.mark.parametrize("gamma", [math.inf, 1e-3], ids=["objective", "constraint"])
 @pytest.mark.parametrize("second_order", ["exact", "finite-difference"])
 def test_the_scales_of_all_modules_have_the_right_derivative(zoo, gamma, second_order):
@@ -93,7 +81,9 @@ def test_the_scales_of_all_modules_have_the_right_derivative(zoo, gamma, second_
 
     with deterministic(model):
         direction = gradients()
-        learner = ScaleLearner(collect_blocks({"": model}, "learned"), loss, config)
+        blocks = collect_blocks({"": model}, "learned")
+        assert [block.name for block in blocks] == [name for name, _ in model.named_parameters()]
+        learner = ScaleLearner(blocks, loss, config)
         found = learner.gradient(pair)
         truth = central_differences(learner, model, norm if gamma < 1 else loss_after_step)
     assert found.kind == ("constraint" if gamma < 1 else "objective")
@@ -110,23 +100,3 @@ def test_fairseq_s_noise_is_off_inside_and_on_again_afterwards():
         assert torch.equal(outputs(model), expected)
         assert torch.equal(outputs(model), expected)
     assert not torch.equal(outputs(model), outputs(model))
-
-
-QUANT_NOISE = ["--quant-noise-pq-block-size", "8", "--quant-noise-pq"]
-
-
-DROPOUTS = "--dropout 0.4 --attention-dropout 0.4 --activation-dropout 0.4 --encoder-layerdrop 0.5"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("little", "much"),
-    # Without any quantisation noise the model lacks a layer.
-    [(["--dropout", "0.0"], DROPOUTS.split()), ([*QUANT_NOISE, "0.01"], [*QUANT_NOISE, "0.9"])],
-    ids=["dropout and layer drop", "quantisation noise"],
-)
-def test_fairseq_s_noise_changes_no_scale(little, much, corpus, tmp_path):
-    for name, options in (("little", little), ("much", much)):
-        run = train_here(corpus.translation, tmp_path / name, *GRADINIT, *STANDSTILL, *options)
-        assert run.code == 0, run.output
-    assert scales_in(tmp_path / "much") == scales_in(tmp_path / "little")
