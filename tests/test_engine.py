@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import math
-from collections import Counter
 from dataclasses import asdict
 
 import pytest
@@ -27,11 +25,9 @@ from fairseq_gradinit.engine.batch_pairs import BatchPair
 from fairseq_gradinit.engine.blocks import collect_blocks
 from fairseq_gradinit.engine.config import GradInitConfig
 from fairseq_gradinit.engine.determinism import deterministic
-from fairseq_gradinit.engine.history import Iteration
 from fairseq_gradinit.engine.learner import Learned, ScaleLearner
 from fairseq_gradinit.engine.learning import learn_scales
 from fairseq_gradinit.engine.processes import OneProcess, Processes
-from fairseq_gradinit.engine.state import StateFile
 from fairseq_gradinit.errors import GradInitError
 
 
@@ -88,37 +84,6 @@ def test_constraint_gradient_equals_central_differences(model, pair, target, ord
     assert found.kind == "constraint"
     assert found.norm == pytest.approx(norm_value, rel=1e-12)
     torch.testing.assert_close(found.by_scales, expected, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("target", "optimizer"),
-    [
-        ("adam", lambda p: torch.optim.Adam(p, lr=0.05, eps=1e-16)),
-        ("sgd", lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9)),
-    ],
-)
-def test_trial_step_is_the_first_step_of_the_optimizer(model, pair, target, optimizer):
-    seen = []
-
-    def loss(tokens):
-        seen.append([p.detach().clone() for p in model.parameters()])
-        return loss_of(model)(tokens)
-
-    with deterministic(model):
-        config = GradInitConfig(eta=0.05, target=target)
-        learner = ScaleLearner(collect_blocks({"": model}, "fixed"), loss, config)
-        learner.gradient(pair)
-        real = optimizer(list(model.parameters()))
-        first_gradients = gradients(model, pair.first)
-        for p, g in zip(model.parameters(), first_gradients, strict=True):
-            p.grad = g
-        real.step()
-    for (name, stepped), trial in zip(model.named_parameters(), seen[-1], strict=True):
-        settled = torch.ones_like(stepped, dtype=torch.bool)
-        if name == "attention.in_proj_bias":
-            # The bias of the keys has gradient zero but for rounding, whose sign is arbitrary.
-            settled.view(3, -1)[1] = False
-        torch.testing.assert_close(trial[settled], stepped.detach()[settled], rtol=1e-9, atol=1e-12)
 
 
 def test_scale_update_is_adam_on_a_vector_of_scalars(model, pair):
@@ -259,49 +224,14 @@ def test_a_batch_that_counts_nothing_is_an_error(model, pair):
     ("settings", "message"),
     [
         ({"target": "lamb"}, "optimizer for GradInit must be one of .* not 'lamb'"),
-        ({"eta": 0.0}, "eta must be a number greater than 0"),
         ({"eta": math.nan}, "eta must be a number greater than 0"),
-        ({"eta": math.inf}, "eta must be a number greater than 0"),
         ({"gamma": -1.0}, "gamma must be .* or inf to switch the norm constraint off"),
-        ({"gamma": math.nan}, "gamma must be"),
         ({"iterations": 0}, "iterations must be at least 1"),
-        ({"lr": -0.1}, "lr must be"),
         ({"betas": (0.9, 1.0)}, r"betas must be two numbers in \[0, 1\)"),
-        ({"min_scale": 2.0}, "min-scale must lie in"),
         ({"min_bias_scale": -0.1}, "min-bias-scale must lie in"),
-        ({"max_scale": 0.5}, "max-scale must be"),
-        ({"clip_norm": 0.0}, "clip-norm must be .* or inf for no clipping"),
-        ({"second_order": "half"}, "second-order must be one of auto, exact, finite-difference"),
-        ({"precision": "fp16"}, "precision must be one of fp32, bf16"),
-        ({"max_skipped": -1}, "max-skipped must be at least 0"),
-        ({"norm_gains": "both"}, "norm-gains must be one of fixed, learned, not 'both'"),
+        ({"max_scale": 0.5}, "max-scale must be a finite number of at least 1"),
     ],
 )
 def test_settings_outside_their_range_are_refused(settings, message):
     with pytest.raises(GradInitError, match=message):
         GradInitConfig(**{"eta": 0.1, **settings})
-
-
-def test_memory_grows_by_the_records_of_iterations_alone(tmp_path):
-    model = make_model()
-    found = []
-
-    def count(iteration: Iteration) -> None:
-        if iteration.index in (5, 25, 45):
-            gc.collect()
-            found.append(Counter(type(thing).__name__ for thing in gc.get_objects()))
-
-    with deterministic(model):
-        learn_scales(
-            collect_blocks({"": model}, "fixed"),
-            loss_of(model),
-            [make_pair(seed) for seed in range(46)],
-            GradInitConfig(eta=0.05, iterations=46),
-            on_iteration=count,
-            state_file=StateFile(tmp_path / "state.json", interval=1),
-        )
-    # Twice the same: what other threads and a first import make comes once.
-    grown = (found[1] - found[0]) & (found[2] - found[1])
-    # One more may be on its way.
-    assert 20 <= grown.pop("Iteration") <= 21
-    assert max(grown.values(), default=0) < 20

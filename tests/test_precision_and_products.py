@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import GRADINIT, SCALES_ALONE, Corpus, Training, train_here, usual_options
+from fairseq.tasks.fairseq_task import FairseqTask
 from test_train import STANDSTILL, scales_in
 
 # With ReLU, whose slope jumps, the derivative of the gradient norm depends on the way it is taken.
@@ -27,7 +28,15 @@ def learn(corpus: Corpus, folder: Path, *options: str) -> Training:
     return run
 
 
-def test_bf16_moves_the_scales_a_little_and_leaves_nothing_behind(corpus, tmp_path):
+def test_bf16_moves_the_scales_a_little_and_leaves_nothing_behind(corpus, tmp_path, monkeypatch):
+    """Also where the task switches autocast off, as fairseq's train_step does on GPUs."""
+    plain = FairseqTask.train_step
+
+    def train_step(*arguments, **named):
+        with torch.autocast("cpu", enabled=False):
+            return plain(*arguments, **named)
+
+    monkeypatch.setattr(FairseqTask, "train_step", train_step)
     learn(corpus, tmp_path / "fp32", *SCALES_ALONE)
     run = learn(corpus, tmp_path / "bf16", *SCALES_ALONE, "--gradinit-precision", "bf16")
     # Three iterations of about 1e-2 each, whose direction rounding decides where it is a toss-up.

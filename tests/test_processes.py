@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import os
 import re
 import signal
@@ -15,6 +14,7 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -34,7 +34,6 @@ from rank import draw_pairs, learn, make_learner, model_and_loss
 from test_train import same, scales_in
 from tiny import SPOILERS, in_ranks
 
-from fairseq_gradinit.engine.batch_pairs import BatchPair
 from fairseq_gradinit.engine.blocks import collect_blocks
 from fairseq_gradinit.engine.config import GradInitConfig
 from fairseq_gradinit.engine.determinism import deterministic
@@ -82,52 +81,43 @@ def test_other_initial_weights_or_settings_are_an_error():
         in_ranks(2, lambda processes: run(processes, 3, 0.01 * (1 + processes.rank)))
 
 
-@pytest.mark.parametrize("kind", SPOILERS)
-@pytest.mark.parametrize("count", [2, 3])
-def test_a_batch_that_is_not_finite_in_one_process_is_skipped_by_all(count, kind):
-    """At S and after the trial step; too many are the same error in all."""
+@pytest.mark.parametrize("spoil", SPOILERS.values(), ids=SPOILERS)
+def test_a_batch_that_is_not_finite_in_one_process_is_skipped_by_all(spoil):
+    """And too many are the same error in all."""
 
-    def run(
-        processes: Processes, pairs: list[BatchPair], spoiled: int | None, max_skipped: int = 1
-    ) -> tuple[dict[str, float], int]:
+    def run(processes: Processes, skip: int = 0, spoiled: int | None = None, allowed: int = 1):
         model, loss_of = model_and_loss()
         calls = itertools.count()
 
         def loss(rows: torch.Tensor) -> tuple[torch.Tensor, int]:
             value, size = loss_of(rows)
-            if next(calls) == spoiled and processes.rank == processes.count - 1:
-                value = SPOILERS[kind](value, model[0].bias)
+            if next(calls) == spoiled and processes.rank == 1:
+                value = spoil(value, model[0].bias)
             return value, size
 
-        config = GradInitConfig(eta=0.05, iterations=3, max_skipped=max_skipped)
+        config = GradInitConfig(eta=0.05, iterations=3, max_skipped=allowed)
         with deterministic(model):
             blocks = collect_blocks({"": model}, "fixed")
+            pairs = draw_pairs(processes)[skip:]
             found = learn_scales(blocks, loss, pairs, config, processes=processes)
         return found.scale_of, found.skipped
 
-    def without(processes: Processes) -> tuple[dict[str, float], int]:
-        return run(processes, draw_pairs(processes)[1:], None)
-
-    expected, _ = in_ranks(count, without)[0]
-    for first in (True, False):
-
-        def spoilt(processes: Processes, first: bool = first) -> tuple[dict[str, float], int]:
-            pairs = draw_pairs(processes)
-            return run(processes, pairs, 0 if first else len(pairs[0].first))
-
-        assert in_ranks(count, spoilt) == [(expected, 1)] * count
+    expected, _ = in_ranks(2, partial(run, skip=1))[0]
+    # Rank 1 has two micro-batches of S, and after the trial step two of S~.
+    for spoiled in (0, 2):
+        assert in_ranks(2, partial(run, spoiled=spoiled)) == [(expected, 1)] * 2
 
     def refused(processes: Processes) -> str:
         with pytest.raises(GradInitError) as raised:
-            run(processes, draw_pairs(processes), 0, max_skipped=0)
+            run(processes, spoiled=0, allowed=0)
         return str(raised.value)
 
-    (message,) = set(in_ranks(count, refused))
+    (message,) = set(in_ranks(2, refused))
     assert "in GradInit iteration 1, and 1 batches are more than may be skipped" in message
 
 
 def test_processes_stop_together_and_resume_together(tmp_path):
-    """One alone is asked to stop; only rank 0 has the state, and a damaged one is no state."""
+    """One alone is asked to stop; only rank 0 has the state."""
 
     def whole(processes: Processes, path: Path | None = None, stop=lambda: False):
         model, loss = model_and_loss()
@@ -155,12 +145,7 @@ def test_processes_stop_together_and_resume_together(tmp_path):
     assert in_ranks(2, stopped) == ["GradInit stopped after iteration 2"] * 2
     unbroken = in_ranks(2, whole)
     assert in_ranks(2, resumed) == unbroken
-    (state,) = tmp_path.iterdir()
-    assert state.name == "state.0"
-    document = json.loads(state.read_text())
-    document["state"]["scales"][0] = math.nan
-    state.write_text(json.dumps(document))
-    assert in_ranks(2, resumed) == unbroken
+    assert [file.name for file in tmp_path.iterdir()] == ["state.0"]
 
 
 # ---- Two ranks of fairseq-train.
@@ -248,7 +233,7 @@ def test_two_ranks_of_fairseq_learn_what_one_learns_with_twice_the_micro_batches
 def test_a_rank_killed_or_stalled_ends_both_and_the_same_command_resumes(corpus, two, tmp_path):
     """To the scales and the checkpoint of a run that nothing happened to.
 
-    Before the iterations there are 7 collectives, or 8 if there is a state; each has 5 more.
+    Before the iterations there are 6 collectives, or 7 if there is a state; each has 5 more.
     """
     for harm, code in (({"KILLED_AT": "20"}, -signal.SIGKILL), ({"STOPPED_AT": "20"}, 1)):
         good, bad = train_on_two_ranks(corpus.translation, tmp_path, *FAULTY, harm=harm)
@@ -268,11 +253,3 @@ def test_a_rank_killed_or_stalled_ends_both_and_the_same_command_resumes(corpus,
     assert len(found.history) == ITERATIONS
     last = (read_checkpoint(path / "checkpoint_last.pt")["model"] for path in (tmp_path, folder))
     assert same(*last)
-
-
-@pytest.mark.slow
-def test_two_ranks_initialised_by_admin_train_as_one(corpus, tmp_path):
-    """fairseq itself stops ranks whose gradients have different norms."""
-    ranks = train_on_two_ranks(corpus.translation, tmp_path, how=("--init-scheme", "admin"))
-    assert [outcome.code for outcome in ranks] == [0, 0], ranks[0].output + ranks[1].output
-    assert len(ranks[0].updates) == 2
