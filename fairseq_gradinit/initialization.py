@@ -38,11 +38,7 @@ Loss = Tensor | tuple[Tensor, Tensor | float]
 
 @dataclass(frozen=True)
 class Initialization:
-    """What `initialize` did.
-
-    Attributes:
-        learned: the scales as they are written to a file.
-    """
+    """What `initialize` did; `learned` has the scales as they are written to a file."""
 
     learned: Scales
 

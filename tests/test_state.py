@@ -8,7 +8,6 @@ import os
 import random
 import re
 import signal
-from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -118,21 +117,6 @@ def test_skipped_batches_are_part_of_the_position(tmp_path):
     with pytest.raises(GradInitStopped):
         run(tmp_path / "state.json", stop=lambda: next(asked))
     assert run(tmp_path / "state.json") == expected
-
-
-def test_a_run_that_goes_on_draws_every_pair_that_the_scales_depend_on(tmp_path):
-    """So that a fingerprint of the data drawn, which reports bear, is that of an unbroken run."""
-    path = tmp_path / "state.json"
-
-    def drawn_in(**options) -> int:
-        remaining = iter(PAIRS)
-        with suppress(Killed):
-            learn(path, pairs=remaining, **options)
-        return len(PAIRS) - len(list(remaining))
-
-    assert drawn_in(kill_after=3, interval=1) < ITERATIONS
-    assert drawn_in() == ITERATIONS
-    assert drawn_in() == ITERATIONS, "of a finished run"
 
 
 def test_a_finished_run_is_not_done_again(tmp_path, unbroken):

@@ -42,7 +42,6 @@ class Learned:
 
     Attributes:
         scale_of: the scale of every block by name, of those that are not learned too.
-        history: the record of the iterations.
         skipped: batches skipped because a loss or gradient was not finite.
         second_order: how second-order products were taken; `auto` when it never had to choose.
     """
@@ -60,7 +59,6 @@ class ScaleLearner:
     between iterations.
 
     Args:
-        blocks: see `fairseq_gradinit.engine.blocks.collect_blocks`.
         loss: the training loss, with everything stochastic switched off (`deterministic`).
         processes: those that share each batch, every one of them with a learner of its own.
         halve: how to cut a batch that does not fit in the memory of a GPU.
@@ -167,9 +165,6 @@ class ScaleLearner:
         Args:
             batches: S~.
             first: g_m, the sum over processes; it is used up.
-
-        Returns:
-            Shapes (learned blocks,) and ().
         """
         with torch.no_grad():
             step = first_step(first.by_parameter, self.config)

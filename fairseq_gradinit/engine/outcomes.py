@@ -38,8 +38,7 @@ class ScaleGradient:
 class Outcomes:
     """Reads the outcome of an iteration together with the next one's norm, and keeps the record.
 
-    So the host waits for the device once in each iteration, when it must know the norm of the
-    gradient.
+    So the host waits for the device once in each iteration.
 
     Attributes:
         history: the iterations whose outcome has been read.

@@ -19,11 +19,9 @@ class ScaledWeights:
     """Keeps m_i W_i in the parameters of a model, and descends by the scales m_i.
 
     Args:
-        blocks: their parameters hold the initial weights W_i.
-        processes: those that hold the same weights.
+        blocks: their parameters hold the initial weights W_i, the same in all `processes`.
 
     Attributes:
-        parameters: of all blocks.
         scales: of the learned blocks, shape (learned blocks,), float64.
 
     Raises:
