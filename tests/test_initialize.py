@@ -217,7 +217,8 @@ WRONG = [
     ({"loss_fn": lambda m, b: mean_loss(m, b) * math.nan}, "the loss is nan in GradInit itera"),
     ({"optimizer": "adamw"}, "must be one of adam, sgd, sgd-normalized, not 'adamw'"),
     ({"optimizer": adam(conv_net().parameters())}, r"the optimizer does not train 0\.weight"),
-    ({"lr": 0.0}, "eta must be a number greater than 0"),
+    ({"lr": math.nan}, "eta must be a number greater than 0"),
+    ({"gamma": -1.0}, "gamma must be .* or inf to switch the norm constraint off"),
 ]
 
 

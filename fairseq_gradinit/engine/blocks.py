@@ -28,7 +28,6 @@ class Block:
 
     Attributes:
         name: dotted name in the model, of its first occurrence when it is shared.
-        parameter: the tensor itself; GradInit changes it in place.
         state: `learned` when it gets a scale; `zero` when all its elements are zero, so that no
             scale could change it; `norm gain` when it belongs to a normalisation layer and the
             configuration leaves those at scale 1; `centered` when it is a bias that centers a
@@ -82,10 +81,9 @@ def collect_blocks(
         elif norm_gains == "fixed" and _is_normalisation(owner):
             state = "norm gain"
         scale = fixed(name) if state == "learned" else None
-        if scale is None:
-            blocks.append(Block(name, parameter, state))
-        else:
-            blocks.append(Block(name, parameter, "fixed", scale))
+        if scale is not None:
+            state = "fixed"
+        blocks.append(Block(name, parameter, state, 1.0 if scale is None else scale))
     if not any(block.learned for block in blocks):
         raise GradInitError(
             "the model has no parameter tensor that GradInit could scale: every one is frozen, "
@@ -132,9 +130,9 @@ def set_weights(blocks: list[Block], base: list[Tensor], scales: Tensor) -> None
     learned: list[Tensor] = [block.parameter for block in blocks if block.learned]
     factors: list[Tensor] = [s.to(p.dtype) for p, s in zip(learned, scales.unbind(), strict=True)]
     torch._foreach_mul_(learned, factors)
-    fixed = [block for block in blocks if block.state == "fixed"]
-    if fixed:
-        torch._foreach_mul_([b.parameter for b in fixed], [b.fixed_scale for b in fixed])
+    for block in blocks:
+        if block.state == "fixed":
+            block.parameter.mul_(block.fixed_scale)
 
 
 @contextmanager

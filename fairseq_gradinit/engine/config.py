@@ -30,10 +30,7 @@ class GradInitConfig:
             derivative: exact for sign(g), and the paper's choice for SGD.
         clip_norm: bound on the l2 norm of the gradient that `sgd` steps along; `math.inf` for none.
         gamma: bound on the gradient norm; `math.inf` switches the constraint off.
-        iterations: number of scale updates.
         lr: learning rate of Adam on the scales (tau in the paper), in units of a scale.
-        betas: decay rates of Adam on the scales.
-        min_scale, max_scale: bounds of a scale.
         min_bias_scale: lower bound of a bias tensor's scale.
         norm_gains: whether the gains of normalisation layers get a learned scale or keep 1.
         second_order: how Hessian-vector products are taken: `exact` by double backward,

@@ -49,8 +49,6 @@ class LossGradients:
 
     Args:
         parameters: all of one type and on one device.
-        precision: of the evaluation of the loss.
-        processes: those that share each batch.
         halve: how to cut a batch that does not fit in the memory of a GPU.
     """
 

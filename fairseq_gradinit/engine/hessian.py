@@ -116,7 +116,6 @@ class HessianProducts:
         would all round the same way after another step.
 
         Args:
-            vector: used up, to save its memory.
             lengthening: factor on e, a power of two.
         """
         size = global_norm(vector, 2)

@@ -14,7 +14,6 @@ class Iteration:
     """What one iteration did. Losses are in the units of the loss function, per count.
 
     Attributes:
-        index: from 1.
         kind: `constraint` when the gradient norm exceeded gamma, else `objective`.
         loss: L(S) at the scales before this iteration.
         trial_loss: L(S~) after the trial step; None in a constraint iteration.

@@ -55,8 +55,7 @@ class Learned:
 class ScaleLearner:
     """Learns one scale per learned block, one iteration at a time.
 
-    The parameters hold m_i W_i between iterations. Their gradients are work space, and None
-    between iterations.
+    Between iterations the parameters hold m_i W_i, and their gradients are None.
 
     Args:
         loss: the training loss, with everything stochastic switched off (`deterministic`).
@@ -182,7 +181,7 @@ class ScaleLearner:
         return bool(self.weights.compare(self.weights.scales.detach(), stop)[1])
 
     def flush(self) -> None:
-        """Read the outcome of the last iteration, if that has not been read; raises as `step`."""
+        """Read the outcome of the last iteration; raises as `step`."""
         self.outcomes.read([])
 
     def state(self) -> LearnerState:

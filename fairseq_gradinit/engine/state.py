@@ -29,7 +29,6 @@ class Moments:
     """What Adam remembers of the gradients of one kind of iteration.
 
     Attributes:
-        step: iterations of this kind.
         mean, square: running averages of the gradient and its square, one for each learned block.
     """
 
@@ -43,9 +42,7 @@ class LearnerState:
     """Everything that the iterations to come depend on, but for the weights and the data.
 
     Attributes:
-        scales: of the learned blocks.
         moments: by kind of iteration; a kind that has not occurred is not there.
-        history: the iterations so far.
         skipped: batches skipped so far; with the iterations, the position in the data.
         second_order: how second-order products are taken; `auto` while that is to be chosen.
         first_loss: loss of the first batch of all, at the initial weights; None if not finite.
@@ -77,7 +74,6 @@ class StateFile:
         identity: what the run must have in common with one whose state it continues, by name: all
             that determines the scales.
         interval: iterations from one writing to the next.
-        processes: those that go on together.
     """
 
     def __init__(
