@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from fairseq_gradinit.engine import (
     TARGET_NAMES,
@@ -53,7 +54,7 @@ class Initialization:
         return self.learned.history
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the scales file that `fairseq-gradinit report`, `diff` and `apply` read.
+        """Write the scales file that `fairseq-gradinit report` and `diff` read.
 
         Raises:
             GradInitError: the file cannot be written.
@@ -76,6 +77,7 @@ def initialize(
     norm_gains: NormGains = "learned",
     seed: int = 0,
     split: Split = thirds,
+    progress: bool = True,
 ) -> Initialization:
     """Scale each parameter tensor of a fresh model so that the first training step is most useful.
 
@@ -110,6 +112,7 @@ def initialize(
         seed: makes the result repeatable.
         split: makes the two batches of the method from one of the loader, for batches of other
             kinds. Half of the examples of each should be in the other, too.
+        progress: show a progress bar on a terminal.
 
     Raises:
         GradInitError: an argument cannot be used, or losses or gradients are not finite. The model
@@ -136,8 +139,16 @@ def initialize(
     )
     description = Description(config, fingerprint(blocks), str(device))
     pairs = pair_batches(loader, split, device)
-    with _gradients_kept(blocks), deterministic(model):
-        learned = learn_scales(blocks, _summed(loss_fn, model), pairs, config)
+    # None: on a terminal only.
+    bar = tqdm(total=iterations, desc="GradInit", disable=None if progress else True)
+
+    def advance(iteration: Iteration) -> None:
+        loss = iteration.loss if iteration.trial_loss is None else iteration.trial_loss
+        bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
+        bar.update()
+
+    with _gradients_kept(blocks), deterministic(model), bar:
+        learned = learn_scales(blocks, _summed(loss_fn, model), pairs, config, on_iteration=advance)
     settings = description.settings(learned.second_order)
     return Initialization(Scales.of(blocks, learned.scale_of, settings, learned.history))
 

@@ -36,19 +36,67 @@ def conv_net(norm: type[nn.Module] = nn.Identity) -> nn.Module:
     return nn.Sequential(nn.Conv2d(1, 4, 3), norm(4), nn.ReLU(), *head)
 
 
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(36, 8), nn.ReLU(), nn.Linear(8, 36))
+        self.frozen = nn.Linear(36, 36).requires_grad_(False)
+        self.head = nn.Linear(36, CLASSES)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = images.flatten(1)
+        return self.head(self.frozen(x) + self.body(x))
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(6, 5, num_layers=2, dropout=0.5, batch_first=True)
+        self.head = nn.Linear(5, CLASSES)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.lstm(images.squeeze(1))[0][:, -1])
+
+
+class Answering(nn.Module):
+    """Takes a dictionary, and returns one with the loss in it, as the models of Hugging Face do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = conv_net()
+
+    def forward(self, images: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": functional.cross_entropy(self.net(images), labels)}
+
+
 def mean_loss(model: nn.Module, batch) -> torch.Tensor:
+    if isinstance(batch, dict):
+        return model(**batch)["loss"]
     return functional.cross_entropy(model(batch[0]), batch[1])
 
 
-def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
+def batches(kind: type = tuple) -> list:
     rng = torch.Generator().manual_seed(1)
-    return [
+    found = [
         (torch.randn(10, 1, 6, 6, generator=rng), torch.randint(CLASSES, (10,), generator=rng))
         for _ in range(3)
     ]
+    if kind is dict:
+        return [dict(zip(("images", "labels"), batch, strict=True)) for batch in found]
+    return found
 
 
-NETS = {"conv": conv_net, "batch norm": partial(conv_net, nn.BatchNorm2d)}
+NETS = {
+    "conv": conv_net,
+    "batch norm": partial(conv_net, nn.BatchNorm2d),
+    "residual": Residual,
+    "lstm": Recurrent,
+    "dictionaries": Answering,
+}
+
+
+def data_for(name: str) -> list:
+    return batches(dict if name == "dictionaries" else tuple)
 
 
 def fresh(make=conv_net) -> nn.Module:
@@ -88,7 +136,7 @@ def test_equals_the_engine_on_the_same_pairs_to_the_last_bit(name, gamma):
 
     model, twin = fresh(NETS[name]), fresh(NETS[name])
     settings = {"gamma": gamma, "min_scale": 0.1, "max_scale": 9.0}
-    result = run(model, mean_loss, batches(), lr=0.01, seed=4, split=recorded, **settings)
+    result = run(model, mean_loss, data_for(name), lr=0.01, seed=4, split=recorded, **settings)
     settings |= {"iterations": 5, "min_bias_scale": 0.1, "norm_gains": "learned"}
     config = GradInitConfig(eta=0.01, lr=0.03, **settings)
     with deterministic(twin):
@@ -115,7 +163,7 @@ def test_all_but_the_weights_is_as_it_was(name):
     head = list(model.parameters())[-1]
     head.grad = torch.ones_like(head)
     before, states = copy.deepcopy(model), random_states()
-    loader = DataLoader(batches(), batch_size=None, shuffle=True)
+    loader = DataLoader(data_for(name), batch_size=None, shuffle=True)
     result = run(model, mean_loss, loader, lr=0.01)
     assert random_states() == states
     assert [m.training for m in model.modules()] == [m.training for m in before.modules()]
