@@ -13,8 +13,9 @@ import copy
 import logging
 import math
 import sys
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,14 +27,12 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.logging import metrics
 from fairseq.optim.lr_scheduler.fixed_schedule import FixedLRScheduleConfig
 from fairseq.trainer import Trainer
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import OmegaConf, open_dict
 
 import fairseq_gradinit.plugin.install  # noqa: F401
 from fairseq_gradinit.errors import GradInitError, said_by
-from fairseq_gradinit.plugin.loaded_weights import note_loaded_weights
-from fairseq_gradinit.plugin.options import APPLYING, OPTION_NAMES, GradInitOptions
 from fairseq_gradinit.plugin.phase import run_phase
-from fairseq_gradinit.plugin.plan import Plan, make_plan, peak_lr
+from fairseq_gradinit.plugin.plan import make_plan, peak_lr
 from fairseq_gradinit.plugin.schemes.options import read_scheme
 from fairseq_gradinit.scales import SCALES_FILE
 
@@ -55,18 +54,23 @@ class Session:
     """
 
     def __init__(self, words: Sequence[str], folder: Path) -> None:
-        cfg = _configuration(words)
-        _keep_nothing(cfg, folder)
-        self._plan_cfg = copy.deepcopy(cfg)
-        _set(self._plan_cfg.task, "gradinit", True)
-        if getattr(cfg.task, "gradinit_scales", None) is None:
-            _set(self._plan_cfg.task, "gradinit_save_interval", 0)
-        self._plan()
-        _leave_out_options(cfg.task)
-        self._cfg = cfg
+        self._cfg = cfg = _configuration(words)
+        world = cfg.distributed_training.distributed_world_size
+        if world > 1:
+            logger.warning(
+                "training would run in %d processes; the check runs in one, so with batches of one",
+                world,
+            )
+        cfg.distributed_training.distributed_world_size = 1
+        cfg.checkpoint.save_dir = str(folder)
+        cfg.common.log_format, cfg.common.tensorboard_logdir = "none", None
+        cfg.dataset.num_workers = cfg.dataset.data_buffer_size = 0
+        cfg.task.gradinit = True
+        plan = make_plan(cfg)
+        assert plan is not None
+        self._plan = replace(plan, save_interval=0)
         with _fairseq_errors("load its task and training data"):
             self._task = tasks.setup_task(cfg.task)
-            note_loaded_weights(self._task)
             self._task.load_dataset(cfg.dataset.train_subset, combine=True, epoch=1)
 
     @property
@@ -84,8 +88,18 @@ class Session:
         Raises:
             GradInitError: fairseq cannot build it.
         """
+        cfg = copy.deepcopy(self._cfg)
+        schedule = FixedLRScheduleConfig(_name="fixed", warmup_updates=warmup)
+        with open_dict(cfg):
+            cfg.optimization.lr = [lr]
+            cfg.lr_scheduler = OmegaConf.structured(schedule)
+            cfg.lr_scheduler.lr = [lr]
+        metrics.reset()
+        np.random.seed(cfg.common.seed)
+        utils.set_torch_seed(cfg.common.seed)
         with _fairseq_errors("build the model"):
-            return self._trainer(lr, warmup)
+            model = self._task.build_model(cfg.model)
+            return SilentTrainer(cfg, self._task, model, self._task.build_criterion(cfg.criterion))
 
     def run_gradinit(self, trainer: Trainer) -> None:
         """Scale the weights of a new trainer.
@@ -94,34 +108,11 @@ class Session:
         later trainers too.
 
         Raises:
-            GradInitError: GradInit cannot work on it, or memory ran out.
+            GradInitError: GradInit cannot work on it.
         """
-        run_phase(trainer, self._plan())
-        self._apply_from_now_on(Path(self._plan_cfg.checkpoint.save_dir) / SCALES_FILE)
-
-    def _apply_from_now_on(self, scales: Path) -> None:
-        """Have later trainings take the scales in this file, as they were learned."""
-        _leave_out_options(self._plan_cfg.task, but=APPLYING)
-        _set(self._plan_cfg.task, "gradinit_scales", str(scales))
-
-    def _plan(self) -> Plan:
-        plan = make_plan(self._plan_cfg)
-        assert plan is not None  # --gradinit is set
-        return plan
-
-    def _trainer(self, lr: float, warmup: int) -> Trainer:
-        cfg = copy.deepcopy(self._cfg)
-        with open_dict(cfg):
-            cfg.optimization.lr = [lr]
-            schedule = FixedLRScheduleConfig(warmup_updates=warmup)
-            schedule._name = "fixed"
-            cfg.lr_scheduler = OmegaConf.structured(schedule)
-            cfg.lr_scheduler.lr = [lr]
-        metrics.reset()
-        np.random.seed(cfg.common.seed)
-        utils.set_torch_seed(cfg.common.seed)
-        model = self._task.build_model(cfg.model)
-        return SilentTrainer(cfg, self._task, model, self._task.build_criterion(cfg.criterion))
+        run_phase(trainer, self._plan)
+        scales = Path(self._cfg.checkpoint.save_dir) / SCALES_FILE
+        self._plan = replace(self._plan, scales_file=str(scales), unused=())
 
 
 class SilentTrainer(Trainer):  # type: ignore[misc]
@@ -130,6 +121,9 @@ class SilentTrainer(Trainer):  # type: ignore[misc]
     Otherwise it would first save a checkpoint, and run the update again to find the layer to blame,
     which with newer versions of torch ends in an error of its own.
     """
+
+    # The session itself runs the phase, where it is wanted.
+    _gradinit_done = True
 
     def save_checkpoint(self, filename: str, extra_state: Any) -> None:
         error = sys.exception()
@@ -142,14 +136,10 @@ class TrainingBatches:
 
     Attributes:
         indices: of the sentences in them, batch by batch; None if the data are streamed.
-
-    Raises:
-        GradInitError: fairseq cannot make them.
     """
 
     def __init__(self, trainer: Any) -> None:
-        with _fairseq_errors("make its batches"):
-            self._epochs = trainer.get_train_iterator(epoch=1, load_dataset=False)
+        self._epochs = trainer.get_train_iterator(epoch=1, load_dataset=False)
         self._cfg = trainer.cfg
         batches = getattr(self._epochs, "frozen_batches", None)
         self.indices = None if batches is None else np.concatenate([np.empty(0, int), *batches])
@@ -173,18 +163,10 @@ def make_update(trainer: Trainer, samples: Any) -> tuple[float, float] | None:
 
     Raises:
         FloatingPointError: the gradient is not finite.
-        GradInitError: memory ran out.
     """
     number = trainer.get_num_updates()
     with metrics.aggregate(new_root=True) as logged:
-        try:
-            trainer.train_step(samples, raise_oom=True)
-        except RuntimeError as error:
-            if "out of memory" not in str(error):
-                raise
-            raise GradInitError(
-                "memory ran out in an update: lower --max-tokens, as training would have to"
-            ) from error
+        trainer.train_step(samples, raise_oom=True)
     if trainer.get_num_updates() == number:
         return None
     return float(logged["loss"].avg), float(logged["gnorm"].avg if "gnorm" in logged else math.nan)
@@ -226,38 +208,6 @@ def _configuration(words: Sequence[str]) -> Any:
 
 def _refuse(message: str) -> NoReturn:
     raise GradInitError(f"fairseq-train does not take this command line: {message}")
-
-
-def _keep_nothing(cfg: Any, folder: Path) -> None:
-    """Have nothing written but into `folder`, no other process begun, and no progress shown."""
-    world = cfg.distributed_training.distributed_world_size
-    if world > 1:
-        logger.warning(
-            "training would run in %d processes; the check runs in one, so with batches of one",
-            world,
-        )
-    with open_dict(cfg):
-        cfg.distributed_training.distributed_world_size = 1
-        cfg.checkpoint.save_dir = str(folder)
-        common = cfg.common
-        common.tensorboard_logdir = common.wandb_project = common.aim_repo = None
-        common.log_file = None
-        common.azureml_logging = False
-        common.log_format = "none"
-        cfg.dataset.num_workers = 0
-        cfg.dataset.data_buffer_size = 0
-
-
-def _leave_out_options(task_cfg: Any, but: Collection[str] = ()) -> None:
-    """Have the options of GradInit as if they had not been given."""
-    for name in OPTION_NAMES:
-        if name not in but:
-            _set(task_cfg, name, getattr(GradInitOptions, name))
-
-
-def _set(task_cfg: Any, name: str, value: Any) -> None:
-    with open_dict(task_cfg) if isinstance(task_cfg, DictConfig) else nullcontext():
-        setattr(task_cfg, name, value)
 
 
 @contextmanager
