@@ -22,14 +22,7 @@ def said_by(error: Exception) -> str:
 
 @contextmanager
 def needs_plot(what: str) -> Iterator[None]:
-    """Turn a missing package into the command that installs it.
-
-    Args:
-        what: what needs it, in the plural.
-
-    Raises:
-        GradInitError: a package of the extra "plot" is not installed.
-    """
+    """Turn a missing package, which `what` need, into the command that installs it."""
     try:
         yield
     except ModuleNotFoundError as error:

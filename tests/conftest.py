@@ -14,10 +14,10 @@ import re
 import resource
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from unittest import mock
 
@@ -33,40 +33,12 @@ ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 
 
-def slowness() -> float:
-    """How many times slower this machine is than the one that the limit is made for; at least 1."""
-    start = time.process_time()
-    sum(i * i for i in range(1_000_000))
-    return max(1.0, (time.process_time() - start) / 0.06)
-
-
-# A test of the fast tier may take this many seconds of processor time, of its programs too.
-FAST_TEST_SECONDS = 5.0 * slowness()
-
 # Of a program that is started: one thread, no warnings of fairseq's, and less to import.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "PYTHONWARNINGS": "ignore",
     "PYTHONPATH": str(ROOT / "tests" / "light_imports"),
 }
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """Fail a test that belongs to the slow tier and is not marked so.
-
-    Processor time, unlike time on the clock, does not depend on what else the machine does.
-    """
-    before = sum(os.times()[:4])
-    result = yield
-    taken = sum(os.times()[:4]) - before
-    if taken > FAST_TEST_SECONDS and item.get_closest_marker("slow") is None:
-        pytest.fail(
-            f"took {taken:.1f} s of processor time, and a fast test has {FAST_TEST_SECONDS:.1f}: "
-            "make it smaller, or mark it with @pytest.mark.slow",
-            pytrace=False,
-        )
-    return result
 
 
 SMALL_MODEL = [
@@ -93,12 +65,8 @@ OWN_USER_DIR = ["--user-dir", str(ROOT / "tests" / "own_user_dir")]
 def usual_options(*left_out: str) -> list[str]:
     """The small model and its short training, without some options and their values."""
     usual = [*SMALL_MODEL, *SHORT_TRAINING]
-    kept = []
-    for i, word in enumerate(usual):
-        option = word if word.startswith("--") else usual[i - 1]
-        if option not in left_out:
-            kept.append(word)
-    return kept
+    options = [word if word.startswith("--") else before for before, word in pairwise(["", *usual])]
+    return [word for word, option in zip(usual, options, strict=True) if option not in left_out]
 
 
 @dataclass
@@ -119,9 +87,9 @@ class Outcome:
 
     def error(self) -> str:
         """The one sentence that a mistake was answered with."""
-        assert self.code not in (0, None), self.output
+        assert self.code != 0, self.output
         assert "Traceback" not in self.output, self.output
-        (line,) = self.lines("GradInit: ")[-1:] or [self.output]
+        line = self.lines("GradInit: ")[-1]
         assert "ERROR" in line, self.output
         return line.partition("GradInit: ")[2]
 
@@ -143,11 +111,14 @@ def run_command(
     return Outcome(done.returncode, done.stdout + done.stderr)
 
 
-@contextlib.contextmanager
-def in_place_of(outcome: Outcome, words: Sequence[object], form: str) -> Iterator[io.StringIO]:
-    """What is called inside is a program of these words, whose end and log `outcome` is to be."""
+def call_here(outcome: Outcome, program: str, *arguments: object, stdin: str = "") -> None:
+    """Call a program of fairseq's in this process, and note its end and output."""
+    name = program.removeprefix("fairseq-").replace("-", "_")
+    module = importlib.import_module(f"fairseq_cli.{name}")
     printed = io.StringIO()
     handler = logging.StreamHandler(printed)
+    # As fairseq_cli sets it.
+    form = "%(asctime)s | %(levelname)s | %(name)s | %(message)s"
     handler.setFormatter(logging.Formatter(form, "%Y-%m-%d %H:%M:%S"))
     root = logging.getLogger()
     level = root.level
@@ -155,11 +126,13 @@ def in_place_of(outcome: Outcome, words: Sequence[object], form: str) -> Iterato
     root.setLevel(logging.INFO)
     try:
         with (
-            mock.patch.object(sys, "argv", list(map(str, words))),
+            mock.patch.object(sys, "argv", [program, *map(str, arguments)]),
+            mock.patch.object(sys, "stdin", io.StringIO(stdin)),
+            contextlib.redirect_stdout(printed),
             contextlib.redirect_stderr(printed),
             warnings.catch_warnings(action="ignore"),
         ):
-            yield printed
+            module.cli_main()
     except SystemExit as leaving:
         outcome.code = leaving.code or 0
     finally:
@@ -172,17 +145,8 @@ def run_here(program: str, *arguments: object, stdin: str = "") -> Outcome:
     """Run one of fairseq's programs in this process, where the plugin stays loaded."""
     import fairseq_gradinit.plugin.install  # noqa: F401
 
-    name = program.removeprefix("fairseq-").replace("-", "_")
-    module = importlib.import_module(f"fairseq_cli.{name}")
     outcome = Outcome(0, "")
-    # As fairseq_cli sets it.
-    form = "%(asctime)s | %(levelname)s | %(name)s | %(message)s"
-    with (
-        in_place_of(outcome, [program, *arguments], form) as printed,
-        mock.patch.object(sys, "stdin", io.StringIO(stdin)),
-        contextlib.redirect_stdout(printed),
-    ):
-        module.cli_main()
+    call_here(outcome, program, *arguments, stdin=stdin)
     return outcome
 
 
@@ -192,7 +156,6 @@ class Corpus:
 
     translation: Path
     language_model: Path
-    source_text: Path
 
 
 def write_manifest(corpus: Path, text_digest: str, **moses: bool) -> None:
@@ -226,19 +189,16 @@ def binarise(folder: Path, *arguments: str) -> Path:
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
-    # Torch imports much when it makes its first optimizer, for seconds that no test is to pay.
-    torch.optim.Adam([torch.zeros(1, requires_grad=True)], fused=True)
     folder = tmp_path_factory.mktemp("corpus")
     write_corpus(folder, {"train": 400, "valid": 40})
-    train, valid = str(folder / "train"), str(folder / "valid")
-    pair = ("-s", "de", "-t", "en", "--joined-dictionary")
+
+    def binarised(name: str, ending: str, *options: str) -> Path:
+        train, valid = (str(folder / f"{split}{ending}") for split in ("train", "valid"))
+        return binarise(folder / name, *options, "--trainpref", train, "--validpref", valid)
+
     return Corpus(
-        binarise(folder / "mt", *pair, "--trainpref", train, "--validpref", valid),
-        binarise(
-            folder / "lm",
-            *("--only-source", "--trainpref", f"{train}.de", "--validpref", f"{valid}.de"),
-        ),
-        folder / "valid.de",
+        binarised("mt", "", "-s", "de", "-t", "en", "--joined-dictionary"),
+        binarised("lm", ".de", "--only-source"),
     )
 
 
@@ -288,20 +248,12 @@ def digest(sample: object) -> str:
 
 
 def train_here(
-    data: Path,
-    save_dir: Path,
-    *arguments: object,
-    base: Sequence[str] = (),
-    plugin: bool = True,
+    data: Path, save_dir: Path, *arguments: object, base: Sequence[str] = ()
 ) -> Training:
-    """Run fairseq-train as `train` does, but in this process, where the plugin stays loaded.
-
-    Without `plugin` it is not loaded, so that has to come first in a process of its own.
-    """
+    """Run fairseq-train as `train` does, but in this process, where the plugin stays loaded."""
     import fairseq_cli.train as program
 
-    if plugin:
-        import fairseq_gradinit.plugin.install  # noqa: F401
+    import fairseq_gradinit.plugin.install  # noqa: F401
 
     seen = Training(0, "")
 
@@ -316,12 +268,8 @@ def train_here(
             return super().train_step(samples, raise_oom)
 
     base = base or [*SMALL_MODEL, *SHORT_TRAINING]
-    words = ["fairseq-train", data, *base, "--save-dir", save_dir, *arguments]
-    with (
-        in_place_of(seen, words, "%(levelname)s | %(name)s | %(message)s"),
-        mock.patch.object(program, "Trainer", RecordingTrainer),
-    ):
-        program.cli_main()
+    with mock.patch.object(program, "Trainer", RecordingTrainer):
+        call_here(seen, "fairseq-train", data, *base, "--save-dir", save_dir, *arguments)
     return seen
 
 
@@ -336,17 +284,11 @@ def nearly_full_disk(limit: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@dataclass(frozen=True)
 class Disk:
-    """A small file system in memory, at `folder`."""
+    """A file system of 1 MiB in memory, at `folder`."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def resize(self, kib: int, *, new: bool = False) -> None:
-        options = f"{'' if new else 'remount,'}size={kib}k"
-        # Not `run`, which a test replaces.
-        if subprocess.call(["mount", "-t", "tmpfs", "-o", options, "tmpfs", self.folder]) != 0:
-            pytest.skip("no file system can be mounted here")
+    folder: Path
 
     def fill(self, leave: int = 0) -> None:
         """Fill it to the brim, or but for so many KiB."""
@@ -356,22 +298,13 @@ class Disk:
                 file.write(bytes(4096))
         os.truncate(filler, filler.stat().st_size - 1024 * leave)
 
-    def contents(self) -> dict[str, bytes]:
-        files = (path for path in self.folder.rglob("*") if path.is_file())
-        return {
-            str(path.relative_to(self.folder)): path.read_bytes()
-            for path in files
-            if path.name != "filler"
-        }
-
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Disk]:
-    if os.geteuid() != 0:
-        pytest.skip("only root can mount a file system")
     folder = tmp_path / "disk"
     folder.mkdir()
-    found = Disk(folder)
-    found.resize(1024, new=True)
-    yield found
+    # Not `run`, which a test replaces.
+    if subprocess.call(["mount", "-t", "tmpfs", "-o", "size=1024k", "tmpfs", folder]) != 0:
+        pytest.skip("only root can mount a file system")
+    yield Disk(folder)
     subprocess.check_call(["umount", folder])

@@ -22,7 +22,7 @@ def make_trainer():
     from fairseq.data import Dictionary, LanguagePairDataset
     from fairseq.tasks.fairseq_task import FairseqTask
 
-    def make(lengths, seed=1, max_tokens=None, rank=0, processes=1):
+    def make(lengths, seed=1, rank=0, processes=1):
         rng = torch.Generator().manual_seed(0)
         tokens = [torch.randint(4, 99, (n,), generator=rng) for n in lengths]
         dictionary = Dictionary()
@@ -42,7 +42,7 @@ def make_trainer():
             get_model=lambda: SimpleNamespace(max_positions=lambda: (64, 64)),
             cfg=SimpleNamespace(
                 dataset=SimpleNamespace(
-                    train_subset="train", required_batch_size_multiple=1, max_tokens=max_tokens
+                    train_subset="train", required_batch_size_multiple=1, max_tokens=None
                 ),
                 common=SimpleNamespace(seed=seed),
             ),
@@ -62,10 +62,12 @@ def ids(samples):
 
 
 def test_the_batches_of_a_pair_share_half_of_their_sentences(make_trainer):
-    for pair in itertools.islice(paired(make_trainer([6] * 90)), 20):
-        (first,), (second,) = ids(pair.first), ids(pair.second)
-        assert len(first) == len(second) == 6
-        assert len(first & second) == 3
+    for pair in itertools.islice(paired(make_trainer([6] * 90), micro_batches=3), 20):
+        assert len(pair.first) == len(pair.second) == 3
+        for first, second in zip(ids(pair.first), ids(pair.second), strict=True):
+            assert len(first) == len(second) == 6
+            assert len(first & second) == 3
+        assert len(set.union(*ids(pair.first))) >= 12
 
 
 def test_processes_share_what_one_process_would_draw(make_trainer):
@@ -86,30 +88,20 @@ def test_token_counts_are_those_of_the_cut_batch(make_trainer):
     for pair in itertools.islice(paired(make_trainer(lengths)), 10):
         for sample in (batch.sample for batch in (*pair.first, *pair.second)):
             expected = [lengths[i] for i in sample["id"].tolist()]
-            assert sample["ntokens"] == sum(expected)
+            assert sample["ntokens"] == sum(expected) == int((sample["target"] != PAD).sum())
             assert sample["nsentences"] == len(expected)
-            assert int((sample["target"] != PAD).sum()) == sum(expected)
             assert sample["target"].shape[1] == max(expected)
 
 
 def test_a_batch_is_shuffled_before_the_cut(make_trainer):
     """Else S would always hold the short sentences of a batch, and S~ the long ones."""
     lengths = list(range(3, 12)) * 10
-    means = []
+    differences = []
     for pair in itertools.islice(paired(make_trainer(lengths), max_sentences=9), 60):
-        one, other = (
-            np.mean([lengths[i] for i in group]) for group in ids(pair.first + pair.second)
-        )
-        means.append(one - other)
-    assert min(means) < 0 < max(means)
-
-
-def test_micro_batches(make_trainer):
-    for pair in itertools.islice(paired(make_trainer([6] * 90), micro_batches=3), 10):
-        assert len(pair.first) == len(pair.second) == 3
-        for first, second in zip(ids(pair.first), ids(pair.second), strict=True):
-            assert len(first & second) == 3
-        assert len(set.union(*ids(pair.first))) >= 12
+        groups = ids(pair.first + pair.second)
+        one, other = (np.mean([lengths[i] for i in group]) for group in groups)
+        differences.append(one - other)
+    assert min(differences) < 0 < max(differences)
 
 
 def test_all_the_data_are_used_and_again_in_another_order(make_trainer):
@@ -120,52 +112,29 @@ def test_all_the_data_are_used_and_again_in_another_order(make_trainer):
     assert seen[:10] != seen[10:]
 
 
-def test_sentences_of_equal_lengths_share_batches_and_do_not_count_as_drawn(make_trainer):
-    lengths = [3, 5, 7] * 30
-    pairs = paired(make_trainer(lengths))
-    pairs_before = pairs.digest()
-    found = pairs.sentences(8)
-    assert len(found) == 3
+def test_sentences_of_equal_shapes_share_small_batches_and_do_not_count_as_drawn(
+    make_trainer, monkeypatch
+):
+    monkeypatch.setattr("fairseq_gradinit.plugin.batches.SMALL_BATCH", 48)
+
+    def chosen(count, **options):
+        trainer = make_trainer([6] * 90, **options)
+        data = trainer.task.dataset("train")
+        data.tgt = [tokens[: 3 + i % 3] for i, tokens in enumerate(data.tgt)]
+        pairs = paired(trainer)
+        before = pairs.digest()
+        found = pairs.sentences(count)
+        assert pairs.digest() == before
+        return found
+
+    found = chosen(90)
+    assert sorted(len(batch.indices) for batch in found) == [*[6] * 3, *[8] * 9]
+    assert set.union(*ids(found)) == set(range(90))
     for batch in found:
         assert set(batch.indices) == set(batch.sample["id"].tolist())
-        assert len({lengths[i] for i in batch.indices}) == 1
-        assert not (batch.sample["net_input"]["src_tokens"] == PAD).any()
-    assert len(set.union(*ids(found))) == 8
-    assert pairs.digest() == pairs_before
-    other = paired(make_trainer(lengths, processes=2, rank=1), max_tokens=90).sentences(8)
-    assert ids(found) == ids(other)
-    assert sum(len(batch.indices) for batch in pairs.sentences(1000)) == 90
-
-
-def test_sentences_that_differ_on_one_side_only_do_not_share_a_batch(make_trainer):
-    trainer = make_trainer([6] * 30)
-    data = trainer.task.dataset("train")
-    data.tgt = [tokens[: 3 + i % 3] for i, tokens in enumerate(data.tgt)]
-    batches = paired(trainer).sentences(30)
-    assert sorted(len(batch.indices) for batch in batches) == [10, 10, 10]
-    assert not any((batch.sample["target"] == PAD).any() for batch in batches)
-
-
-def test_sentences_share_small_batches_only(make_trainer, monkeypatch):
-    monkeypatch.setattr("fairseq_gradinit.plugin.batches.SMALL_BATCH", 20)
-    batches = paired(make_trainer([6] * 30)).sentences(10)
-    assert [len(batch.indices) for batch in batches] == [3, 3, 3, 1]
-
-
-def test_sentences_that_tell_no_shape_are_batches_of_their_own(make_trainer):
-    trainer = make_trainer([6] * 30)
-    data = trainer.task.dataset("train")
-    plain = type(data).__getitem__, data.collater
-
-    class Hidden(type(data)):
-        def __getitem__(self, index):
-            return SimpleNamespace(item=plain[0](self, index))
-
-        def collater(self, items):
-            return plain[1]([item.item for item in items])
-
-    data.__class__ = Hidden
-    assert [len(batch.indices) for batch in paired(trainer).sentences(4)] == [1, 1, 1, 1]
+        assert not (batch.sample["target"] == PAD).any()
+    assert ids(chosen(8)) == ids(chosen(8, processes=2, rank=1))
+    assert len(set.union(*ids(chosen(8)))) == 8
 
 
 def test_sentences_have_the_same_noise_every_time_and_leave_random_numbers_alone(make_trainer):
@@ -182,8 +151,7 @@ def test_sentences_have_the_same_noise_every_time_and_leave_random_numbers_alone
     expected = [batch.sample["noise"] for batch in batches.sentences(9)]
     assert len(set(expected)) == len(expected) == 3
     before = random_states()
-    again = [batch.sample["noise"] for batch in batches.sentences(9)]
-    assert again == expected
+    assert [batch.sample["noise"] for batch in batches.sentences(9)] == expected
     assert random_states() == before
 
 
@@ -205,19 +173,9 @@ def test_the_seed_decides_and_the_digest_tells(make_trainer):
 
 
 def test_training_finds_its_iterator_as_it_left_it(make_trainer):
-    trainer = make_trainer([3, 5, 7] * 30)
-    data = trainer.task.dataset("train")
-    iterator = trainer.task.get_batch_iterator(data, max_tokens=60)
-    cached = dict(trainer.task.dataset_to_epoch_iter)
-    state = np.random.get_state()[1].tolist()
-    next(iter(paired(trainer)))
-    assert trainer.task.dataset_to_epoch_iter == cached
-    assert iterator.next_epoch_idx == 1
-    assert np.random.get_state()[1].tolist() == state
-
-
-def test_task_that_ignores_disable_iterator_cache(make_trainer):
-    """As fairseq's translation_multi_simple_epoch does."""
+    """Also with a task that ignores `disable_iterator_cache`, such as
+    fairseq's translation_multi_simple_epoch.
+    """
     trainer = make_trainer([3, 5, 7] * 30)
     task, data = trainer.task, trainer.task.dataset("train")
     stock = task.get_batch_iterator
@@ -240,25 +198,14 @@ def test_task_that_ignores_disable_iterator_cache(make_trainer):
     assert training.next_epoch_idx == 1
 
 
-def test_grouped_data_are_refused(make_trainer):
-    trainer = make_trainer([5] * 40)
-    groups = SimpleNamespace(frozen_batches=(([1, 2], [3, 4]), ([5, 6], [7, 8])))
-    trainer.task.get_batch_iterator = lambda **_: groups
-    with pytest.raises(GradInitError, match="the grouped data of LanguagePairDataset"):
-        paired(trainer)
-
-
-def test_batches_of_fewer_than_three_sentences_are_left_out(make_trainer):
-    trainer = make_trainer([50] * 10 + [5] * 40)
-    for pair in itertools.islice(paired(trainer), 30):
-        (first,) = ids(pair.first)
-        assert min(first) >= 10
-
-
-@pytest.mark.parametrize("limits", [{"max_tokens": 20}, {"max_tokens": 100}])
-def test_sentences_too_long_for_either_batch_are_left_out(make_trainer, limits):
-    trainer = make_trainer([40] * 10 + [5] * 40, max_tokens=30)
-    for pair in itertools.islice(paired(trainer, **limits), 10):
+# Fewer than three in a batch; too long for a batch of GradInit, or of training.
+@pytest.mark.parametrize(
+    ("long", "ours", "training"), [(50, 60, None), (40, 20, 30), (40, 100, 30)]
+)
+def test_sentences_that_are_too_long_are_left_out(make_trainer, long, ours, training):
+    trainer = make_trainer([long] * 10 + [5] * 40)
+    trainer.cfg.dataset.max_tokens = training
+    for pair in itertools.islice(paired(trainer, max_tokens=ours), 20):
         assert min(min(group) for group in ids(pair.first)) >= 10
 
 
@@ -266,11 +213,9 @@ def test_sentences_too_long_for_either_batch_are_left_out(make_trainer, limits):
     ("lengths", "options", "message"),
     [
         ([25] * 40, {"max_tokens": 60}, r"only 0 of the 20 batches .* raise --gradinit-max-tokens"),
-        ([25] * 40, {"max_tokens": 9}, "no sentence .* fits in a GradInit batch of 9 tokens"),
-        ([5] * 4, {"max_tokens": 60}, r"4 sentences\) fill only 1 .* lower --gradinit-max-tokens"),
+        ([25] * 40, {"max_tokens": 9}, r"only 0 of the 0 .* raise --gradinit-max-tokens \(now 9\)"),
         ([5] * 40, {"max_tokens": 60, "micro_batches": 9}, "fill only 4 .* and 9 or more"),
         ([5] * 4, {"max_tokens": None, "max_sentences": 4}, "lower .* or --batch-size"),
-        ([5] * 4, {"max_tokens": None, "max_sentences": 2}, "raise .* or --batch-size"),
     ],
 )
 def test_too_few_or_too_small_batches_are_refused(make_trainer, lengths, options, message):
@@ -278,8 +223,11 @@ def test_too_few_or_too_small_batches_are_refused(make_trainer, lengths, options
         paired(make_trainer(lengths), **options)
 
 
-def test_streams_are_refused(make_trainer):
+@pytest.mark.parametrize(
+    "batches", [iter([]), SimpleNamespace(frozen_batches=(([1, 2], [3, 4]), ([5, 6], [7, 8])))]
+)
+def test_streams_and_grouped_data_are_refused(make_trainer, batches):
     trainer = make_trainer([5] * 40)
-    trainer.task.get_batch_iterator = lambda **_: iter([])
-    with pytest.raises(GradInitError, match="streaming data of LanguagePairDataset"):
+    trainer.task.get_batch_iterator = lambda **_: batches
+    with pytest.raises(GradInitError, match="grouped data of LanguagePairDataset do not allow"):
         paired(trainer)

@@ -92,10 +92,9 @@ def test_gradinit_runs_once_and_gives_the_same_numbers_again(corpus, learned, tm
         *(
             pytest.param(options, marks=pytest.mark.slow)
             for options in (
-                *("--amp", "--memory-efficient-fp16", "--share-all-embeddings"),
-                "--gradinit-gamma 30 --gradinit-optimizer sgd-normalized",
-                "--batch-size 24 --gradinit-norm-gains learned",
-                "--encoder-layerdrop 0.5 --dropout 0.5",
+                "--amp --encoder-layerdrop 0.5 --dropout 0.5",
+                "--memory-efficient-fp16 --share-all-embeddings --gradinit-norm-gains learned",
+                "--batch-size 24 --gradinit-gamma 30 --gradinit-optimizer sgd-normalized",
             )
         ),
     ],
@@ -116,23 +115,17 @@ def test_the_constraint_is_met_where_it_is_asked_for(corpus, tmp_path):
     options += ["--gradinit-iterations", "4", "--gradinit-gamma", "30", "--no-save"]
     run = train_here(corpus.translation, tmp_path, "--gradinit", *options)
     history = Scales.load(tmp_path / SCALES_FILE).history
-    assert [(i.kind, i.trial_loss, i.grad_norm > 30) for i in history] == [
-        ("constraint", None, True)
-    ] * 4
-    assert len(run.lines("kind=constraint")) == len(run.lines("gamma=30, ")) == 4
+    found = [(iteration.kind, iteration.grad_norm > 30) for iteration in history]
+    assert found == [("constraint", True)] * 4
+    assert len(run.lines("kind=constraint")) == 4
 
 
 @pytest.mark.parametrize(
     "options",
     [
         "--lr-scheduler inverse_sqrt --warmup-updates 5",
-        *(
-            pytest.param(options, marks=pytest.mark.slow)
-            for options in (
-                *("--lr-scheduler cosine --warmup-updates 0", "--store-ema --update-freq 2"),
-                *("--lr-scheduler fixed --force-anneal 2", "--lr-scheduler reduce_lr_on_plateau"),
-            )
-        ),
+        pytest.param("--store-ema --update-freq 2", marks=pytest.mark.slow),
+        pytest.param("--lr-scheduler reduce_lr_on_plateau", marks=pytest.mark.slow),
     ],
 )
 def test_scales_of_one_change_no_number(corpus, learned, tmp_path, options):
@@ -183,10 +176,7 @@ def test_a_resumed_run_skips_gradinit_and_ends_as_an_unbroken_one(corpus, learne
 
 @pytest.mark.parametrize(
     "restored",
-    [
-        "--finetune-from-model",
-        "--reset-optimizer --reset-meters --reset-dataloader --restore-file",
-    ],
+    ["--finetune-from-model", "--reset-optimizer --reset-meters --reset-dataloader --restore-file"],
 )
 def test_weights_from_a_checkpoint_are_left_alone(corpus, learned, tmp_path, restored):
     options = [*restored.split(), learned[0] / "checkpoint_last.pt", "--max-update", "1"]
@@ -217,8 +207,10 @@ def test_the_loss_of_several_language_pairs_is_their_sum(corpus, tmp_path):
 
 
 def test_pieces_of_a_user_dir(corpus, tmp_path):
-    """A criterion with parameters, a half frozen model, and a task that was registered through a
-    name imported before the plugin. The loss is a vector of one, the sample size a tensor."""
+    """A criterion with parameters, a half frozen model, and a task registered after the options.
+
+    The loss is a vector of one, the sample size a tensor.
+    """
     base = usual_options("--criterion", "--label-smoothing")
     options = ["--criterion", "with_parameters", "--arch", "half_frozen_transformer"]
     options += ["--task", "task_registered_later", *OWN_USER_DIR, *UNCENTERED, *STANDSTILL]
@@ -236,27 +228,3 @@ def test_pieces_of_a_user_dir(corpus, tmp_path):
     assert scale != 1.0
     found = run.trainer.get_criterion().temperature.detach()
     assert torch.equal(found, torch.full((1,), 1.5) * torch.tensor(scale))
-
-
-def test_biases_that_dynamic_convolutions_leave_unset_are_no_obstacle(
-    corpus, tmp_path, monkeypatch
-):
-    """fairseq allocates them, and neither fills nor uses them; here the memory held NaN."""
-    from fairseq.modules import DynamicConv_scripatable
-
-    reset = DynamicConv_scripatable.reset_parameters
-
-    def leave_unset(conv):
-        reset(conv)
-        conv.conv_bias.data.fill_(float("nan"))
-
-    monkeypatch.setattr(DynamicConv_scripatable, "reset_parameters", leave_unset)
-    options = ["--arch", "lightconv_iwslt_de_en", "--weight-softmax", "True"]
-    for side in ("encoder", "decoder"):
-        options += [f"--{side}-conv-type", "dynamic", f"--{side}-kernel-size-list", "[3]"]
-    run = train_here(corpus.translation, tmp_path, *UNCENTERED, *STANDSTILL, *options)
-    assert run.code == 0, run.output
-    unset = [name for name in run.initial if name.endswith("conv_bias")]
-    assert len(unset) == 2
-    assert all(scales_in(tmp_path)[name] == 1.0 for name in unset)
-    assert not any(run.first[name].any() for name in unset)

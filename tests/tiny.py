@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -130,22 +129,6 @@ def move_away_from_one(learner: ScaleLearner, pair: BatchPair) -> None:
         learner.step(pair)
 
 
-@dataclass
-class _Ranks:
-    """What the threads of `in_ranks` share.
-
-    Attributes:
-        turn: held by the rank that runs.
-        given: to each collective so far, by rank: its name and what goes in.
-        ended: how many ranks have returned or failed.
-    """
-
-    count: int
-    turn: threading.Condition = field(default_factory=threading.Condition)
-    given: list[dict[int, tuple[str, Any]]] = field(default_factory=list)
-    ended: int = 0
-
-
 class ThreadProcesses:
     """One rank of several that are threads of this process: see `Processes` and `in_ranks`.
 
@@ -153,10 +136,11 @@ class ThreadProcesses:
     what all threads share: random number generators, and torch's choice of attention kernels.
     """
 
-    def __init__(self, rank: int, ranks: _Ranks) -> None:
-        self.rank, self.count = rank, ranks.count
-        self._ranks = ranks
-        self._done = 0
+    def __init__(
+        self, rank: int, given: list[Any], turn: threading.Lock, barrier: threading.Barrier
+    ) -> None:
+        self.rank, self.count = rank, len(given)
+        self._given, self._turn, self._barrier = given, turn, barrier
 
     def sum_(self, tensors: Sequence[torch.Tensor]) -> None:
         given = self._exchange("sum", [tensor.clone() for tensor in tensors])
@@ -171,34 +155,36 @@ class ThreadProcesses:
 
     def _exchange(self, name: str, value: Any) -> list[Any]:
         """What all ranks give to this collective, in their order."""
-        ranks = self._ranks
-        if self._done == len(ranks.given):
-            ranks.given.append({})
-        given = ranks.given[self._done]
-        self._done += 1
-        given[self.rank] = name, value
-        ranks.turn.notify_all()
-        ranks.turn.wait_for(lambda: len(given) == self.count or ranks.ended > 0)
-        if len(given) < self.count:
-            raise GradInitError(f"process {self.rank} of {self.count} lost the others in {name}")
-        assert {other for other, _ in given.values()} == {name}, given
-        return [given[rank][1] for rank in range(self.count)]
+        self._given[self.rank] = name, value
+        self._turn.release()
+        try:
+            self._barrier.wait(60)
+            names, values = zip(*self._given, strict=True)
+            # Nobody gives to the next collective before all have read.
+            self._barrier.wait(60)
+        except threading.BrokenBarrierError:
+            lost = f"process {self.rank} of {self.count} lost the others in {name}"
+            raise GradInitError(lost) from None
+        finally:
+            self._turn.acquire()
+        assert set(names) == {name}
+        return list(values)
 
 
 def in_ranks(count: int, work: Callable[[Processes], Any]) -> list[Any]:
     """What `work` returns in each of `count` ranks; raises the error that happened first."""
-    ranks = _Ranks(count)
+    turn, barrier = threading.Lock(), threading.Barrier(count)
+    given: list[Any] = [None] * count
     found: list[Any] = [None] * count
     errors: list[BaseException] = []
 
     def run(rank: int) -> None:
-        with ranks.turn:
+        with turn:
             try:
-                found[rank] = work(ThreadProcesses(rank, ranks))
+                found[rank] = work(ThreadProcesses(rank, given, turn, barrier))
             except BaseException as error:
                 errors.append(error)
-            ranks.ended += 1
-            ranks.turn.notify_all()
+                barrier.abort()
 
     threads = [threading.Thread(target=run, args=[rank]) for rank in range(count)]
     for thread in threads:

@@ -1,20 +1,17 @@
 """Batches for GradInit, drawn from the run's own training data.
 
-The batches come from the task, but not through the epoch iterator that training uses: the task
-caches that one, and drawing from it would shift training's order of data. Each batch of sentence
-indices is cut in thirds before it is collated, so any sample format that the task's own collater
-produces is right, and its token counts too.
+The batches come from the task, but not through the epoch iterator that training uses: drawing from
+that one would shift training's order of data. Each batch of sentence indices is cut in thirds
+before it is collated, so any sample format is right, and its token counts too.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from numbers import Number
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -46,16 +43,14 @@ class MicroBatch:
 class PairedBatches:
     """Endless pairs S, S~ that share half of their sentences (paper, section 3.3).
 
-    Every batch of about `max_tokens` tokens is shuffled and cut in thirds A, B, C: S = A + B and
-    S~ = B + C, two thirds of the batch each.
+    Every batch is shuffled and cut in thirds A, B, C: S = A + B and S~ = B + C.
 
     Args:
         trainer: fairseq's trainer, with the training data loaded.
         max_tokens: tokens in a batch before the cut, or None to use `max_sentences` alone.
         max_sentences: sentences in a batch before the cut, or None.
-        micro_batches: micro-batches in each of S and S~ (the run's --update-freq). Of these each
-            data-parallel process gets so many, no two the same: R processes with u of them draw
-            what one process with R u of them would.
+        micro_batches: micro-batches in each of S and S~ of each data-parallel process: R processes
+            with u of them draw what one process with R u of them would.
 
     Raises:
         GradInitError: the data do not give enough batches of three sentences or more.
@@ -76,7 +71,12 @@ class PairedBatches:
         self._seed = cfg.common.seed + SEED_OFFSET
         self._cuda, self._device = trainer.cuda, trainer.device
         self._digest = hashlib.blake2b(digest_size=4)
-        with random_state_kept(), _without_iterator_cache(trainer.task):
+        with (
+            random_state_kept(),
+            # There are tasks that ignore `disable_iterator_cache`: they would return training's
+            # iterator, or have training use this one.
+            patch.object(trainer.task, "dataset_to_epoch_iter", {}),
+        ):
             epoch_itr = trainer.task.get_batch_iterator(
                 dataset=self._dataset,
                 max_tokens=max_tokens,
@@ -101,7 +101,6 @@ class PairedBatches:
         self._indices = np.sort(np.concatenate(batches))
 
     def __iter__(self) -> Iterator[BatchPair]:
-        self._digest = hashlib.blake2b(digest_size=4)
         rng = np.random.default_rng(self._seed)
         queue: list[np.ndarray] = []
 
@@ -131,14 +130,16 @@ class PairedBatches:
         with random_state_kept([self._device] if self._cuda else []):
             seed_everything(self._seed)
             for index, item in zip(chosen, self._items(chosen), strict=True):
-                alike.setdefault(tuple(_shapes(item)), []).append((index, item))
+                shapes = tuple(tensor.shape for tensor in _tensors(item))
+                # An item without tensors is like no other.
+                alike.setdefault(shapes or index, []).append((index, item))
             for members in alike.values():
-                size = max(math.prod(shape) for shape in _shapes(members[0][1]))
+                size = max((tensor.numel() for tensor in _tensors(members[0][1])), default=0)
                 together = max(1, SMALL_BATCH // max(1, size))
                 for start in range(0, len(members), together):
                     indices, items = zip(*members[start : start + together], strict=True)
-                    sample = self._ready(self._dataset.collater(list(items)))
-                    found.append(MicroBatch(np.array(indices), sample))
+                    sample = self._dataset.collater(list(items))
+                    found.append(self._micro_batch(np.array(indices), sample))
         return found
 
     def digest(self) -> str:
@@ -158,73 +159,47 @@ class PairedBatches:
         if middle == 0:
             return []
         halves = batch.indices[:middle], batch.indices[middle:]
-        return [MicroBatch(half, self._ready(self._collate(half))) for half in halves]
+        collate = self._dataset.collater
+        return [self._micro_batch(half, collate(self._items(half))) for half in halves]
 
     def _drawn_batch(self, indices: np.ndarray) -> MicroBatch:
-        sample = self._collate(indices)
-        utils.apply_to_sample(self._fingerprint, sample)
-        return MicroBatch(indices, self._ready(sample))
-
-    def _collate(self, indices: np.ndarray) -> Any:
-        return self._dataset.collater(self._items(indices))
+        sample = self._dataset.collater(self._items(indices))
+        for tensor in _tensors(sample):
+            self._digest.update(tensor.contiguous().numpy().tobytes())
+        return self._micro_batch(indices, sample)
 
     def _items(self, indices: np.ndarray) -> list[Any]:
         if getattr(self._dataset, "supports_prefetch", False):
             self._dataset.prefetch(indices)
         return [self._dataset[i] for i in indices]
 
-    def _ready(self, sample: Any) -> Any:
-        return utils.move_to_cuda(sample) if self._cuda else sample
-
-    def _fingerprint(self, tensor: torch.Tensor) -> torch.Tensor:
-        self._digest.update(tensor.contiguous().numpy().tobytes())
-        return tensor
-
-
-@contextmanager
-def _without_iterator_cache(task: Any) -> Iterator[None]:
-    """Hides the iterators that training uses from tasks that ignore `disable_iterator_cache`.
-
-    fairseq's translation_multi_simple_epoch would return training's, or have training use ours.
-    """
-    cache = getattr(task, "dataset_to_epoch_iter", None)
-    task.dataset_to_epoch_iter = {}
-    try:
-        yield
-    finally:
-        task.dataset_to_epoch_iter = cache
+    def _micro_batch(self, indices: np.ndarray, sample: Any) -> MicroBatch:
+        return MicroBatch(indices, utils.move_to_cuda(sample) if self._cuda else sample)
 
 
 def _index_batches(epoch_itr: Any, dataset: Any) -> list[np.ndarray]:
     batches = getattr(epoch_itr, "frozen_batches", None)
     by_index = getattr(dataset, "supports_fetch_outside_dataloader", True)
-    if batches is None or not by_index or not hasattr(dataset, "collater"):
-        raise GradInitError(_not_by_index(f"the streaming data of {type(dataset).__name__}"))
-    # Of several data sets at once, a list of batches for each.
-    if len(batches) > 0 and np.ndim(batches[0][0]) > 0:
-        raise GradInitError(_not_by_index(f"the grouped data of {type(dataset).__name__}"))
+    # Batches of several data sets at once are grouped: a list for each.
+    grouped = batches and np.ndim(batches[0][0]) > 0
+    if batches is None or grouped or not by_index:
+        raise GradInitError(
+            "GradInit draws sentences by index, which the streaming or grouped data of "
+            f"{type(dataset).__name__} do not allow: learn the scales on a task with indexed data "
+            "of the same model, and scale a checkpoint by them with `fairseq-gradinit apply`"
+        )
     return [np.asarray(batch) for batch in batches]
 
 
-def _not_by_index(data: str) -> str:
-    return (
-        f"GradInit draws sentences by index, which {data} does not allow: learn the scales on a "
-        "task with indexed data of the same model, and give them with --gradinit-scales and "
-        "--gradinit-centering off"
-    )
+def _tensors(sample: Any) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
 
+    def add(tensor: torch.Tensor) -> torch.Tensor:
+        found.append(tensor)
+        return tensor
 
-def _shapes(item: Any) -> Iterator[tuple[int, ...]]:
-    """Of all the tensors in an item of the data; equal items need no padding beside each other."""
-    if isinstance(item, torch.Tensor | np.ndarray):
-        yield tuple(item.shape)
-    elif isinstance(item, dict | list | tuple):
-        yield (len(item),)
-        for value in item.values() if isinstance(item, dict) else item:
-            yield from _shapes(value)
-    elif not (item is None or isinstance(item, Number | str)):
-        # Nobody knows: like no other.
-        yield (id(item),)
+    utils.apply_to_sample(add, sample)
+    return found
 
 
 def _too_few(
@@ -233,20 +208,14 @@ def _too_few(
     max_tokens: int | None,
     needed: int,
 ) -> str:
-    if not batches:
-        return (
-            f"no sentence of the training data fits in a GradInit batch of {max_tokens} tokens: "
-            "raise --gradinit-max-tokens"
-        )
-    if len(batches) >= needed:
+    now = f" (now {max_tokens})" if max_tokens else " or --batch-size"
+    if not batches or len(batches) >= needed:
         return (
             f"GradInit cuts each batch in thirds, but only {len(usable)} of the {len(batches)} "
-            "batches have three sentences or more: raise --gradinit-max-tokens"
-            + (f" (now {max_tokens})" if max_tokens else " or --batch-size")
+            f"batches have three sentences or more: raise --gradinit-max-tokens{now}"
         )
     sentences = sum(len(batch) for batch in batches)
     return (
         f"the training data ({sentences} sentences) fill only {len(batches)} GradInit "
-        f"batch(es), and {needed} or more are needed: lower --gradinit-max-tokens"
-        + (f" (now {max_tokens})" if max_tokens else " or --batch-size")
+        f"batch(es), and {needed} or more are needed: lower --gradinit-max-tokens{now}"
     )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import count
 from typing import Any, Literal, cast
+from unittest.mock import patch
 
 import torch
 from fairseq.modules.transformer_layer import (
@@ -29,64 +30,45 @@ LAYERS: dict[Literal["encoder", "decoder"], type[nn.Module]] = {
 class Branch:
     """One sublayer f of x + f(x).
 
-    Its parts are looked up when they are asked for, since a user's own sublayer may lack them.
-
     Attributes:
         layer: fairseq's layer that it belongs to.
+        layer_name: the layer's name in the model.
         name: "self_attn", "encoder_attn" or "ffn".
-
-    Raises (by each of the other attributes):
-        GradInitError: the sublayer has no such part.
     """
 
     layer: nn.Module
+    layer_name: str
     name: str
 
     @property
     def queries_and_keys(self) -> tuple[nn.Linear, ...]:
         """Those of attention; none of a feed-forward network."""
-        return () if self.name == "ffn" else (self._projection("q"), self._projection("k"))
+        if self.name == "ffn":
+            return ()
+        return self._linear(f"{self.name}.q_proj"), self._linear(f"{self.name}.k_proj")
 
     @property
     def values(self) -> tuple[nn.Linear, nn.Linear]:
-        """The linear layers that the output is linear in, up to ReLU.
-
-        These are v_proj and out_proj, or fc1 and fc2: the output's scale is the product of theirs.
-        """
+        """v_proj and out_proj, or fc1 and fc2: the output is linear in both, up to ReLU."""
         if self.name == "ffn":
             return self._linear("fc1"), self._linear("fc2")
-        return self._projection("v"), self._projection("out")
+        return self._linear(f"{self.name}.v_proj"), self._linear(f"{self.name}.out_proj")
 
     @property
     def last(self) -> nn.Linear:
         """The layer whose output is f(x)."""
         return self.values[1]
 
-    def _projection(self, name: str) -> nn.Linear:
-        return self._linear(f"{self.name}.{name}_proj")
-
     def _linear(self, place: str) -> nn.Linear:
-        found = dict(self.layer.named_modules()).get(place)
-        if not isinstance(found, nn.Linear):
-            raise GradInitError(
-                f"--init-scheme needs the sublayers of fairseq's own Transformer, and {place} of "
-                f"{type(self.layer).__name__} is no linear layer: choose another --arch, or leave "
-                "--init-scheme out"
-            )
-        return found
+        return cast(nn.Linear, self.layer.get_submodule(place))
 
 
 @dataclass(frozen=True)
 class Stack:
-    """The layers of an encoder or of a decoder.
-
-    Attributes:
-        side: which of the two.
-        branches: in the order of the forward pass.
-    """
+    """The layers of an encoder or of a decoder, and their branches in the order of the forward."""
 
     side: Literal["encoder", "decoder"]
-    branches: list[Branch]
+    branches: list[Branch] = field(default_factory=list)
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -100,24 +82,23 @@ def stacks(model: nn.Module) -> list[Stack]:
     Raises:
         GradInitError: the model has no layers of fairseq's Transformer.
     """
-    found = stacks_by_name(model)
+    found = _stacks(model)
     if not found:
         raise GradInitError(
             f"--init-scheme needs layers of fairseq's Transformer, and {type(model).__name__} has "
             "none: choose another --arch, or leave --init-scheme out"
         )
-    return list(found.values())
+    return found
 
 
-def stacks_by_name(model: nn.Module) -> dict[str, Stack]:
-    """Every encoder and decoder by the place of its layers ("encoder.layers"); or none."""
+def _stacks(model: nn.Module) -> list[Stack]:
     found: dict[str, Stack] = {}
     for name, module in model.named_modules():
         for side, kind in LAYERS.items():
             if isinstance(module, kind):
-                stack = found.setdefault(name.rpartition(".")[0], Stack(side, []))
-                stack.branches.extend(Branch(module, name) for name in branch_names(module))
-    return found
+                stack = found.setdefault(name.rpartition(".")[0], Stack(side))
+                stack.branches.extend(Branch(module, name, b) for b in branch_names(module))
+    return list(found.values())
 
 
 def branch_names(layer: nn.Module) -> list[str]:
@@ -135,8 +116,8 @@ def variances(
 ) -> list[tuple[float, float]]:
     """For each branch the variances of its x and f(x), over all elements of all tokens.
 
-    They are nan for a branch that no batch passes through, and for one of a layer that does not
-    call its `residual_connection` once for each branch. Call this inside `deterministic`.
+    They are nan for a branch whose layer does not call its `residual_connection` for it. Call this
+    inside `deterministic`.
 
     Args:
         evaluate: runs the model on a batch.
@@ -148,7 +129,9 @@ def variances(
     sums = torch.zeros(len(branches), 2, 3, dtype=torch.float64, device=device)
     with ExitStack() as watched:
         for branch, total in zip(branches, sums, strict=True):
-            watched.enter_context(_watched(branch, total))
+            watching = {"residual_connection": _watching(branch, total)}
+            # A method of the layer's class, or weighted shortcuts in its own attributes.
+            watched.enter_context(patch.dict(vars(branch.layer), watching))
         for batch in batches[processes.rank :: processes.count]:
             evaluate(batch)
     processes.sum_([sums])
@@ -156,32 +139,19 @@ def variances(
     return [(x, output) for x, output in (square - mean**2).tolist()]
 
 
-@contextmanager
-def _watched(branch: Branch, sums: Tensor) -> Iterator[None]:
-    """Adds the moments of x and f(x) of a branch to `sums` whenever the two are added."""
-    own = vars(branch.layer)
-    before = own.get("residual_connection")
+def _watching(branch: Branch, sums: Tensor) -> Callable[..., Tensor]:
+    """The layer's residual connection, which adds the moments of this branch to `sums`."""
     connect: Callable[..., Tensor] = cast(Any, branch.layer).residual_connection
     names = branch_names(branch.layer)
-    calls = 0
+    calls = count()
 
     def connection(*values: Any, **named: Any) -> Tensor:
-        nonlocal calls
-        if names[calls % len(names)] == branch.name:
+        if names[next(calls) % len(names)] == branch.name:
             output, x = [*values, *named.values()][:2]
             sums.add_(torch.stack([_moments(x), _moments(output)]))
-        calls += 1
         return connect(*values, **named)
 
-    own["residual_connection"] = connection
-    try:
-        yield
-    finally:
-        del own["residual_connection"]
-        if before is not None:
-            own["residual_connection"] = before
-        if calls % len(names):
-            sums.fill_(math.nan)
+    return connection
 
 
 def _moments(values: Tensor) -> Tensor:
@@ -196,31 +166,15 @@ def take_snapshot(
     batches: Sequence[Any],
     processes: Processes,
 ) -> Snapshot:
-    """Measure what `Effect` describes. Call this inside `deterministic`.
+    """Measure what `Effect` describes. Call this inside `deterministic`; arguments as `variances`.
 
-    Args:
-        evaluate: runs the model on a batch.
-        batches: the same ones in every process, which share them; without padding. If there are
-            none, no branch is measured.
+    The share of a branch is nan where its variances are.
     """
     norms = torch.stack([block.parameter.detach().double().norm() for block in blocks]).tolist()
-    shares = _shares(model, evaluate, batches, processes) if batches else {}
-    return Snapshot(dict(zip([block.name for block in blocks], norms, strict=True)), shares)
-
-
-def _shares(
-    model: nn.Module,
-    evaluate: Callable[[Any], object],
-    batches: Sequence[Any],
-    processes: Processes,
-) -> dict[str, float]:
-    """The share of every branch, see `Effect.shares`; nan for one that no batch passes through."""
-    place_of = {module: name for name, module in model.named_modules()}
-    branches = [branch for stack in stacks_by_name(model).values() for branch in stack.branches]
-    if not branches:
-        return {}
-    measured = variances(branches, evaluate, batches, processes)
-    return {
-        f"{place_of[branch.layer]}.{branch.name}": output / (x + output) if x + output else 0.0
+    branches = [branch for stack in _stacks(model) for branch in stack.branches]
+    measured = variances(branches, evaluate, batches, processes) if branches else []
+    shares = {
+        f"{branch.layer_name}.{branch.name}": output / (x + output) if x + output else 0.0
         for branch, (x, output) in zip(branches, measured, strict=True)
     }
+    return Snapshot(dict(zip([block.name for block in blocks], norms, strict=True)), shares)

@@ -32,7 +32,7 @@ def fixed_scales(
     """The scale of a tensor by its name, None for those that are learned.
 
     Args:
-        modules: see `fairseq_gradinit.engine.blocks.collect_blocks`.
+        modules: those of `collect_blocks`.
         encoder_branches: scale of the encoder's residual branches; 1 has them learned.
         required: whether there must be such branches for another scale than 1.
         kept: names of tensors that keep scale 1.
@@ -40,9 +40,9 @@ def fixed_scales(
     Raises:
         GradInitError: they are required, and there are none.
     """
-    names = [name for module in modules.values() for name, _ in module.named_parameters()]
     small = encoder_branches != 1.0
-    if small and required and not any(_BRANCH.search(name) for name in names):
+    names = (name for module in modules.values() for name, _ in module.named_parameters())
+    if small and required and not any(map(_BRANCH.search, names)):
         raise GradInitError(
             "--gradinit-encoder-branches was given, but the model has no encoder layers (tensors "
             "named like encoder.layers.0.fc1.weight): leave it out"

@@ -7,8 +7,7 @@ A learned scale makes the most of weights that an initialiser drew; it would spo
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 from unittest.mock import patch
 
@@ -19,34 +18,11 @@ _MARK = "_gradinit_loaded"
 
 
 def note_loaded_weights(task: Any) -> None:
-    """Have `build_model` of fairseq's `task` mark the parameters that it loads from files."""
-    build_model = task.build_model
+    """Have `build_model` of fairseq's `task` mark the parameters that it loads from files.
 
-    @functools.wraps(build_model)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        with _marking():
-            return build_model(*args, **kwargs)
-
-    task.build_model = wrapper
-
-
-def loaded_names(modules: Mapping[str, nn.Module]) -> list[str]:
-    """Names of the parameters that were marked, in their order.
-
-    Args:
-        modules: see `fairseq_gradinit.engine.blocks.collect_blocks`.
+    That is what torch's `load_state_dict` or fairseq's `load_embedding` fills.
     """
-    return [
-        f"{prefix}.{name}" if prefix else name
-        for prefix, module in modules.items()
-        for name, parameter in module.named_parameters(remove_duplicate=False)
-        if hasattr(parameter, _MARK)
-    ]
-
-
-@contextmanager
-def _marking() -> Iterator[None]:
-    """Inside, what torch's `load_state_dict` or fairseq's `load_embedding` fills is marked."""
+    build_model = task.build_model
     load_state_dict, load_embedding = nn.Module.load_state_dict, utils.load_embedding
 
     def marking_state_dict(module: nn.Module, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
@@ -60,8 +36,22 @@ def _marking() -> Iterator[None]:
         setattr(embedding.weight, _MARK, True)
         return load_embedding(embed_dict, vocab, embedding)
 
-    with (
-        patch.object(nn.Module, "load_state_dict", marking_state_dict),
-        patch.object(utils, "load_embedding", marking_embedding),
-    ):
-        yield
+    @functools.wraps(build_model)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        with (
+            patch.object(nn.Module, "load_state_dict", marking_state_dict),
+            patch.object(utils, "load_embedding", marking_embedding),
+        ):
+            return build_model(*args, **kwargs)
+
+    task.build_model = wrapper
+
+
+def loaded_names(modules: Mapping[str, nn.Module]) -> list[str]:
+    """Names of the parameters that were marked; `modules` are those of `collect_blocks`."""
+    return [
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in modules.items()
+        for name, parameter in module.named_parameters(remove_duplicate=False)
+        if hasattr(parameter, _MARK)
+    ]

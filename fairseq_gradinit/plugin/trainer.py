@@ -26,31 +26,15 @@ def weights_come_from_checkpoint(trainer: Any) -> bool:
 
 
 def drop_copies(trainer: Any) -> None:
-    """Have everything that holds the weights made again, once they have changed.
+    """Have optimizer, its fp32 copies and data-parallel wrapper made again when next asked for.
 
-    These are the optimizer, its fp32 copies and the data-parallel wrapper; the trainer makes each
-    of them when it is next asked for it. The moving average is first made by the first update.
+    The moving average of the weights is first made by the first update.
     """
     trainer.reinitialize()
 
 
-def clear_unset_biases(model: nn.Module) -> None:
-    """Zero the biases that fairseq's dynamic convolutions have, and neither set nor use.
-
-    They are what the memory held: not finite at times, and another in each run and process.
-    """
-    for module in model.modules():
-        bias = getattr(module, "conv_bias", None)
-        if isinstance(bias, nn.Parameter) and not getattr(module, "has_conv_bias", True):
-            nn.init.zeros_(bias)
-
-
 def require_writable(save_dir: str) -> None:
-    """Refuse a checkpoint folder that cannot be written, before any work is done.
-
-    Raises:
-        GradInitError: the folder cannot be made, or no file can be made in it.
-    """
+    """Raise GradInitError for a checkpoint folder in which no file can be made."""
     try:
         Path(save_dir).mkdir(parents=True, exist_ok=True)
         # Process numbers of containers that share the folder are not unique.
@@ -77,21 +61,15 @@ def data_parallel_processes(trainer: Any) -> Processes:
 
 @contextmanager
 def full_precision(trainer: Any) -> Iterator[None]:
-    """Hold model and criterion in fp32, whatever precision the run trains in.
-
-    The parameters keep their identity, so that everything that refers to them stays valid.
-    """
-    modules = trained_modules(trainer).values()
-    half = trainer.cfg.common.fp16
-    if half:
-        for module in modules:
-            module.float()
+    """Hold model and criterion in fp32; the parameters keep their identity."""
+    modules = trained_modules(trainer).values() if trainer.cfg.common.fp16 else ()
+    for module in modules:
+        module.float()
     try:
         yield
     finally:
-        if half:
-            for module in modules:
-                module.half()
+        for module in modules:
+            module.half()
 
 
 def settings_digest(cfg: Any, section: str) -> str:
@@ -101,13 +79,12 @@ def settings_digest(cfg: Any, section: str) -> str:
     sections is left out, since it may change while a run goes on. So are paths.
     """
     found = getattr(cfg, section)
-    values: dict[Any, Any] = {}
-    if isinstance(found, DictConfig):
-        values = cast(dict[Any, Any], OmegaConf.to_container(found, resolve=True))
-    elif isinstance(found, Namespace):
+    if isinstance(found, Namespace):
         groups = (cfg[name] for name in cfg if name not in ("model", "criterion"))
         elsewhere = {key for group in groups if isinstance(group, DictConfig) for key in group}
         values = {key: value for key, value in vars(found).items() if key not in elsewhere}
+    else:
+        values = cast(dict[str, Any], OmegaConf.to_container(found, resolve=True))
     kept = {k: v for k, v in values.items() if not (isinstance(v, str) and os.sep in v)}
     text = json.dumps(kept, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
