@@ -282,29 +282,3 @@ def nearly_full_disk(limit: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-@dataclass(frozen=True)
-class Disk:
-    """A file system of 1 MiB in memory, at `folder`."""
-
-    folder: Path
-
-    def fill(self, leave: int = 0) -> None:
-        """Fill it to the brim, or but for so many KiB."""
-        filler = self.folder / "filler"
-        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
-            while True:
-                file.write(bytes(4096))
-        os.truncate(filler, filler.stat().st_size - 1024 * leave)
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Disk]:
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    # Not `run`, which a test replaces.
-    if subprocess.call(["mount", "-t", "tmpfs", "-o", "size=1024k", "tmpfs", folder]) != 0:
-        pytest.skip("only root can mount a file system")
-    yield Disk(folder)
-    subprocess.check_call(["umount", folder])

@@ -122,6 +122,7 @@ def test_a_task_from_gradinit_to_the_evaluation_of_averages(corpus, tmp_path, na
     options = read_checkpoint(tmp_path / "checkpoint_last.pt")["cfg"]["task"]
     options = options if isinstance(options, dict) else vars(options)
     assert (options["gradinit"], options["gradinit_iterations"]) == (True, 3)
-    average = str(tmp_path / "average.pt")
-    assert checkpoints.main(["average", str(tmp_path), "--last", "2", "--output", average]) == 0
-    evaluate(name, data, Path(average))
+    average = tmp_path / "average.pt"
+    words = ["average", str(tmp_path), "--last", "2", "--output", str(average)]
+    assert checkpoints.main(words) == 0
+    evaluate(name, data, average)

@@ -179,14 +179,11 @@ class PairedBatches:
 
 def _index_batches(epoch_itr: Any, dataset: Any) -> list[np.ndarray]:
     batches = getattr(epoch_itr, "frozen_batches", None)
-    by_index = getattr(dataset, "supports_fetch_outside_dataloader", True)
-    # Batches of several data sets at once are grouped: a list for each.
-    grouped = batches and np.ndim(batches[0][0]) > 0
-    if batches is None or grouped or not by_index:
+    # A stream has none. Of several data sets at once there is a list of batches for each.
+    if batches is None or (batches and np.ndim(batches[0][0]) > 0):
         raise GradInitError(
             "GradInit draws sentences by index, which the streaming or grouped data of "
-            f"{type(dataset).__name__} do not allow: learn the scales on a task with indexed data "
-            "of the same model, and scale a checkpoint by them with `fairseq-gradinit apply`"
+            f"{type(dataset).__name__} do not allow: use a task with indexed data"
         )
     return [np.asarray(batch) for batch in batches]
 
