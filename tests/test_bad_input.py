@@ -20,7 +20,7 @@ QUICK = ["--gradinit", "--gradinit-iterations", "2", "--max-update", "1", *SCALE
     [
         ("--gradinit-gamma 0", "gamma must be a number greater than 0"),
         ("--gradinit-max-tokens 10", "raise --gradinit-max-tokens (now 10)"),
-        ("--gradinit-centering on --gradinit-eta 1e38", "lower eta, the learning rate of the s"),
+        ("--gradinit-eta 1e38", "lower eta, the learning rate of the s"),
         ("--gradinit-scales /dev/null", "/dev/null is not valid JSON"),
         ("--criterion no_sample_size", "criterion NoSampleSize returned None as its sample size"),
         ("--criterion nan_loss", "the loss is nan in GradInit iteration 1, and 11 batches are mo"),
