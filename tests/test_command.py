@@ -5,18 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import tomllib
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
-from test_packaging import NO_FAIRSEQ, python
 from test_results import MACHINE, RUN
 
 from fairseq_gradinit.cli import command
-from fairseq_gradinit.errors import GradInitError
+from fairseq_gradinit.errors import GradInitError, needs_plot
 from fairseq_gradinit.results import commands, heat_map, tables
 from fairseq_gradinit.results import records as results
 from fairseq_gradinit.results.heat_map import Panel, Point
@@ -69,7 +66,7 @@ def diverged(run: RunRecord) -> RunRecord:
     )
 
 
-# ---- The columns of the table.
+# ---- Tables.
 
 
 def test_a_table_by_hand() -> None:
@@ -121,26 +118,22 @@ def test_columns_without_any_value_are_left_out() -> None:
         *("start", "optimizer", "peak lr", "warmup updates", "seeds", "tokens/s"),
     ]
     assert row["seeds"] == "1, 1 diverged"
-    assert "tokenised BLEU" not in rows([RUN])[0]
-    assert rows([with_bleu(RUN, 30.0, tokenised_bleu=31.26)])[0]["tokenised BLEU"] == "31.3"
 
 
 def test_each_test_set_has_its_columns() -> None:
-    both = tuple(
-        replace(RUN.scores[0], name=name, bleu=bleu)
-        for name, bleu in (("newstest2013", 26.0), ("newstest2014", 27.0))
-    )
-    (row,) = rows([replace(RUN, scores=both)])
+    first = replace(RUN.scores[0], name="newstest2013", bleu=26.0, tokenised_bleu=31.26)
+    second = replace(RUN.scores[0], name="newstest2014", bleu=27.0)
+    (row,) = rows([replace(RUN, scores=(first, second))])
     assert row["BLEU (sacrebleu), newstest2013"] == "26.0"
+    assert row["tokenised BLEU, newstest2013"] == "31.3"
     assert row["BLEU (sacrebleu), newstest2014"] == "27.0"
+    assert "tokenised BLEU, newstest2014" not in row
 
 
 @pytest.mark.parametrize(
     ("found", "cell"),
     [
-        ([(0.8, 0.0123)], "0.012 (+0.8 BLEU)"),
-        ([(-0.8, 0.7)], "0.700 (-0.8 BLEU)"),
-        ([(0.8, 0.01), (0.5, 0.04), (0.9, 0.06)], "2 of 3 better"),
+        ([(-0.8, 0.0123)], "0.012 (-0.8 BLEU)"),
         ([(0.8, 0.01), (-0.5, 0.049), (-0.9, 0.05)], "1 of 3 better, 1 of 3 worse"),
         ([(0.8, 0.06), (-0.5, 0.5)], "none of 2"),
     ],
@@ -152,18 +145,6 @@ def test_p_values(found, cell) -> None:
         for i, (d, p) in enumerate(found)
     ]
     assert rows(runs)[0]["p-value"] == cell
-    assert "the difference in BLEU from multi30k/default-adam;" in report(runs)
-
-
-def test_several_baselines_are_named_in_the_cells() -> None:
-    other = replace(RUN.comparison, baseline="multi30k/other", p_value=0.5, bleu_difference=-1.0)
-    (row,) = rows([RUN, replace(RUN, seed=2, comparison=other)])
-    assert row["p-value"] == (
-        "0.010 (+0.5 BLEU) against multi30k/default-adam; 0.500 (-1.0 BLEU) against multi30k/other"
-    )
-
-
-# ---- Tables, their rows and what stands around them.
 
 
 def test_a_table_for_each_corpus_and_model() -> None:
@@ -182,29 +163,20 @@ def test_a_table_for_each_corpus_and_model() -> None:
 
 
 def test_rows_that_differ_in_other_settings_say_in_which() -> None:
-    dropout = {"options": ("--gradinit", "--dropout", "0.3")}
-    runs = [RUN, with_settings(RUN, **dropout), with_settings(RUN, updates=4000)]
-    found = [(row["updates"], row["options"]) for row in rows(runs)]
-    assert found == [("2000", ""), ("2000", "`--dropout 0.3`"), ("4000", "")]
-    assert "tokens a batch" not in rows(runs)[0]
+    dropout = with_settings(RUN, options=("--gradinit", "--dropout 0.3"))
+    found = rows([RUN, dropout, with_settings(RUN, updates=4000)])
+    cells = [(row["updates"], row["options"]) for row in found]
+    assert cells == [("2000", ""), ("2000", "`--dropout 0.3`"), ("4000", "")]
+    assert "tokens a batch" not in found[0]
     sizes = rows([RUN, with_settings(RUN, tokens_per_batch=8000)])
     assert [row["tokens a batch"] for row in sizes] == ["1000", "8000"]
     # Recipes differ in options, and their names say it.
     assert "options" not in rows([BASELINE, RUN])[0]
-
-
-def test_recipes_of_one_title_are_told_apart() -> None:
     found = rows([RUN, replace(RUN, recipe="multi30k/again")])
     assert [row["start"] for row in found] == [
         "GradInit, Adam (multi30k/gradinit-adam)",
         "GradInit, Adam (multi30k/again)",
     ]
-    renamed = rows([RUN, replace(RUN, seed=2, title="GradInit")])
-    assert [row["start"] for row in renamed] == ["GradInit"]
-
-
-def test_bars_do_not_end_a_cell() -> None:
-    assert "| a \\| b |" in report([replace(RUN, title="a | b")])
 
 
 def test_below_a_table_stands_where_it_comes_from() -> None:
@@ -223,42 +195,32 @@ def test_below_a_table_stands_where_it_comes_from() -> None:
     )
 
 
-# ---- Published figures.
-
-
 def test_published_figures_stand_with_their_source() -> None:
     figures = (
         FIGURE,
         replace(FIGURE, metric="tokenised BLEU", value=35.0, source="(https://example.org/b)"),
-        replace(FIGURE, metric="chrF2", value=54.0),
         replace(FIGURE, corpus="other", source="https://example.org/of-another-corpus"),
-        replace(FIGURE, recipe="multi30k/none", source="https://example.org/of-no-run"),
     )
     default, own = rows([BASELINE, RUN], *figures)
     assert default["published"] == ""
-    assert own["published"] == "BLEU 34.25 (1), tokenised BLEU 35 (2), chrF2 54 (1)"
+    assert own["published"] == "BLEU 34.25 (1), tokenised BLEU 35 (2)"
     lines = report([BASELINE, RUN], *figures).splitlines()
     assert [line for line in lines if line.startswith("(")] == [
         "(1) A. Author, <https://example.org/a.pdf>, Table 4.",
         "(2) (<https://example.org/b>)",
     ]
-    assert "published" not in rows([RUN], *figures[3:])[0]
 
 
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ("[{]", "cannot read published figures from .*: Expecting property name"),
-        ("{}", "is no JSON array of published figures"),
-        ([{"corpus": "multi30k"}], "entry 1 of .* is not a published figure .recipe is missing"),
-        ([asdict(FIGURE), {**asdict(FIGURE), "value": "34"}], "entry 2 of .*'34' is not a number"),
-        ([{**asdict(FIGURE), "source": "I heard it"}], "entry 1 of .* has no link in its source"),
+        ([{"corpus": "multi30k"}], "cannot read published figures from .*: recipe is missing"),
+        ([{**asdict(FIGURE), "source": "I heard it"}], "a source without a link: I heard it"),
     ],
-    ids=["no JSON", "no array", "missing", "number", "no source"],
 )
 def test_a_figure_without_source_or_form_is_refused(tmp_path, content, sentence) -> None:
     file = tmp_path / "published.json"
-    file.write_text(content if isinstance(content, str) else json.dumps(content))
+    file.write_text(json.dumps(content))
     with pytest.raises(GradInitError, match=sentence):
         tables.read_published(file)
 
@@ -270,92 +232,41 @@ def points(losses: dict[tuple[str, float], Sequence[float | None]]) -> list[Poin
     return [Point(row, lr, loss, 9.5) for (row, lr), cell in losses.items() for loss in cell]
 
 
-def test_a_cell_trains_if_all_its_runs_do() -> None:
-    panel = Panel(
-        "panel",
-        "beta2",
-        points(
-            {
-                ("0.9", 2e-3): [8.0, 8.1],
-                ("0.9", 1e-3): [8.0, 4.0],
-                ("0.98", 2e-3): [4.0, None],
-                ("0.98", 1e-3): [5.0],
-            }
-        ),
-    )
-    assert panel.share == "2 of 4 train (50%)"
-    assert (panel.rows, panel.rates) == (["0.9", "0.98"], [1e-3, 2e-3])
-
-
-def test_cells_show_the_mean_and_what_diverged() -> None:
-    assert heat_map.label([4.0, 5.0]) == "4.50"
-    assert heat_map.label([4.0, None, 5.0]) == "4.50\n1 of 3\ndiverged"
-    assert heat_map.label([None, None]) == "diverged"
-    assert heat_map.label([]) == ""
-
-
-def drawn_texts(panels: Sequence[Panel]) -> list[list[str]]:
-    axes = heat_map.draw(panels).axes[: len(panels)]
-    return [[text.get_text() for text in each.texts] for each in axes]
-
-
 def test_a_picture_shows_each_cell_in_its_place() -> None:
-    losses = {("0.9", 1e-3): [4.0], ("0.98", 1e-3): [None], ("0.98", 2e-3): [5.0, 6.0]}
+    losses = {
+        ("0.9", 1e-3): [8.0, 8.1],
+        ("0.98", 1e-3): [None],
+        ("0.98", 2e-3): [4.0, None, 5.0],
+    }
     panels = [Panel("one", "beta2", points(losses)), Panel("two", "beta2", points(losses)[::-1])]
-    assert drawn_texts(panels) == [
-        ["4.00", "", "diverged", "5.50"],
-        ["diverged", "5.50", "4.00", ""],
+    first, second, _ = heat_map.draw(panels).axes
+    assert [[text.get_text() for text in axes.texts] for axes in (first, second)] == [
+        ["8.05", "", "diverged", "4.50\n1 of 3\ndiverged"],
+        ["diverged", "4.50\n1 of 3\ndiverged", "8.05", ""],
     ]
-    figure = heat_map.draw(panels)
-    assert [axes.get_title() for axes in figure.axes[:2]] == [
-        "one\n2 of 3 train (67%)",
-        "two\n2 of 3 train (67%)",
-    ]
-    first, second = (axes.images[0].norm for axes in figure.axes[:2])
-    assert first is second
-    assert (first.vmin, first.vmax) == (4.0, 9.5)
+    assert [label.get_text() for label in first.get_yticklabels()] == ["0.9", "0.98"]
+    assert [label.get_text() for label in first.get_xticklabels()] == ["0.001", "0.002"]
+    # A cell trains if all its runs do.
+    assert first.get_title() == "one\n0 of 3 train (0%)"
+    norm = first.images[0].norm
+    assert norm is second.images[0].norm
+    assert (norm.vmin, norm.vmax) == (4.0, 9.5)
 
 
-def test_all_diverged_can_be_drawn() -> None:
-    assert drawn_texts([Panel("one", "beta2", points({("0.9", 1.0): [None]}))]) == [["diverged"]]
-
-
-def test_a_panel_for_each_recipe() -> None:
+def test_a_panel_for_each_recipe_and_its_settings() -> None:
     runs = [
         with_settings(run, lr=lr, optimizer_settings=f"(0.9, {beta2})")
-        for run in (BASELINE, RUN, diverged(replace(RUN, seed=2)))
+        for run in (BASELINE, RUN, diverged(replace(RUN, seed=2)), with_settings(RUN, warmup=50))
         for beta2 in (0.999, 0.98)
         for lr in (2e-3, 1e-3)
     ]
-    default, own = heat_map.panels_of(runs)
-    assert (default.title, own.title) == ("default, Adam", "GradInit, Adam")
-    assert (own.row_label, own.rows, own.rates) == ("beta2", ["0.98", "0.999"], [1e-3, 2e-3])
-    assert own.cells["0.98", 1e-3] == [Point("0.98", 1e-3, loss, 9.5) for loss in (4.0, None)]
-
-
-def test_panels_of_one_title_say_in_what_they_differ() -> None:
-    runs = [RUN, with_settings(RUN, warmup=50), replace(RUN, corpus="other", corpus_digest="d2")]
-    assert [panel.title for panel in heat_map.panels_of([*runs, BASELINE])] == [
-        "GradInit, Adam, multi30k, d1, warmup 0",
-        "GradInit, Adam, multi30k, d1, warmup 50",
-        "GradInit, Adam, other, d2, warmup 0",
-        "default, Adam",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("settings", "label", "expected"),
-    [
-        (["momentum 0.99", "momentum 0.9"], "momentum", ["0.9", "0.99"]),
-        (["(0.9,0.98)", "(0.9, 0.9)"], "beta2", ["0.9", "0.98"]),
-        (["(0.9, 0.98)", "(0.5, 0.98)"], "optimizer", ["(0.5, 0.98)", "(0.9, 0.98)"]),
-        (["momentum 0.9", ""], "optimizer", ["", "momentum 0.9"]),
-    ],
-)
-def test_rows_are_named_by_what_varies(settings, label, expected) -> None:
-    runs = [with_settings(RUN, optimizer_settings=text) for text in settings]
-    (panel,) = heat_map.panels_of(runs)
-    assert (panel.row_label, panel.rows) == (label, expected)
+    panels = heat_map.panels_of(runs)
+    recipes = ["default-adam, warmup 500", "gradinit-adam, warmup 0", "gradinit-adam, warmup 50"]
+    assert [panel.title for panel in panels] == [f"multi30k/{recipe}" for recipe in recipes]
+    own = panels[1]
+    assert (own.rows, own.rates) == (["(0.9, 0.98)", "(0.9, 0.999)"], [1e-3, 2e-3])
+    assert [point.loss for point in own.cells["(0.9, 0.98)", 1e-3]] == [4.0, None]
+    assert (panels[0].share, own.share) == ("4 of 4 train (100%)", "0 of 4 train (0%)")
 
 
 # ---- The program.
@@ -379,29 +290,11 @@ def test_the_program_prints_the_tables(kept, capsys) -> None:
     assert capsys.readouterr().out == tables.report([BASELINE, RUN], [FIGURE], line)
 
 
-def test_the_program_draws_the_heat_map(kept) -> None:
+def test_the_program_draws_the_heat_map(kept, capsys) -> None:
     assert command.main(["heat-map", "results.jsonl", "--out", "sweep.png"]) == 0
     assert (kept / "sweep.png").read_bytes().startswith(b"\x89PNG")
-    assert {path.name for path in kept.iterdir()} == {"results.jsonl", "sweep.png"}
-
-
-@pytest.mark.parametrize(
-    ("words", "sentence"),
-    [
-        (["table", "none.jsonl"], "cannot read none.jsonl: No such file or directory; "),
-        (["table", "empty.jsonl"], "there is no run in empty.jsonl: "),
-        (["table", "results.jsonl", "--published", "none.json"], "cannot read published figures "),
-        (["heat-map", "results.jsonl", "--out", "a.xyz"], "cannot write a.xyz: let its name end "),
-        (["heat-map", "results.jsonl", "--out", "no/a.png"], "cannot write no/a.png: No such "),
-    ],
-)
-def test_mistakes_are_refused_in_one_sentence(kept, capsys, words, sentence) -> None:
-    (kept / "empty.jsonl").touch()
-    assert command.main(words) == 1
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert printed.err.startswith(f"fairseq-gradinit: {sentence}")
-    assert printed.err.count("\n") == 1
+    assert command.main(["heat-map", "results.jsonl", "--out", "no/a.png"]) == 1
+    assert capsys.readouterr().err.startswith("fairseq-gradinit: cannot write no/a.png: No such ")
 
 
 @pytest.mark.parametrize(("words", "status"), [(["table", "f"], 1), (["diff", "a", "b"], 2)])
@@ -424,38 +317,19 @@ def test_each_subcommand_explains_itself(capsys, name) -> None:
     assert "\n\noptions:\n" in printed
 
 
-def test_a_missing_matplotlib_is_answered_with_what_to_install(kept) -> None:
-    code = NO_FAIRSEQ.replace('"fairseq"', '"matplotlib"') + (
-        "from fairseq_gradinit.cli.command import main\n"
-        f"sys.exit(main(['heat-map', {str(kept / 'results.jsonl')!r}, '--out', 'a.png']))"
+def test_a_missing_matplotlib_is_answered_with_what_to_install() -> None:
+    expected = (
+        "matplotlib, which heat maps need, is not installed: run "
+        "`pip install 'fairseq-gradinit.plot.'`"
     )
-    done = python(code)
-    assert done.returncode == 1
-    assert done.stderr == (
-        "fairseq-gradinit: matplotlib, which heat maps need, is not installed: run "
-        "`pip install 'fairseq-gradinit[plot]'`\n"
-    )
+    with pytest.raises(GradInitError, match=expected), needs_plot("heat maps"):
+        raise ModuleNotFoundError(name="matplotlib")
 
 
-def test_tables_need_neither_fairseq_nor_torch(kept) -> None:
-    code = NO_FAIRSEQ + (
-        "from fairseq_gradinit.cli.command import main\n"
-        f"assert main(['table', {str(kept / 'results.jsonl')!r}]) == 0\n"
-        "print({'torch', 'numpy', 'matplotlib'} & set(sys.modules))"
-    )
-    done = python(code)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("revision 0123456.\nset()\n")
-
-
-def test_the_package_is_the_program(kept) -> None:
-    words = [sys.executable, "-m", "fairseq_gradinit", "table", "results.jsonl"]
+def test_the_package_is_the_program_and_tables_need_neither_fairseq_nor_torch(kept) -> None:
+    words = [sys.executable, "-X", "importtime", "-m", "fairseq_gradinit", "table", "results.jsonl"]
     done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.startswith("### multi30k, 4+4 layers\n")
-    assert subprocess.run(words[:-1], capture_output=True, check=False).returncode == 2
-
-
-def test_the_entry_point_leads_to_the_program() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    expected = {command.PROGRAM: f"{command.main.__module__}:{command.main.__name__}"}
-    assert project["scripts"] == expected
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "fairseq_gradinit.results.tables" in imported
+    assert not imported & {"fairseq", "torch", "numpy", "matplotlib"}

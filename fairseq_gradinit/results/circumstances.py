@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import platform
-import runpy
+import re
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.metadata import version
+from operator import attrgetter
 from pathlib import Path
 
 from fairseq_gradinit.versions import fairseq_distribution, usable_cores
@@ -22,10 +23,7 @@ class Circumstances:
         date: ISO 8601, in UTC, to the second.
         git_revision: the commit that was checked out; None outside a repository.
         git_dirty: whether tracked files had been changed.
-        fairseq: distribution and version, such as "ve-fairseq 0.12.3".
-        cores: that the process might use.
-        gpu: the name of one; None without any.
-        gpus: number of GPUs that the process might use.
+        cores, gpus: that the process might use; `gpu` is the name of one.
         workers: processes of the data-parallel run.
     """
 
@@ -43,15 +41,13 @@ class Circumstances:
 
 
 def current_circumstances(repository: Path, workers: int = 1) -> Circumstances:
-    """Those of this process.
-
-    Args:
-        repository: a folder of the code that is measured.
-        workers: processes of the data-parallel run.
-    """
-    torch_version, for_gpus = _torch_build()
-    gpus, gpu = _gpus() if for_gpus else (0, None)
+    """Those of this process, which runs code of the folder `repository`."""
+    torch_version = version("torch")
+    # Importing it takes seconds.
+    gpus, gpu = (0, None) if torch_version.endswith("+cpu") else _gpus()
     name, number = fairseq_distribution() or ("fairseq", "of a checkout")
+    about = Path("/proc/cpuinfo")
+    cpu = re.search(r"model name\s*: (.*)", about.read_text() if about.exists() else "")
     return Circumstances(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         git_revision=_git(repository, "rev-parse", "HEAD"),
@@ -59,7 +55,7 @@ def current_circumstances(repository: Path, workers: int = 1) -> Circumstances:
         python=platform.python_version(),
         torch=torch_version,
         fairseq=f"{name} {number}",
-        cpu=_cpu_name(),
+        cpu=cpu[1] if cpu else platform.machine(),
         cores=usable_cores(),
         gpu=gpu,
         gpus=gpus,
@@ -67,54 +63,11 @@ def current_circumstances(repository: Path, workers: int = 1) -> Circumstances:
     )
 
 
-def source(command: str, runs: str, found: Sequence[Circumstances]) -> str:
-    """Where numbers come from, in a line: command, machines, dates, versions, revisions.
-
-    Args:
-        runs: how many there are and what they are, such as "3 runs".
-        found: of each of them.
-    """
-    days = sorted({each.date[:10] for each in found})
-    texts = {
-        "on": {_machine(each) for each in found},
-        "torch": {each.torch for each in found},
-        "": {each.fairseq for each in found},
-        "revision": {_revision(each) for each in found},
-    }
-    machines, *others = (f"{name} {' and '.join(sorted(t))}".strip() for name, t in texts.items())
-    period = " to ".join(dict.fromkeys((days[0], days[-1])))
-    return f"`{command}`: {runs} {machines}, {period}, {', '.join(others)}"
-
-
-def _machine(found: Circumstances) -> str:
-    cores = f"{found.cpu}, {found.cores} core{'s' if found.cores > 1 else ''}"
-    machine = cores if found.gpu is None else _several(found.gpus, found.gpu)
-    return f"{machine}, {found.workers} workers" if found.workers > 1 else machine
-
-
-def _several(count: int, name: str) -> str:
-    return f"{count} x {name}" if count > 1 else name
-
-
-def _revision(found: Circumstances) -> str:
-    changes = " with changes" if found.git_dirty else ""
-    return f"{(found.git_revision or 'unknown')[:7]}{changes}"
-
-
-def _torch_build() -> tuple[str, bool]:
-    """Version of the installed torch, and whether it is built for GPUs; importing takes seconds."""
-    spec = importlib.util.find_spec("torch")
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError("No module named 'torch'", name="torch")
-    build = runpy.run_path(str(Path(spec.origin).with_name("version.py")))
-    return str(build["__version__"]), bool(build["cuda"] or build["hip"])
-
-
 def _gpus() -> tuple[int, str | None]:
     """How many there are, and the name of one."""
     import torch
 
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    count = torch.cuda.device_count()
     return count, torch.cuda.get_device_name() if count else None
 
 
@@ -128,10 +81,32 @@ def _git(repository: Path, *arguments: str) -> str | None:
     return done.stdout.strip()
 
 
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
+def source(command: str, runs: str, found: Sequence[Circumstances]) -> str:
+    """Where numbers come from, in a line: command, machines, dates, versions, revisions.
+
+    Args:
+        runs: such as "3 runs"; `found` has the circumstances of each.
+    """
+    days = sorted({each.date[:10] for each in found})
+    machines, torch, fairseq, revisions = (
+        " and ".join(sorted({text(each) for each in found}))
+        for text in (_machine, attrgetter("torch"), attrgetter("fairseq"), _revision)
+    )
+    period = " to ".join(dict.fromkeys((days[0], days[-1])))
+    return (
+        f"`{command}`: {runs} on {machines}, {period}, torch {torch}, {fairseq}, "
+        f"revision {revisions}"
+    )
+
+
+def _machine(found: Circumstances) -> str:
+    if found.gpu is None:
+        machine = f"{found.cpu}, {found.cores} core{'s' if found.cores > 1 else ''}"
+    else:
+        machine = f"{found.gpus} x {found.gpu}" if found.gpus > 1 else found.gpu
+    return f"{machine}, {found.workers} workers" if found.workers > 1 else machine
+
+
+def _revision(found: Circumstances) -> str:
+    changes = " with changes" if found.git_dirty else ""
+    return f"{(found.git_revision or 'unknown')[:7]}{changes}"

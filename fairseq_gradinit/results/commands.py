@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
 from pathlib import Path
 
-from fairseq_gradinit.errors import GradInitError, needs_plot
-from fairseq_gradinit.results.records import MARGIN, RunRecord, read_runs
+from fairseq_gradinit.errors import needs_plot
+from fairseq_gradinit.results import tables
+from fairseq_gradinit.results.records import MARGIN, read_runs
 
 
 def add_table(parser: ArgumentParser) -> None:
@@ -31,22 +31,15 @@ def add_table(parser: ArgumentParser) -> None:
 
 
 def print_tables(options: Namespace) -> None:
-    """Print the tables.
-
-    Raises:
-        GradInitError: a file cannot be used.
-    """
-    from fairseq_gradinit.results import tables
-
     published = tables.read_published(options.published) if options.published else []
-    print(tables.report(_runs_in(options.results), published, options.command), end="")
+    print(tables.report(read_runs(options.results), published, options.command), end="")
 
 
 def add_heat_map(parser: ArgumentParser) -> None:
     """Make a parser that of `heat-map`."""
     parser.description = (
-        "Draw validation loss over learning rate and beta2 or momentum, a panel for each recipe, "
-        "and say how many of its cells train: in those every run ends at least "
+        "Draw validation loss over learning rate and settings of the optimizer, a panel for each "
+        "recipe, and say how many of its cells train: in those every run ends at least "
         f"{MARGIN} bits below the unigram plateau of its corpus."
     )
     _add_results(parser)
@@ -55,15 +48,9 @@ def add_heat_map(parser: ArgumentParser) -> None:
 
 
 def draw_heat_map(options: Namespace) -> None:
-    """Write the picture.
-
-    Raises:
-        GradInitError: a file cannot be used, or matplotlib is missing.
-    """
-    runs = _runs_in(options.results)
     with needs_plot("heat maps"):
         from fairseq_gradinit.results import heat_map
-    heat_map.save(heat_map.draw(heat_map.panels_of(runs)), options.out)
+    heat_map.save(heat_map.panels_of(read_runs(options.results)), options.out)
 
 
 def _add_results(parser: ArgumentParser) -> None:
@@ -74,15 +61,3 @@ def _add_results(parser: ArgumentParser) -> None:
         metavar="RESULTS",
         help="a file that recipes append their runs to; of equal runs the last one counts",
     )
-
-
-def _runs_in(paths: Sequence[Path]) -> list[RunRecord]:
-    """The runs of all files, at least one.
-
-    Raises:
-        GradInitError: there is none, or a file cannot be read.
-    """
-    runs = read_runs(paths)
-    if not runs:
-        raise GradInitError(f"there is no run in {', '.join(map(str, paths))}: train one first")
-    return runs

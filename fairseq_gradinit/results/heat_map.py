@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import io
 import math
-import re
-from collections.abc import Collection, Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -18,8 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from fairseq_gradinit.errors import GradInitError
-from fairseq_gradinit.results.records import RunRecord, trains
+from fairseq_gradinit.results.records import RunRecord, Settings, trains
 from fairseq_gradinit.results.tables import by
 from fairseq_gradinit.storage import write_atomically
 
@@ -34,14 +32,7 @@ def mean_loss(losses: Iterable[float | None]) -> float:
 
 @dataclass(frozen=True)
 class Point:
-    """One run of a sweep.
-
-    Attributes:
-        row: what it has in common with others at other learning rates.
-        lr: the peak learning rate, its column.
-        loss: after the last update; None if it diverged.
-        plateau: the unigram plateau of its corpus.
-    """
+    """One run of a sweep: its row and column, its last loss (None if it diverged), its plateau."""
 
     row: str
     lr: float
@@ -51,11 +42,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Panel:
-    """The runs of a sweep that stand in one heat map; several seeds share a cell.
-
-    Attributes:
-        row_label: what the rows are.
-    """
+    """The runs of a sweep that stand in one heat map; several seeds share a cell."""
 
     title: str
     row_label: str
@@ -63,8 +50,8 @@ class Panel:
 
     @property
     def rows(self) -> list[str]:
-        """From top to bottom, in the order of the points."""
-        return list(by(self.points, lambda point: point.row))
+        """From top to bottom."""
+        return list(dict.fromkeys(point.row for point in self.points))
 
     @property
     def rates(self) -> list[float]:
@@ -78,7 +65,7 @@ class Panel:
 
     @property
     def share(self) -> str:
-        """How many cells train, which is to say that each run in them does."""
+        """How many cells train: each run in them does."""
         cells = self.cells.values()
         count = sum(all(trains(point.loss, point.plateau) for point in cell) for cell in cells)
         return f"{count} of {len(cells)} train ({count / len(cells):.0%})"
@@ -120,84 +107,36 @@ def _draw_panel(axes: Axes, panel: Panel, norm: Normalize) -> Any:
 def label(losses: Sequence[float | None]) -> str:
     """What stands in a cell with runs of these losses."""
     diverged = losses.count(None)
-    if not losses:
-        return ""
     if diverged == len(losses):
-        return "diverged"
+        return "diverged" if losses else ""
     note = f"\n{diverged} of {len(losses)}\ndiverged" if diverged else ""
     return f"{mean_loss(losses):.2f}{note}"
 
 
-# ---- From records.
-
-# What a number in the settings of an optimizer is.
-ROWS = {
-    "beta2": re.compile(r"\(\s*[\d.e-]+\s*,\s*([\d.e-]+)\s*\)"),
-    "momentum": re.compile(r"momentum\s+([\d.e-]+)"),
-}
-
-
 def panels_of(runs: Sequence[RunRecord]) -> list[Panel]:
     """A panel for each recipe, and for each of its settings that is no row and no column."""
-    groups = list(by(runs, _panel_key).values())
-    return [_panel(_title(group[-1], [other[-1] for other in groups]), group) for group in groups]
+
+    def shared(run: RunRecord) -> tuple[str, str, Settings]:
+        return run.recipe, run.corpus_digest, replace(run.settings, lr=0.0, optimizer_settings="")
+
+    panels = []
+    for (recipe, _, settings), group in by(runs, shared).items():
+        points = [
+            Point(run.settings.optimizer_settings, run.settings.lr, run.valid_loss, run.plateau)
+            for run in group
+        ]
+        points.sort(key=lambda point: point.row)
+        title = f"{recipe}, warmup {settings.warmup}"
+        panels.append(Panel(title, f"settings of {settings.optimizer}", points))
+    return panels
 
 
-def _panel_key(run: RunRecord) -> Hashable:
-    others = replace(run.settings, lr=0.0, optimizer_settings="")
-    return run.recipe, run.corpus_digest, others
-
-
-def _title(run: RunRecord, runs: Sequence[RunRecord]) -> str:
-    """The run's, with what tells it from other panels of this title."""
-    features = _features(run)
-    beside = [_features(other) for other in runs if other.title == run.title]
-    different = [f for f, *all_ in zip(features, *beside, strict=True) if len(set(all_)) > 1]
-    return ", ".join([run.title, *different])
-
-
-def _features(run: RunRecord) -> tuple[str, ...]:
-    settings = run.settings
-    return (
-        *(run.corpus, run.corpus_digest[:7], settings.model, settings.optimizer),
-        *(f"warmup {settings.warmup}", f"{settings.updates} updates"),
-        f"{settings.tokens_per_batch} tokens",
-    )
-
-
-def _panel(title: str, runs: Sequence[RunRecord]) -> Panel:
-    row_label, rows = _rows({run.settings.optimizer_settings for run in runs})
-    order = list(rows)
-    points = [
-        Point(
-            rows[run.settings.optimizer_settings],
-            run.settings.lr,
-            run.valid_loss if run.status == "finished" else None,
-            run.plateau,
-        )
-        for run in sorted(runs, key=lambda run: order.index(run.settings.optimizer_settings))
-    ]
-    return Panel(title, row_label, points)
-
-
-def _rows(settings: Collection[str]) -> tuple[str, dict[str, str]]:
-    """What the rows are, and for each settings of the optimizer its row, from top to bottom."""
-    for row_label, pattern in ROWS.items():
-        found = {text: match[1] for text in settings if (match := pattern.fullmatch(text))}
-        if len(set(found.values())) == len(settings):
-            return row_label, dict(sorted(found.items(), key=lambda item: float(item[1])))
-    return "optimizer", {text: text for text in sorted(settings)}
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write a picture; its format is what the name ends with.
+def save(panels: Sequence[Panel], path: Path) -> None:
+    """Write the picture as PNG.
 
     Raises:
-        GradInitError: there is no such format, or the file cannot be written.
+        GradInitError: the file cannot be written.
     """
-    suffix, known = path.suffix.lstrip("."), figure.canvas.get_supported_filetypes()
-    if suffix not in known:
-        raise GradInitError(f"cannot write {path}: let its name end in .{', .'.join(known)}")
     picture = io.BytesIO()
-    figure.savefig(picture, format=suffix, dpi=120)
+    draw(panels).savefig(picture, format="png", dpi=120)
     write_atomically(path, picture.getvalue())

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from fairseq_gradinit.results.circumstances import Circumstances
 from fairseq_gradinit.storage import append_line, parse, read_lines
 
-VERSION = 1
-
 MARGIN = 1.5
 """Bits below the unigram plateau that a run has to reach, see `trains`."""
-
-Status = Literal["finished", "diverged"]
 
 Curve = tuple[tuple[int, float | None], ...]
 """Pairs of update and loss in base 2, the update rising; None where it was not finite."""
@@ -34,15 +31,12 @@ def trains(valid_loss: float | None, plateau: float) -> bool:
 
 @dataclass(frozen=True)
 class Settings:
-    """How a run was trained and its model used, but for corpus and seed: with the same ones, alike.
+    """How a run was trained and its model used, but for corpus and seed.
 
     Attributes:
         model: a short name, such as "4+4 layers, d 128, ffn 512".
-        optimizer: fairseq's name of it.
         optimizer_settings: such as "(0.9, 0.98)" or "momentum 0.9".
-        lr: the peak learning rate.
-        warmup: updates in which the learning rate rises to the peak.
-        updates: length of training.
+        lr: the peak, to which it rises in `warmup` updates.
         tokens_per_batch: max-tokens times update-freq times workers.
         options: everything else on the command line of fairseq-train that is no path, and what
             decides how the test sets are translated.
@@ -60,13 +54,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class TestScores:
-    """Of a translated test set.
+    """Of a translated test set, such as "test" or "newstest2013".
 
     Attributes:
-        name: of the test set, such as "test" or "newstest2013".
-        bleu, chrf: of the detokenised translations, by sacrebleu.
-        tokenised_bleu: BLEU of the tokens, which older papers report.
-        signatures: sacrebleu's lines, which say how the scores were computed.
+        bleu, chrf: of the detokenised translations, by sacrebleu with these `signatures`.
+        tokenised_bleu: of the tokens, which older papers report.
     """
 
     name: str
@@ -78,13 +70,10 @@ class TestScores:
 
 @dataclass(frozen=True)
 class Comparison:
-    """BLEU of a run beside that of the baseline with the same seed.
+    """BLEU of a run minus that of the baseline, a recipe, with the same seed.
 
     Attributes:
-        baseline: its recipe.
-        bleu_difference: of the run minus that of the baseline.
-        p_value: of a test on the sentences of the test set.
-        signature: sacrebleu's line, which says how it was computed.
+        p_value: of a test on the sentences of the test set, by sacrebleu with this `signature`.
     """
 
     baseline: str
@@ -98,26 +87,19 @@ class RunRecord:
     """What a run was, and what came of it. Losses are base 2; times are seconds.
 
     Attributes:
-        version: of this format.
         recipe: corpus and start, such as "multi30k/gradinit-adam".
         title: what tables call the recipe, such as "GradInit, Adam".
-        corpus: its name.
         corpus_digest: a hash of its files.
         plateau: validation loss of the corpus's best unigram model.
         commands: what was run, without paths of the machine.
-        status: of training.
-        reason: why it did not finish.
-        seconds: wall time of training.
-        gradinit_seconds: wall time of GradInit; None without it.
-        seconds_per_update: the median over training.
-        tokens_per_second: of the target, the median over training.
+        seconds, gradinit_seconds: wall time of training, and of GradInit in it.
+        seconds_per_update, tokens_per_second: medians over training; tokens of the target.
         valid, training: the loss over the updates.
         valid_loss: after the last update; None if it diverged.
-        scores: of the test sets; empty if none was translated.
         comparison: with the baseline; None for the baseline itself.
     """
 
-    version: int = VERSION
+    version: Literal[1] = 1
     recipe: str
     title: str
     corpus: str
@@ -127,7 +109,7 @@ class RunRecord:
     seed: int
     commands: tuple[str, ...]
     circumstances: Circumstances
-    status: Status
+    status: Literal["finished", "diverged"]
     reason: str | None
     seconds: float | None
     gradinit_seconds: float | None
@@ -139,16 +121,9 @@ class RunRecord:
     scores: tuple[TestScores, ...]
     comparison: Comparison | None
 
-    @property
-    def key(self) -> tuple[str, str, Settings, int]:
-        """What tells runs apart: a later record with the same one replaces an earlier one."""
-        return self.recipe, self.corpus_digest, self.settings, self.seed
-
 
 def append_run(path: Path, run: RunRecord) -> None:
-    """Add a run to a file; a last line that was torn is removed first.
-
-    Several processes may append to one file.
+    """Add a run to a file, to which other processes may append too.
 
     Raises:
         GradInitError: the file cannot be written.
@@ -158,19 +133,12 @@ def append_run(path: Path, run: RunRecord) -> None:
 
 
 def read_runs(paths: Sequence[Path]) -> list[RunRecord]:
-    """The runs of all files; of several with the same key the last, at the place of the first.
+    """The runs of all files; of several that are alike the last, at the place of the first.
 
     Raises:
         GradInitError: a file cannot be read, or a line is not such a record.
     """
-    runs = [run for path in paths for run in read_lines(path, _parse_run, "a record of a run")]
-    return list({run.key: run for run in runs}.values())
-
-
-def _parse_run(row: Any) -> RunRecord:
-    if isinstance(row, Mapping) and row.get("version", VERSION) != VERSION:
-        raise ValueError(
-            f"it has version {row['version']!r} of the format; this fairseq-gradinit reads version "
-            f"{VERSION}, another may read it"
-        )
-    return parse(RunRecord, row)
+    parse_run = partial(parse, RunRecord)
+    runs = [run for path in paths for run in read_lines(path, parse_run, "a record of a run")]
+    last = {(run.recipe, run.corpus_digest, run.settings, run.seed): run for run in runs}
+    return list(last.values())

@@ -1,10 +1,10 @@
-"""Markdown tables of training runs, as a README shows them, and what they are made of."""
+"""Markdown tables of training runs."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.results.circumstances import source
-from fairseq_gradinit.results.records import Comparison, RunRecord, Settings, TestScores
+from fairseq_gradinit.results.records import Comparison, RunRecord
 from fairseq_gradinit.storage import parse
 
 T = TypeVar("T")
@@ -42,7 +42,7 @@ def spread(values: Iterable[float | None], digits: int = 2) -> str:
 
 
 def count(runs: Sequence[object]) -> str:
-    """How many runs there are."""
+    """Such as "3 runs"."""
     return f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
 
 
@@ -68,25 +68,18 @@ def markdown_rows(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 # ---- Published figures.
 
+LINK = re.compile(r"https?://[^\s<>]*[^\s<>.,;:)]")
+
 
 @dataclass(frozen=True)
 class Published:
-    """A figure of a paper, shown beside the runs of a recipe.
-
-    Attributes:
-        corpus, recipe: of the runs.
-        metric: what it is, such as "tokenised BLEU".
-        source: where it was published, such as "https://arxiv.org/abs/2102.08098, Table 4".
-    """
+    """A figure of a paper, shown beside the runs of a recipe; `metric` is such as "BLEU"."""
 
     corpus: str
     recipe: str
     metric: str
     value: float
     source: str
-
-
-LINK = re.compile(r"https?://[^\s<>]*[^\s<>.,;:)]")
 
 
 def read_published(path: Path) -> list[Published]:
@@ -96,35 +89,20 @@ def read_published(path: Path) -> list[Published]:
         GradInitError: it cannot be read, or an entry is not such a figure or has no link.
     """
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        figures = [parse(Published, entry) for entry in json.loads(path.read_text("utf-8"))]
+    except (OSError, TypeError, ValueError) as error:
         raise GradInitError(f"cannot read published figures from {path}: {error}") from error
-    if not isinstance(entries, list):
-        raise GradInitError(f"{path} is no JSON array of published figures: put [ and ] around it")
-    return [_published(entry, f"entry {i} of {path}") for i, entry in enumerate(entries, 1)]
-
-
-def _published(entry: object, name: str) -> Published:
-    try:
-        figure = parse(Published, entry)
-    except ValueError as error:
-        raise GradInitError(f"{name} is not a published figure ({error}): fix it") from error
-    if not LINK.search(figure.source):
-        raise GradInitError(
-            f"{name} has no link in its source: name the place where it was published"
-        )
-    return figure
+    for figure in figures:
+        if not LINK.search(figure.source):
+            raise GradInitError(f"{path} has a source without a link: {figure.source}")
+    return figures
 
 
 # ---- The tables of runs.
 
 
 def report(runs: Sequence[RunRecord], published: Sequence[Published], command: str) -> str:
-    """A table for each corpus and model, with a row for each recipe and its settings.
-
-    Args:
-        command: what prints these tables, for the line that says where they come from.
-    """
+    """A table for each corpus and model, with a row for each recipe and its settings."""
     groups = by(runs, lambda run: (run.corpus, run.settings.model, run.corpus_digest))
     names = [key[:2] for key in groups]
     parts = []
@@ -135,113 +113,81 @@ def report(runs: Sequence[RunRecord], published: Sequence[Published], command: s
 
 
 def _table(runs: Sequence[RunRecord], published: Sequence[Published], command: str) -> str:
-    settings = list(by(runs, lambda run: (run.recipe, run.settings)).values())
     recipes = {run.recipe: run.title for run in runs}
     figures = [f for f in published if f.corpus == runs[0].corpus and f.recipe in recipes]
     sources = list(dict.fromkeys(figure.source for figure in figures))
     rows = []
-    for group in settings:
-        own = [figure for figure in figures if figure.recipe == group[0].recipe]
-        rows.append(
-            {
-                **_start(group, recipes),
-                **_distinctions(group[0], runs),
-                **_measured(group, runs),
-                "published": ", ".join(
-                    f"{f.metric} {f.value:g} ({sources.index(f.source) + 1})" for f in own
-                ),
-            }
+    for group in by(runs, lambda run: (run.recipe, run.settings)).values():
+        own = (
+            f"{f.metric} {f.value:g} ({sources.index(f.source) + 1})"
+            for f in figures
+            if f.recipe == group[0].recipe
         )
+        columns = {**_settings(group[0], runs, recipes), **_measured(group, runs)}
+        rows.append({**columns, "published": ", ".join(own)})
     # Scores, for one, are not there in every table.
     header = [name for name in rows[0] if any(row[name] for row in rows)]
+    links = [LINK.sub(r"<\g<0>>", text) for text in sources]
     lines = [
         markdown_rows(header, [[row[name] for name in header] for row in rows]),
-        *(f"({i}) {linked}" for i, linked in enumerate(map(_linked, sources), 1)),
+        *(f"({i}) {text}" for i, text in enumerate(links, 1)),
         _reading(runs),
         source(command, count(runs), [run.circumstances for run in runs]) + ".",
     ]
     return "\n\n".join(lines)
 
 
-def _linked(text: str) -> str:
-    return LINK.sub(r"<\g<0>>", text)
-
-
-def _start(group: Sequence[RunRecord], recipes: dict[str, str]) -> dict[str, str]:
-    """What was run."""
-    recipe, settings = group[0].recipe, group[0].settings
-    title = recipes[recipe]
+def _settings(
+    run: RunRecord, runs: Sequence[RunRecord], recipes: Mapping[str, str]
+) -> dict[str, str]:
+    """What was run. Options are shown only where recipes do not tell, lengths only if they vary."""
+    settings, title = run.settings, recipes[run.recipe]
     ambiguous = list(recipes.values()).count(title) > 1
+    options = [other.settings.options for other in runs if other.recipe == run.recipe]
+    shared = set(options[0]).intersection(*options)
+    special = " ".join(option for option in settings.options if option not in shared)
+    lengths = {other.settings.updates for other in runs}
+    sizes = {other.settings.tokens_per_batch for other in runs}
     return {
-        "start": f"{title} ({recipe})" if ambiguous else title,
+        "start": f"{title} ({run.recipe})" if ambiguous else title,
         "optimizer": f"{settings.optimizer} {settings.optimizer_settings}".strip(),
         "peak lr": f"{settings.lr:g}",
         "warmup updates": f"{settings.warmup}",
-    }
-
-
-def _distinctions(run: RunRecord, runs: Sequence[RunRecord]) -> dict[str, str]:
-    """Settings that are not those of the whole table; options only where recipes do not tell."""
-    everyone = {other.settings for other in runs}
-    options = [_options(other.settings) for other in runs if other.recipe == run.recipe]
-    shared = set(options[0]).intersection(*options)
-    special = " ".join(o for o in _options(run.settings) if o not in shared)
-    several_lengths = len({settings.updates for settings in everyone}) > 1
-    several_sizes = len({settings.tokens_per_batch for settings in everyone}) > 1
-    return {
-        "updates": f"{run.settings.updates}" if several_lengths else "",
-        "tokens a batch": f"{run.settings.tokens_per_batch}" if several_sizes else "",
+        "updates": f"{settings.updates}" if len(lengths) > 1 else "",
+        "tokens a batch": f"{settings.tokens_per_batch}" if len(sizes) > 1 else "",
         "options": f"`{special}`" if special else "",
     }
 
 
-def _options(settings: Settings) -> list[str]:
-    """Each option together with its values."""
-    return re.split(r" (?=--)", " ".join(settings.options))
-
-
 def _measured(group: Sequence[RunRecord], runs: Sequence[RunRecord]) -> dict[str, str]:
-    """What came of it."""
+    """What came of the runs in a row of the table of `runs`."""
     finished = [run for run in group if run.status == "finished"]
-    tests = dict.fromkeys(scores.name for run in runs for scores in run.scores)
     columns = {
         "seeds": seeds([run.status for run in group]),
         "validation loss": spread(run.valid_loss for run in finished),
     }
+    tests = dict.fromkeys(scores.name for run in runs for scores in run.scores)
     for test in tests:
         found = [scores for run in finished for scores in run.scores if scores.name == test]
         place = f", {test}" if len(tests) > 1 else ""
-        columns |= {f"{name}{place}": value for name, value in _scores(found).items()}
-    baselines = {run.comparison.baseline for run in runs if run.comparison}
-    compared = [run.comparison for run in finished if run.comparison]
+        columns |= {
+            f"BLEU (sacrebleu){place}": spread((scores.bleu for scores in found), 1),
+            f"tokenised BLEU{place}": spread((scores.tokenised_bleu for scores in found), 1),
+            f"chrF2{place}": spread((scores.chrf for scores in found), 1),
+        }
+    costs = (ratio(run.gradinit_seconds, run.seconds_per_update) for run in group)
     return {
         **columns,
-        "cost of GradInit, updates": spread(
-            (ratio(run.gradinit_seconds, run.seconds_per_update) for run in group), 0
-        ),
+        "cost of GradInit, updates": spread(costs, 0),
         "tokens/s": spread((run.tokens_per_second for run in group), 0),
-        "p-value": _significance(compared, several_baselines=len(baselines) > 1),
+        "p-value": _significance([run.comparison for run in finished if run.comparison]),
     }
 
 
-def _scores(found: Sequence[TestScores]) -> dict[str, str]:
-    return {
-        "BLEU (sacrebleu)": spread((scores.bleu for scores in found), 1),
-        "tokenised BLEU": spread((scores.tokenised_bleu for scores in found), 1),
-        "chrF2": spread((scores.chrf for scores in found), 1),
-    }
-
-
-def _significance(compared: Sequence[Comparison], several_baselines: bool) -> str:
-    parts = []
-    for baseline, group in by(compared, lambda comparison: comparison.baseline).items():
-        against = f" against {baseline}" if several_baselines else ""
-        parts.append(_verdict(group) + against)
-    return "; ".join(parts)
-
-
-def _verdict(compared: Sequence[Comparison]) -> str:
+def _significance(compared: Sequence[Comparison]) -> str:
     """The p-value of a single run; of several, how many are significantly better and worse."""
+    if not compared:
+        return ""
     if len(compared) == 1:
         return f"{compared[0].p_value:.3f} ({compared[0].bleu_difference:+.1f} BLEU)"
     significant = [c.bleu_difference for c in compared if c.p_value < SIGNIFICANT]
@@ -261,13 +207,13 @@ def _reading(runs: Sequence[RunRecord]) -> str:
         f"{length}Mean ± standard deviation over the seeds that did not diverge; validation loss "
         f"in base 2, the unigram plateau is {runs[0].plateau:.2f}."
     )
-    baselines = sorted({run.comparison.baseline for run in runs if run.comparison})
-    if baselines:
+    compared = [run.comparison for run in runs if run.comparison]
+    if compared:
         text += (
-            f" p-value: of the difference in BLEU from {', '.join(baselines)}; of several seeds, "
+            f" p-value: of the difference in BLEU from {compared[0].baseline}; of several seeds, "
             f"how many have p < {SIGNIFICANT:g}."
         )
-    compared = [run.comparison.signature for run in runs if run.comparison]
-    scored = [line for run in runs for scores in run.scores for line in scores.signatures]
-    signatures = [f"`{line}`" for line in dict.fromkeys([*scored, *compared])]
+    lines = [line for run in runs for scores in run.scores for line in scores.signatures]
+    lines += [comparison.signature for comparison in compared]
+    signatures = [f"`{line}`" for line in dict.fromkeys(lines)]
     return f"{text} Signatures: {', '.join(signatures)}." if signatures else text
