@@ -1,6 +1,4 @@
-"""The page of `fairseq-gradinit report`.
+"""The page of `fairseq-gradinit report`, and the picture that the quickstart saves (`plot`).
 
-`runs` reads the scales and effect files of runs, `figures` draws them, `page` puts them into one
-HTML file. `plot` has the picture that training itself saves. All but `runs` need the extra "plot",
-so nothing is imported here.
+Both need the extra "plot", so nothing is imported here.
 """

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
 from pathlib import Path
 
 from fairseq_gradinit.errors import needs_plot
+from fairseq_gradinit.storage import write_atomically
 
 PAGE = "report.html"
 
@@ -28,36 +28,16 @@ def add_report(parser: ArgumentParser) -> None:
         "--out",
         type=Path,
         metavar="FILE",
-        help=(
-            f"the page, or a folder for it; .html is added where it is missing (default: {PAGE} "
-            "in the run's folder, of several runs in the current one)"
-        ),
+        help=f"the page (default: {PAGE} in the run's folder, of several runs in the current one)",
     )
-    parser.add_argument("--png", type=Path, metavar="FOLDER", help="write the figures there too")
     parser.set_defaults(run=make_report)
 
 
 def make_report(options: Namespace) -> None:
-    """Write the page.
-
-    Raises:
-        GradInitError: a file cannot be used, or matplotlib is missing.
-    """
-    from fairseq_gradinit.report.runs import read_runs
-
-    runs = read_runs(options.runs)
     with needs_plot("reports"):
-        from fairseq_gradinit.report import page
-    out = page_file(options.out, options.runs)
-    for path in page.save(runs, out, options.png, options.command):
-        print(path)
-
-
-def page_file(out: Path | None, runs: Sequence[Path]) -> Path:
-    """Where the page of these runs is written, if `out` is what was asked for."""
-    if out is None:
-        beside = runs[0] if runs[0].is_dir() else runs[0].parent
-        return beside / PAGE if len(runs) == 1 else Path(PAGE)
-    if out.is_dir():
-        return out / PAGE
-    return out if out.suffix in {".html", ".htm"} else out.with_name(f"{out.name}.html")
+        from fairseq_gradinit.report.page import page, read_run
+    first, *others = options.runs
+    beside = first if first.is_dir() else first.parent
+    out = options.out or (Path(PAGE) if others else beside / PAGE)
+    write_atomically(out, page([read_run(path) for path in options.runs], options.command))
+    print(out)

@@ -8,12 +8,10 @@ from __future__ import annotations
 import io
 import math
 import re
-import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby, zip_longest
-from typing import Any, Literal, Protocol, TypeVar, cast
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -21,7 +19,6 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from fairseq_gradinit.report.runs import Run
 from fairseq_gradinit.scales import BlockScale, Change, Scales
 
 COLOURS = ("#3d85c6", "#e07b1a", "#1f9e89", "#b5559b", "#8a8a8a")
@@ -40,6 +37,15 @@ _LAYER = re.compile(r"(?P<stack>(?:.*\.)?[^.\d]+)\.(?P<layer>\d+)\.(?P<kind>.+)"
 
 
 @dataclass(frozen=True)
+class Run:
+    """What a run saved; `shares` are those of its effect file, if there is one, see `Effect`."""
+
+    label: str
+    scales: Scales
+    shares: Sequence[Change] = ()
+
+
+@dataclass(frozen=True)
 class Panel:
     """One picture of a figure, of one run; sizes are in inches."""
 
@@ -50,19 +56,13 @@ class Panel:
     height: float = 2.9
 
 
-class Named(Protocol):
-    @property
-    def name(self) -> str: ...
-
-
-T = TypeVar("T", bound=Named)
-Stack = dict[str, dict[int, T]]
+Stack = dict[str, dict[int, Any]]
 """For each kind of tensor or branch, such as fc1.weight, what there is of it by layer."""
 
 
-def stacks_of(items: Iterable[T]) -> dict[str, Stack[T]]:
+def stacks_of(items: Iterable[BlockScale | Change]) -> dict[str, Stack]:
     """Items by stack of layers, such as encoder.layers; those outside come last, under ""."""
-    found: dict[str, Stack[T]] = {}
+    found: dict[str, Stack] = {}
     for item in items:
         match = _LAYER.fullmatch(item.name)
         stack, layer, kind = match.groups() if match else ("", 0, item.name)
@@ -79,7 +79,7 @@ def scales(runs: Sequence[Run]) -> list[Panel]:
 
 
 def scale_panels(of: Scales, label: str = "") -> list[Panel]:
-    """The heat maps of one run; kinds of tensors of which none was changed are left out."""
+    """Those of one run; kinds of tensors of which none was changed are left out."""
     panels = []
     for stack, kinds in stacks_of(of.blocks).items():
         changed = {
@@ -114,13 +114,14 @@ def iterations(runs: Sequence[Run]) -> list[Panel]:
     panels = []
     for run in (run for run in runs if run.scales.history):
         panels.append(Panel(run.label, "loss", partial(_draw_losses, run.scales)))
-        if run.gamma is not None and math.isfinite(run.gamma):
-            draw = partial(_draw_norms, run.scales, run.gamma)
+        gamma = run.scales.settings.get("gamma", "off")
+        if gamma != "off":
+            draw = partial(_draw_norms, run.scales, float(gamma))
             panels.append(Panel(run.label, "norm of the gradient", draw))
     return panels
 
 
-def _draw_scales(rows: Mapping[str, Mapping[int, BlockScale]], axes: Axes) -> None:
+def _draw_scales(rows: Stack, axes: Axes) -> None:
     layers = sorted({layer for blocks in rows.values() for layer in blocks})
     grid = [
         [math.log2(max(blocks[i].scale, 1e-3)) if i in blocks else math.nan for i in layers]
@@ -129,19 +130,14 @@ def _draw_scales(rows: Mapping[str, Mapping[int, BlockScale]], axes: Axes) -> No
     # The same colours in all runs; beyond a factor of 4 the number tells.
     axes.pcolormesh(grid, cmap="RdBu_r", norm=Normalize(-2, 2, clip=True))
     for y, blocks in enumerate(rows.values()):
-        for x, block in ((layers.index(i), block) for i, block in blocks.items()):
-            axes.text(
-                x + 0.5,
-                y + 0.5,
-                f"{block.scale:.2f}",
-                ha="center",
-                va="center",
-                fontsize=7,
-                color="white" if abs(grid[y][x]) > 1.2 else "black",
-                style="normal" if block.state == "learned" else "italic",
-            )
+        for layer, block in blocks.items():
+            x = layers.index(layer)
+            colour = "white" if abs(grid[y][x]) > 1.2 else "black"
+            style = "normal" if block.state == "learned" else "italic"
+            text = axes.text(x + 0.5, y + 0.5, f"{block.scale:.2f}", ha="center", va="center")
+            text.set(fontsize=7, color=colour, style=style)
     axes.invert_yaxis()
-    names = [_plain(kind.removesuffix(".weight")) for kind in rows]
+    names = [kind.removesuffix(".weight") for kind in rows]
     axes.set_yticks([y + 0.5 for y in range(len(rows))], names, fontsize=8)
     axes.set_xticks([x + 0.5 for x in range(len(layers))], map(str, layers), fontsize=8)
     axes.tick_params(length=0)
@@ -154,16 +150,13 @@ def _draw_scales(rows: Mapping[str, Mapping[int, BlockScale]], axes: Axes) -> No
 
 
 def _draw_branches(
-    order: Sequence[str],
-    limits: tuple[float, float],
-    kinds: Mapping[str, Mapping[int, Change]],
-    axes: Axes,
+    order: Sequence[str], limits: tuple[float, float], kinds: Stack, axes: Axes
 ) -> None:
     for kind, changes in kinds.items():
         i = order.index(kind)
         plot = partial(axes.plot, c=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)])
         plot(*_points({n: c.before for n, c in changes.items()}), ls="--", mfc="none", alpha=0.7)
-        plot(*_points({n: c.after for n, c in changes.items()}), label=_plain(kind))
+        plot(*_points({n: c.after for n, c in changes.items()}), label=kind)
     axes.set_yscale("log")
     axes.set_ylim(*limits)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -203,59 +196,28 @@ def _label(axes: Axes, x: str, y: str) -> None:
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, fontsize=8, frameon=False)
 
 
-def _plain(text: str) -> str:
-    """Dollar signs would begin a formula."""
-    return text.replace("$", r"\$")
-
-
-# ---- As files.
-
-
-def figure_of(panels: Sequence[Panel], titled: bool = True) -> Figure:
-    """The panels in a grid, with a row for each run."""
-    rows = [list(group) for _, group in groupby(panels, key=lambda panel: panel.run)]
-    widths = [max(p.width for p in column if p) for column in zip_longest(*rows)]
-    heights = [max(panel.height for panel in row) + 0.3 * titled for row in rows]
-    figure = Figure(figsize=(sum(widths), sum(heights)))
+def figure_of(panel: Panel) -> Figure:
+    figure = Figure(figsize=(panel.width, panel.height))
     # Room for browsers, whose letters may be wider than matplotlib's.
     figure.set_layout_engine("constrained", w_pad=0.15)
-    grid = figure.subplots(
-        *(len(rows), len(widths)), squeeze=False, width_ratios=widths, height_ratios=heights
-    )
-    for row, line in zip(rows, grid, strict=True):
-        for axes, panel in zip_longest(line, row):
-            if panel is None:
-                axes.remove()
-            else:
-                panel.draw(axes)
-                if titled:
-                    text = f"{panel.run}: {panel.title}" if len(rows) > 1 else panel.title
-                    axes.set_title(_plain(textwrap.fill(text, int(8 * panel.width))), fontsize=9)
+    panel.draw(figure.subplots())
     return figure
 
 
-def render(panels: Sequence[Panel], name: str, format_: Literal["svg", "png"]) -> bytes:
-    """A PNG on white with titles, or an SVG without background in the page's colour.
-
-    The same panels give the same bytes.
+def render(panel: Panel, name: str) -> str:
+    """An SVG without background in the page's colour; the same panel gives the same text.
 
     Args:
-        name: tells the parts of an SVG from those of others in one page.
+        name: tells its parts from those of others in one page.
     """
-    svg = format_ == "svg"
-    ink = INK if svg else "black"
     inked = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
-    style: Mapping[str, Any] = {
-        **dict.fromkeys((*inked, "legend.labelcolor"), ink),
+    style: dict[Any, Any] = {
+        **dict.fromkeys((*inked, "legend.labelcolor"), INK),
+        **dict.fromkeys(("figure.facecolor", "axes.facecolor"), "none"),
         **{"svg.fonttype": "none", "svg.hashsalt": name},
-        **(dict.fromkeys(("figure.facecolor", "axes.facecolor"), "none") if svg else {}),
     }
-    with matplotlib.rc_context(cast(Any, style)):
-        picture = io.BytesIO()
-        metadata = {"Date": None} if svg else {"Software": None}
-        figure = figure_of(panels, titled=not svg)
-        figure.savefig(picture, format=format_, dpi=120, metadata=metadata)
+    with matplotlib.rc_context(style):
+        picture = io.StringIO()
+        figure_of(panel).savefig(picture, format="svg", metadata={"Date": None})
     content = picture.getvalue()
-    if not svg:
-        return content
-    return content[content.index(b"<svg") :].replace(INK.encode(), b"currentColor")
+    return content[content.index("<svg") :].replace(INK, "currentColor")

@@ -1,4 +1,4 @@
-"""The report of one or several runs: an HTML page that needs nothing beside it, and PNG figures.
+"""The report of one or several runs: an HTML page that needs nothing beside it.
 
 Needs jinja2 and matplotlib (`pip install 'fairseq-gradinit[plot]'`).
 """
@@ -6,201 +6,118 @@ Needs jinja2 and matplotlib (`pip install 'fairseq-gradinit[plot]'`).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
 from fairseq_gradinit import __version__
-from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.report import figures
-from fairseq_gradinit.report.figures import Panel
-from fairseq_gradinit.report.runs import Run
-from fairseq_gradinit.scales import BlockScale
-from fairseq_gradinit.storage import write_atomically
+from fairseq_gradinit.report.figures import Run
+from fairseq_gradinit.scales import EFFECT_FILE, Effect, Scales, scales_file
 
-
-@dataclass(frozen=True)
-class FigureKind:
-    """A figure of the report.
-
-    Attributes:
-        name: of its PNG file.
-    """
-
-    name: str
-    title: str
-    caption: str
-    panels: Callable[[Sequence[Run]], list[Panel]]
-
-
-FIGURES = (
-    FigureKind(
-        "scales",
-        "Scales",
+FIGURES = {
+    "Scales": (
+        figures.scales,
         "The factor on every tensor, by kind and layer: red is larger than 1, blue smaller. In "
         "italics: given, not learned. Kinds of tensors that kept their values are left out.",
-        figures.scales,
     ),
-    FigureKind(
-        "branches",
-        "Residual branches",
+    "Residual branches": (
+        figures.branches,
         "What f(x) makes up of the variance of x + f(x), before (dashed) and after: how much a "
         "sublayer depends on its own branch (Liu et al., EMNLP 2020, section 4).",
-        figures.branches,
     ),
-    FigureKind(
-        "iterations",
-        "Iterations",
+    "Iterations": (
+        figures.iterations,
         "The loss on a batch before the trial step, and on another batch, which shares half of "
         "its sentences, after it. Where the norm of the gradient is bounded by gamma, an iteration "
         "above the bound descends the norm instead of the loss.",
-        figures.iterations,
     ),
-)
+}
+"""By title: what draws the panels, and a caption."""
+
+Row = tuple[str, tuple[str, ...]]
+"""Of a table with a column for each run: its name and values."""
 
 
-@dataclass(frozen=True)
-class Row:
-    """A row of a table with a column for each run."""
+def read_run(path: Path) -> Run:
+    """The run of a scales file, or of a folder.
 
-    name: str
-    values: tuple[str, ...]
-
-    @property
-    def differs(self) -> bool:
-        return len(set(self.values)) > 1
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A figure as the page shows it: for each run its panels and their pictures."""
-
-    title: str
-    caption: str
-    rows: dict[str, list[tuple[Panel, Markup]]]
+    Raises:
+        GradInitError: a file cannot be read.
+    """
+    file = scales_file(path)
+    beside = file.with_name(EFFECT_FILE)
+    shares = Effect.load(beside).shares if beside.exists() else ()
+    return Run(str(path), Scales.load(file), shares)
 
 
 def page(runs: Sequence[Run], command: str) -> str:
     """The HTML page. It loads nothing from elsewhere, and is the same for the same runs."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-    )
-    return environment.get_template("page.html").render(
+    text = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    template: jinja2.Template = jinja2.Template(text, autoescape=True, trim_blocks=True)
+    return template.render(
         title=f"GradInit: {', '.join(run.label for run in runs)}",
         command=command,
         version=__version__,
         runs=runs,
-        summary=[Row(name, tuple(map(value, runs))) for name, value in SUMMARY.items()],
-        figures=[_drawn(kind, panels) for kind, panels in _figures(runs)],
+        summary=_rows([_summary(run) for run in runs]),
+        figures=_drawn(runs),
         settings=settings_rows(runs),
     )
 
 
-def save(runs: Sequence[Run], out: Path, png: Path | None, command: str) -> list[Path]:
-    """Write the page and, into the folder `png` if there is one, the figures.
-
-    Returns:
-        The files, the page first.
-
-    Raises:
-        GradInitError: a file cannot be written.
-    """
-    write_atomically(out, page(runs, command))
-    written = [out]
-    if png is None:
-        return written
-    try:
-        png.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise GradInitError(f"cannot make the folder {png}: {error.strerror}") from error
-    for kind, panels in _figures(runs):
-        written.append(png / f"{kind.name}.png")
-        write_atomically(written[-1], figures.render(panels, kind.name, "png"))
-    return written
-
-
 def settings_rows(runs: Sequence[Run]) -> list[Row]:
-    """The settings of all runs by name; those in which they differ first."""
-    settings = [run.scales.settings for run in runs]
-    names = dict.fromkeys(name for one in settings for name in one)
-    rows = [Row(name, tuple(one.get(name, "") for one in settings)) for name in names]
-    return sorted(rows, key=lambda row: not row.differs)
+    """The settings of all runs; those in which they differ first."""
+    rows = _rows([run.scales.settings for run in runs])
+    return sorted(rows, key=lambda row: len(set(row[1])) == 1)
 
 
-def _figures(runs: Sequence[Run]) -> Iterator[tuple[FigureKind, list[Panel]]]:
-    """The figures for which the runs have data."""
-    for kind in FIGURES:
-        panels = kind.panels(runs)
-        if panels:
-            yield kind, panels
+def _rows(columns: Sequence[Mapping[str, str]]) -> list[Row]:
+    names = dict.fromkeys(name for column in columns for name in column)
+    return [(name, tuple(column.get(name, "") for column in columns)) for name in names]
 
 
-def _drawn(kind: FigureKind, panels: Sequence[Panel]) -> Drawn:
-    # matplotlib escapes the texts that it is given.
-    pictures = [
-        (panel, Markup(figures.render([panel], f"{kind.name}-{i}", "svg").decode()))
-        for i, panel in enumerate(panels)
-    ]
-    return Drawn(
-        kind.title,
-        kind.caption,
-        {run: list(row) for run, row in groupby(pictures, lambda pair: pair[0].run)},
-    )
+def _drawn(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """The figures for which the runs have data; in `rows`, each run's panels and pictures."""
+    found = []
+    for title, (panels_of, caption) in FIGURES.items():
+        # matplotlib escapes the texts that it is given.
+        pictures = [
+            (panel, Markup(figures.render(panel, f"{title}-{i}")))
+            for i, panel in enumerate(panels_of(runs))
+        ]
+        rows = {run: list(row) for run, row in groupby(pictures, lambda pair: pair[0].run)}
+        if rows:
+            found.append({"title": title, "caption": caption, "rows": rows})
+    return found
 
 
-# ---- The summary.
-
-
-def _iterations(run: Run) -> str:
-    history = run.scales.history
-    if not history:
-        return "not recorded"
-    constraint = sum(iteration.kind == "constraint" for iteration in history)
-    return f"{len(history)}" + (f", {constraint} of them for the constraint" if constraint else "")
-
-
-def _loss(run: Run) -> str:
-    history = run.scales.history
-    return f"{history[0].loss:.3f} to {history[-1].loss:.3f}" if history else ""
-
-
-def _trial_loss(run: Run) -> str:
-    losses = [i.trial_loss for i in run.scales.history if i.trial_loss is not None]
-    return f"{losses[0]:.3f} to {losses[-1]:.3f}" if losses else ""
-
-
-def _learned(run: Run) -> list[BlockScale]:
-    return [block for block in run.scales.blocks if block.state == "learned"]
-
-
-def _count(run: Run) -> str:
-    counts = Counter(block.state for block in run.scales.blocks)
+def _summary(run: Run) -> dict[str, str]:
+    blocks, history = run.scales.blocks, run.scales.history
+    counts = Counter(block.state for block in blocks)
     others = ", ".join(f"{n} {state}" for state, n in counts.items() if state != "learned")
-    return f"{counts['learned']} of {len(run.scales.blocks)}" + (f" ({others})" if others else "")
+    learned = [block for block in blocks if block.state == "learned"]
+    ends = [choose(learned, key=lambda block: block.scale) for choose in (min, max) if learned]
+    smallest, largest = [f"{block.scale:.3g} ({block.name})" for block in ends] or ("", "")
+    constraint = sum(iteration.kind == "constraint" for iteration in history)
+    iterations = f"{len(history)}" if history else "not recorded"
+    return {
+        "tensors with a learned scale": f"{len(learned)} of {len(blocks)}"
+        + (f" ({others})" if others else ""),
+        "smallest learned scale": smallest,
+        "largest learned scale": largest,
+        "iterations": iterations
+        + (f", {constraint} of them for the constraint" if constraint else ""),
+        "loss before the trial step": _ends([i.loss for i in history]),
+        "loss after the trial step": _ends([i.trial_loss for i in history]),
+        "LayerNorms centered": "yes" if run.scales.centered else "no",
+    }
 
 
-def _extreme(choose: Callable[..., BlockScale], run: Run) -> str:
-    learned = _learned(run)
-    if not learned:
-        return ""
-    block = choose(learned, key=lambda block: block.scale)
-    return f"{block.scale:.3g} ({block.name})"
-
-
-SUMMARY: dict[str, Callable[[Run], str]] = {
-    "tensors with a learned scale": _count,
-    "smallest learned scale": partial(_extreme, min),
-    "largest learned scale": partial(_extreme, max),
-    "iterations": _iterations,
-    "loss before the trial step": _loss,
-    "loss after the trial step": _trial_loss,
-    "LayerNorms centered": lambda run: "yes" if run.scales.centered else "no",
-}
+def _ends(losses: Sequence[float | None]) -> str:
+    known = [loss for loss in losses if loss is not None]
+    return f"{known[0]:.3f} to {known[-1]:.3f}" if known else ""
