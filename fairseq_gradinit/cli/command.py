@@ -1,9 +1,8 @@
 """The program `fairseq-gradinit`: what there is to do before and after training.
 
-Each room adds its own subcommands: SUBCOMMANDS names the function that gives a parser its
-description, its arguments and, as the default of `run`, what it does. That returns the exit status,
-None being 0. A room is imported once its subcommand is chosen, so that none waits for what others
-need.
+SUBCOMMANDS names the function that gives a parser its description, its arguments and, in `run`,
+what it does, which returns the exit status, None being 0. A room is imported once its subcommand is
+chosen, so that none waits for what others need.
 """
 
 from __future__ import annotations
@@ -15,8 +14,7 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from fairseq_gradinit.errors import GradInitError
@@ -32,21 +30,6 @@ SUBCOMMANDS = {
     "doctor": ("cli.doctor:add_doctor", "say whether GradInit can work here"),
 }
 """For each the function, by module and name, and its line in the program's help."""
-
-
-@contextmanager
-def _printing() -> Iterator[None]:
-    """Turns standard output that takes no more, such as a full disk, into a sentence."""
-    try:
-        yield
-        # At exit it would be too late for one.
-        sys.stdout.flush()
-    except OSError as error:
-        if error.filename is not None:
-            raise
-        # What is left in the buffer cannot be written at exit either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise GradInitError(f"cannot write to standard output: {error.strerror}") from error
 
 
 def _parser(chosen: str) -> argparse.ArgumentParser:
@@ -67,18 +50,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit status."""
     logging.basicConfig(level=logging.INFO, format=f"{PROGRAM}: %(message)s")
     words = sys.argv[1:] if arguments is None else list(arguments)
-    trouble = 2
+    options = _parser("".join(words[:1])).parse_args(words)
+    # Files in the folder where one is are what they are on every machine.
+    here = f"{Path.cwd()}/"
+    options.command = shlex.join([PROGRAM, *(word.removeprefix(here) for word in words)])
     try:
-        options = _parser("".join(words[:1])).parse_args(words)
-        trouble = options.trouble
-        # Files in the folder where one is are what they are on every machine.
-        here = f"{Path.cwd()}/"
-        options.command = shlex.join([PROGRAM, *(word.removeprefix(here) for word in words)])
-        with _printing():
-            return int(options.run(options) or 0)
+        status = int(options.run(options) or 0)
+        # At exit it would be too late for a sentence about a full disk.
+        sys.stdout.flush()
+        return status
     except GradInitError as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
+    except OSError as error:
+        if error.filename is None:
+            # What is left in the buffer of standard output cannot be written at exit either.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        place = error.filename or "standard output"
+        print(f"{PROGRAM}: cannot write to {place}: {error.strerror}", file=sys.stderr)
     except Exception:
         # A defect. Python would end with 1, which means something else where `trouble` is not 1.
         traceback.print_exc()
-    return trouble
+    return int(options.trouble)
