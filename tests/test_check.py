@@ -7,21 +7,22 @@ import io
 import json
 import logging
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import GRADINIT, Corpus, train_here, usual_options
 
 from fairseq_gradinit.check.batches import groups_of_one_size
-from fairseq_gradinit.check.probes import Power
-from fairseq_gradinit.check.program import DEFAULT, WARMUP, Report
+from fairseq_gradinit.check.probes import token_share
+from fairseq_gradinit.check.program import DEFAULT, WARMUP
 from fairseq_gradinit.check.program import GRADINIT as FROM_GRADINIT
 from fairseq_gradinit.check.records import Arm, Probe
 from fairseq_gradinit.check.verdict import EXIT_STATUS
 from fairseq_gradinit.cli import command
-from fairseq_gradinit.storage import typed_json
+from fairseq_gradinit.storage import parse
 
 UPDATES = 4
 LEARNING = ["--gradinit-iterations", "3", "--gradinit"]
@@ -37,28 +38,25 @@ class Checked:
     out: Path
 
     @property
-    def report(self) -> Report:
-        return typed_json.parse(Report, json.loads((self.out / "check.json").read_text()))
+    def report(self) -> dict[str, Any]:
+        return json.loads((self.out / "check.json").read_text())
 
     def probe(self, arm: Arm, lr: float) -> Probe:
-        (found,) = (p for p in self.report.probes if p.arm == arm and p.lr == lr)
+        probes = [parse(Probe, probe) for probe in self.report["probes"]]
+        (found,) = (probe for probe in probes if probe.arm == arm and probe.lr == lr)
         return found
 
 
 def check_here(*words: object, out: Path | None = None) -> Checked:
-    """Run the program in this process."""
+    """Run the program in this process, and have loggers log again what they did."""
     folder = [] if out is None else ["--out", out]
     printed, errors = io.StringIO(), io.StringIO()
     level = logging.getLogger().level
-    with (
-        contextlib.redirect_stdout(printed),
-        contextlib.redirect_stderr(errors),
-    ):
-        try:
-            status = command.main(list(map(str, ["check", *folder, *words])))
-        except SystemExit as leaving:
-            status = leaving.code
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors):
+        status = command.main(list(map(str, ["check", *folder, *words])))
     logging.getLogger().setLevel(level)
+    for name in ("fairseq", "fairseq_gradinit", "fairseq_gradinit.check"):
+        logging.getLogger(name).setLevel(logging.NOTSET)
     return Checked(status, printed.getvalue(), errors.getvalue(), out or Path())
 
 
@@ -70,24 +68,20 @@ def checked(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Checked
     return check_here(*options, "fairseq-train", *training, out=folder / "out")
 
 
-def test_the_printed_verdict_agrees_with_the_status(checked):
+def test_what_is_printed_and_written_agrees_with_the_status(checked):
     report = checked.report
-    outcomes = dict(zip(report.probes, report.verdicts, strict=True))
-    asked = outcomes[checked.probe(FROM_GRADINIT, 1e-3)]
-    assert checked.status == EXIT_STATUS[asked.outcome]
-    assert report.verdict in checked.printed
-    assert asked.reason in report.verdict
+    arms = [probe["arm"] for probe in report["probes"]]
+    asked = report["verdicts"][arms.index(asdict(FROM_GRADINIT))]
+    assert checked.status == EXIT_STATUS[asked["outcome"]]
+    assert asked["reason"] in report["verdict"]
+    assert report["verdict"] in checked.printed
     header, *rows = checked.printed.split("\n\n")[0].splitlines()
     assert header.startswith("lr ")
-    assert len(rows) == len(report.probes) == 6
-
-
-def test_the_output_is_numbers_picture_and_scales_alone(checked):
+    assert len(rows) == len(arms) == 6
     names = {path.name for path in checked.out.iterdir()}
     assert names == {"check.json", "check.png", "gradinit_scales.json"}
     assert (checked.out / "check.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in checked.out.parent.iterdir()] == ["out"]
-    assert "fairseq-gradinit check" in checked.report.command
 
 
 def test_all_starts_see_the_same_batches(checked):
@@ -133,45 +127,33 @@ def test_every_layer_and_tensor_is_measured(checked):
     assert "decoder.embed_tokens.weight" in first
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "lr", "reason"),
-    [("adam", "300", "gradients are Nan/Inf after "), ("sgd", "1e15", "loss not finite after ")],
-)
-def test_a_rate_at_which_nothing_can_train(corpus, optimizer, lr, reason):
+def test_a_rate_at_which_nothing_can_train_and_a_model_without_a_source(corpus):
     options = ["--updates", 3, "--rates", "1", "--start", "default"]
     lm = ["--task", "language_modeling", "--arch", "transformer_lm", "--tokens-per-sample", "32"]
     sizes = ["--decoder-layers", "1", "--decoder-embed-dim", "16", "--decoder-ffn-embed-dim", "32"]
     left_out = [word for word in usual_options() if word.startswith("--en")]
-    usual = usual_options("--arch", "--lr", "--optimizer", "--adam-betas", *left_out)
+    usual = usual_options("--arch", "--lr", *left_out)
     training = [corpus.language_model, *usual, *lm, *sizes, "--decoder-attention-heads", "2"]
-    rate = ["--optimizer", optimizer, "--lr", lr, "--gradinit-eta", "1e-3"]
-    done = check_here(*options, "--", *training, *rate, *LEARNING)
+    done = check_here(*options, "--", *training, "--lr", "300", "--gradinit-eta", "1e-3", *LEARNING)
     assert done.status == 1, done.errors
-    says = f"from the default initialisation without warmup at lr {float(lr):g} will not hold: "
-    assert says + reason in done.printed
-    # A model that has no source.
+    says = "from the default initialisation without warmup at lr 300 will not hold: gradients are "
+    assert says in done.printed
     assert "encoder" not in done.printed
-    assert "Traceback" not in done.errors
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--bogus", "3"], "does not take this command line: unrecognized arguments: --bogus 3"),
-        (["--arch", "bogus"], "invalid choice: 'bogus'"),
-        (["--max-update", "many"], "argument --max-update: invalid"),
         (["--user-dir", "/nowhere"], "could not read this command line: /nowhere"),
+        (["--train-subset", "no"], "fairseq-train could not load its task and training data"),
         (["--init-scheme", "zero-branches"], "leave out --init-scheme"),
         (["--gradinit-gamma", "0"], "gamma must be a number greater than 0"),
-        (["--ddp-backend", "slowmo"], "does not work with --ddp-backend slowmo"),
-        (["--gradinit-scales", "/nowhere"], "cannot read /nowhere"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_mistakes_are_refused_in_one_sentence(corpus, words, message):
-    done = check_here(
-        "--updates", 1, "--rates", 1, "--", corpus.translation, *usual_options(), *words
-    )
+    done = check_here("--", corpus.translation, *usual_options(), *words)
     assert done.status == 2
     assert message in done.errors
     assert done.errors.startswith("fairseq-gradinit: ")
@@ -179,63 +161,20 @@ def test_mistakes_are_refused_in_one_sentence(corpus, words, message):
     assert not done.printed
 
 
-def test_data_that_are_not_there(tmp_path):
-    done = check_here("--", tmp_path / "nowhere", *usual_options())
-    assert done.status == 2
-    assert "fairseq-train could not load its task and training data" in done.errors
-
-
-def test_a_command_without_a_size_of_batches(corpus):
-    done = check_here("--", corpus.translation, *usual_options("--max-tokens"))
-    assert done.status == 2
-    assert "give it --max-tokens or --batch-size" in done.errors
-
-
-def test_variables_belong_before_the_program():
-    done = check_here("--", "A=1", "B_2=x y", "fairseq-train", "data")
-    assert done.status == 2
-    assert done.errors == (
-        "fairseq-gradinit: A=1 'B_2=x y' sets nothing after --: put it first, "
-        "`A=1 'B_2=x y' fairseq-gradinit check -- fairseq-train ...`\n"
-    )
-
-
-def test_a_folder_may_be_named_like_a_variable():
-    done = check_here("--", "lang=de", *usual_options())
-    assert "fairseq-train could not load its task and training data" in done.errors
-
-
-@pytest.mark.parametrize(
-    "options", [["--updates", "0"], ["--rates", "0,1"], ["--rates", "x"], ["--start", "warm"], []]
-)
-def test_options_of_its_own_that_cannot_be(options):
-    done = check_here(*options, *(["--", "data"] if options else []))
-    assert done.status == 2
-    assert "fairseq-gradinit check: error:" in done.errors
-
-
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
     done = check_here("--", "data", out=tmp_path / "file" / "out")
     assert done.status == 2
-    assert "cannot make the folder" in done.errors
-
-
-# ---- Its parts.
+    assert done.errors.startswith(f"fairseq-gradinit: cannot write to {tmp_path}/file")
 
 
 def test_the_share_of_outputs_that_differ_by_a_part_in_a_million():
     torch.manual_seed(0)
     common, own = torch.ones(1, 1, 16).double(), torch.randn(40, 5, 16).double()
     own -= own.mean((0, 1))
-    power = Power()
-    for rows in (common + 1e-6 * own).split(13):
-        power.add(rows)
     expected = 1e-12 * float(own.square().sum()) / (40 * 5 * 16)
-    assert power.token_share() == pytest.approx(expected, rel=1e-2)
-    alike = Power()
-    alike.add(torch.ones(3, 4))
-    assert alike.token_share() == 0.0
+    assert token_share((common + 1e-6 * own).split(13)) == pytest.approx(expected, rel=1e-2)
+    assert token_share([torch.ones(3, 4)]) == 0.0
 
 
 def test_sentences_of_one_size_are_looked_at_together():
@@ -247,7 +186,4 @@ def test_sentences_of_one_size_are_looked_at_together():
     assert 1 <= len(few) < 5
     assert sum(max(sizes[i]) for group in few for i in group) <= 50
     assert groups_of_one_size(sizes, tokens=1) == few[:1]
-
-
-def test_sentences_of_different_sizes_are_looked_at_one_by_one():
     assert sorted(groups_of_one_size({3: (1,), 5: (2,), 8: (4,)}, 100)) == [[3], [5], [8]]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -31,17 +32,15 @@ def draw(probes: Sequence[Probe]) -> Figure:
     rates = sorted({probe.lr for probe in probes})
     figure = Figure(figsize=(2 + 3.5 * len(rates), 9), layout="constrained")
     grid = figure.subplots(3, len(rates), squeeze=False, sharex=True, sharey="row")
-    for column, rate in zip(grid.T, rates, strict=True):
-        column[0].set_title(f"lr {rate:g}")
+    for (losses, shares, steps), rate in zip(grid.T, rates, strict=True):
         for probe in (p for p in probes if p.lr == rate):
-            _draw_losses(column[0], probe)
-            _draw_shares(column[1], probe)
-            _draw_steps(column[2], probe)
-        column[0].legend(fontsize=8)
-        column[1].set_yscale("log")
-        column[1].axhspan(COLLAPSED, ALIVE, color="0.9", zorder=0)
-        column[2].set_yscale("log")
-        column[2].set_xlabel("updates")
+            _draw_probe(probe, losses, shares, steps)
+        losses.set_title(f"lr {rate:g}")
+        losses.legend(fontsize=8)
+        shares.set_yscale("log")
+        shares.axhspan(COLLAPSED, ALIVE, color="0.9", zorder=0)
+        steps.set_yscale("log")
+        steps.set_xlabel("updates")
     grid[0][0].set_ylabel("training loss")
     sides = dict.fromkeys(side for probe in probes for side in probe.last_layer_shares())
     lines = ", ".join(f"{side} {dash}" for side, dash in zip(sides, DASHES, strict=False))
@@ -52,33 +51,22 @@ def draw(probes: Sequence[Probe]) -> Figure:
     return figure
 
 
-def _draw_losses(axes: Axes, probe: Probe) -> None:
-    losses = [update.loss for update in probe.updates]
+def _draw_probe(probe: Probe, losses: Axes, shares: Axes, steps: Axes) -> None:
+    colour, updates = COLOURS[probe.arm], range(1, len(probe.updates) + 1)
     label = f"{probe.arm.title}: {judge(probe).outcome}"
-    axes.plot(range(1, len(losses) + 1), losses, color=COLOURS[probe.arm], label=label)
-
-
-def _draw_shares(axes: Axes, probe: Probe) -> None:
-    updates = [look.update for look in probe.looks]
+    losses.plot(updates, [update.loss for update in probe.updates], color=colour, label=label)
+    looked = [look.update for look in probe.looks]
     marker = MARKERS[list(COLOURS).index(probe.arm)]
-    curves = probe.last_layer_shares().values()
-    # What is zero has no place on a logarithmic axis.
-    for curve, dash in zip(curves, DASHES, strict=False):
+    for curve, dash in zip(probe.last_layer_shares().values(), DASHES, strict=False):
+        # What is zero has no place on a logarithmic axis.
         drawn = [max(share, 1e-16) for share in curve]
-        axes.plot(updates, drawn, dash, color=COLOURS[probe.arm], marker=marker, ms=3)
-
-
-def _draw_steps(axes: Axes, probe: Probe) -> None:
-    sizes = probe.median_steps()
-    axes.plot(range(1, len(sizes) + 1), sizes, color=COLOURS[probe.arm])
+        shares.plot(looked, drawn, dash, color=colour, marker=marker, ms=3)
+    sizes = [median(update.step_sizes) for update in probe.updates]
+    steps.plot(updates, sizes, color=colour)
 
 
 def save(probes: Sequence[Probe], path: Path) -> None:
-    """Write the picture as a PNG.
-
-    Raises:
-        GradInitError: the file cannot be written.
-    """
+    """Write the picture as a PNG."""
     picture = io.BytesIO()
     draw(probes).savefig(picture, format="png", dpi=110)
     write_atomically(path, picture.getvalue())

@@ -6,7 +6,8 @@ import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import reduce
+from itertools import tee
 from pathlib import Path
 from typing import Any
 
@@ -14,30 +15,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fairseq_gradinit.check.batches import ProbeData
+from fairseq_gradinit.check.batches import looked_at
 from fairseq_gradinit.check.records import Arm, Look, Probe, Update
 from fairseq_gradinit.engine import deterministic
 from fairseq_gradinit.plugin.batches import MicroBatch
 from fairseq_gradinit.plugin.loss import TaskLoss
-from fairseq_gradinit.plugin.session import Session, make_update
+from fairseq_gradinit.plugin.session import Session, TrainingBatches, make_update
 
 Visit = Callable[[int, Mapping[str, Tensor]], None]
 """Is given the number of updates made, and the trained tensors by name, which it may change."""
 
 
 class Prober:
-    """Runs probes: the first updates of a command line of fairseq-train.
-
-    Args:
-        words, folder: see `fairseq_gradinit.plugin.session.Session`.
-
-    Raises:
-        GradInitError: fairseq cannot begin such a run, or the check does not fit it.
-    """
+    """Runs probes: the first updates of a command line of fairseq-train, see `Session`."""
 
     def __init__(self, words: Sequence[str], folder: Path) -> None:
         self._session = Session(words, folder)
-        self._data: ProbeData | None = None
+        # The same for all probes.
+        self._looked: list[Any] = []
+        self._batches: Iterator[Any]
 
     @property
     def lr(self) -> float:
@@ -56,7 +52,7 @@ class Prober:
         """Make that many updates from the initialisation.
 
         Args:
-            looked: the numbers of updates after which the model is looked at.
+            looked: the numbers of updates after which the model is looked at, beside 0.
             warmup: updates in which the learning rate rises, if not the whole probe, or none of it.
             visit: called before the first look, and after each update.
 
@@ -67,18 +63,22 @@ class Prober:
         if warmup is None:
             warmup = updates if arm.warmup else 0
         trainer = self._session.trainer(lr, warmup)
-        self._data = self._data or ProbeData(trainer)
+        if not self._looked:
+            batches = TrainingBatches(trainer)
+            self._looked, self._batches = looked_at(trainer, batches), iter(batches)
+        # From the first one on.
+        self._batches, batches_of_probe = tee(self._batches)
         if arm.start == "gradinit":
             self._session.run_gradinit(trainer)
         trainer.begin_epoch(1)
-        watched = Watched(trainer, self._data.looked)
+        watched = Watched(trainer, self._looked)
         made: list[Update] = []
         looks: list[Look] = []
         diverged = None
         visit(0, watched.tensors)
         try:
             looks.append(watched.look())
-            for samples in self._data:
+            for samples in batches_of_probe:
                 update = watched.update(samples)
                 if update is None:
                     continue
@@ -86,14 +86,13 @@ class Prober:
                 visit(len(made), watched.tensors)
                 if len(made) in looked:
                     looks.append(watched.look())
-                if len(made) == updates:
+                if len(made) >= updates:
                     break
         except FloatingPointError as error:
             diverged = str(error).partition("\n")[0]
-        return Probe(
-            *(arm, lr, tuple(watched.tensors), watched.layers),
-            *(tuple(made), tuple(looks), diverged, round(time.monotonic() - start, 1)),
-        )
+        seconds = round(time.monotonic() - start, 1)
+        names = tuple(watched.tensors), watched.layers
+        return Probe(arm, lr, *names, tuple(made), tuple(looks), diverged, seconds)
 
 
 class Watched:
@@ -101,7 +100,7 @@ class Watched:
 
     Attributes:
         tensors: the trained parameter tensors, by name.
-        layers: the layers whose outputs were looked at, by name: the items of module lists that
+        layers: names of the layers whose outputs were looked at: the items of module lists that
             are called `layers`.
     """
 
@@ -124,7 +123,7 @@ class Watched:
         self._traded = [*map(_with_sources_traded, self._looked)] if two_sided else []
 
     def update(self, samples: Any) -> Update | None:
-        """Make an update; None if the precision of the run made it void (overflow in fp16).
+        """Make an update, see `make_update`.
 
         Raises:
             FloatingPointError: loss, gradient or weights are not finite.
@@ -136,13 +135,8 @@ class Watched:
         made = make_update(self._trainer, samples)
         if made is None:
             return None
-        loss, norm = made
-        return Update(
-            lr,
-            _finite("loss", loss),
-            _finite("gradient", norm),
-            _step_sizes(before, tensors),
-        )
+        loss, norm = _finite("loss", made[0]), _finite("gradient", made[1])
+        return Update(lr, loss, norm, _step_sizes(before, tensors))
 
     def look(self) -> Look:
         """Look at the model, and leave no trace.
@@ -152,13 +146,13 @@ class Watched:
         """
         trainer = self._trainer
         with deterministic(trainer.get_model(), trainer.get_criterion()), torch.no_grad():
-            with _powers_of_outputs(self._layers) as powers:
+            with _outputs(self._layers) as outputs:
                 loss = self._loss(self._looked)
             source_bits = None
             if self._traded and None not in self._traded:
                 source_bits = self._loss(self._traded) - loss
-        self.layers = tuple(powers)
-        shares = tuple(power.token_share() for power in powers.values())
+        self.layers = tuple(outputs)
+        shares = tuple(map(token_share, outputs.values()))
         return Look(trainer.get_num_updates(), loss, shares, source_bits)
 
     def _loss(self, samples: Sequence[Any]) -> float:
@@ -168,54 +162,40 @@ class Watched:
         return _finite("loss", total / size / math.log(2))
 
 
-@dataclass
-class Power:
-    """The power of a layer's outputs, added up over tokens.
-
-    Attributes:
-        squares: sum |x_t|^2.
-        total: sum x_t, of shape (channels,), in double precision: what is left of a collapse may
-            be less than fp32 sums resolve.
-        tokens: how many there were.
-    """
-
-    squares: float = 0.0
-    total: Tensor | float = 0.0
-    tokens: int = 0
-
-    def add(self, output: Tensor) -> None:
-        """Count an output of any shape whose last dimension is the channels."""
-        rows = output.detach().flatten(0, -2).double()
-        self.squares += float(rows.square().sum())
-        self.total = self.total + rows.sum(0)
-        self.tokens += len(rows)
-
-    def token_share(self) -> float:
-        """1 - |mean x|^2 / mean |x|^2, which is 0 when every token has the same output."""
-        common = float(torch.as_tensor(self.total).square().sum()) / self.tokens
-        return max(0.0, 1 - common / self.squares) if self.squares else 0.0
-
-
 @contextmanager
-def _powers_of_outputs(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Power]]:
+def _outputs(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Tensor]]]:
     """Of the layers that are called inside, by name in the order of the first call."""
-    powers: dict[str, Power] = {}
+    outputs: dict[str, list[Tensor]] = {}
 
     def record(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, __: object, output: Any) -> None:
             # Decoder layers return attention weights too.
             first = output[0] if isinstance(output, tuple) else output
-            if isinstance(first, Tensor) and first.dim() > 1:
-                powers.setdefault(name, Power()).add(first)
+            if isinstance(first, Tensor):
+                outputs.setdefault(name, []).append(first.detach())
 
         return hook
 
     handles = [layer.register_forward_hook(record(name)) for name, layer in layers.items()]
     try:
-        yield powers
+        yield outputs
     finally:
         for handle in handles:
             handle.remove()
+
+
+def token_share(outputs: Sequence[Tensor]) -> float:
+    """1 - |mean x|^2 / mean |x|^2, which is 0 when every token has the same output x.
+
+    Args:
+        outputs: of a layer, of shapes (..., channels).
+    """
+    # What is left of a collapse may be less than fp32 sums resolve.
+    rows = [output.flatten(0, -2).double() for output in outputs]
+    squares = sum(float(each.square().sum()) for each in rows)
+    total = reduce(torch.add, (each.sum(0) for each in rows))
+    common = float(total.square().sum()) / sum(map(len, rows))
+    return max(0.0, 1 - common / squares) if squares else 0.0
 
 
 def _with_sources_traded(sample: Any) -> Any:

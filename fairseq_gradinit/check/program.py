@@ -10,22 +10,17 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import math
-import re
-import shlex
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from itertools import takewhile
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from fairseq_gradinit.check.records import Arm, Probe
-from fairseq_gradinit.check.verdict import EXIT_STATUS, Verdict, judge, sentence
-from fairseq_gradinit.errors import GradInitError, needs_plot
-from fairseq_gradinit.results import Circumstances, current_circumstances
+from fairseq_gradinit.check.verdict import EXIT_STATUS, judge, sentence
+from fairseq_gradinit.errors import needs_plot
+from fairseq_gradinit.results import current_circumstances
 from fairseq_gradinit.storage import write_atomically
 
 logger = logging.getLogger("fairseq_gradinit.check")
@@ -35,32 +30,11 @@ DEFAULT = Arm("default", warmup=False)
 WARMUP = Arm("default", warmup=True)
 ARMS = (GRADINIT, DEFAULT, WARMUP)
 
-ASKED = {"gradinit": GRADINIT, "default": DEFAULT}
-"""What the verdict can be about."""
-
 RATES = (0.5, 1.0, 2.0)
 LOOKS = (1, 2, 3, 5, 8, 12, 20, 30)
 """Updates after which the model is looked at, beside the last and every 20th of longer probes."""
 
 REPORT, PICTURE, SCALES = "check.json", "check.png", "gradinit_scales.json"
-
-
-@dataclass(frozen=True)
-class Report:
-    """All that the check saw and said.
-
-    Attributes:
-        lr: the peak learning rate of the command.
-        verdicts: of each of `probes`.
-        verdict: the sentence that was printed.
-    """
-
-    command: str
-    circumstances: Circumstances
-    lr: float
-    verdict: str
-    probes: tuple[Probe, ...]
-    verdicts: tuple[Verdict, ...]
 
 
 def add_check(parser: argparse.ArgumentParser) -> None:
@@ -72,11 +46,11 @@ def add_check(parser: argparse.ArgumentParser) -> None:
     )
     parser.usage = f"{parser.prog} [OPTIONS] -- fairseq-train DATA ..."
     parser.add_argument(
-        "--updates", type=_count, default=40, metavar="N", help="of each probe (default: 40)"
+        "--updates", type=int, default=40, metavar="N", help="of each probe (default: 40)"
     )
     parser.add_argument(
         "--rates",
-        type=_multiples,
+        type=multiples,
         default=RATES,
         metavar="X,Y,...",
         help=(
@@ -86,7 +60,7 @@ def add_check(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--start",
-        choices=ASKED,
+        choices=("gradinit", "default"),
         default="gradinit",
         help="what the verdict and the exit status are about (default: gradinit)",
     )
@@ -105,45 +79,53 @@ def add_check(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run, trouble=2)
 
 
+def multiples(text: str) -> tuple[float, ...]:
+    return tuple(map(float, text.split(",")))
+
+
 def run(options: argparse.Namespace) -> int:
-    """Do the check and print what came of it.
-
-    Returns:
-        The exit status: 0 training holds, 1 it does not, 3 cannot tell.
-
-    Raises:
-        GradInitError: the training cannot begin, or the results cannot be written.
-    """
-    _refuse_variables(options.training)
+    """Do the check, print what came of it, and return the exit status."""
+    # Before the work is done that it is for.
     if options.out is not None:
-        _make_folder(options.out)
-    asked = ASKED[options.start]
-    with _calm(), tempfile.TemporaryDirectory(prefix="fairseq-gradinit-check-") as folder:
+        with needs_plot("pictures"):
+            from fairseq_gradinit.check import picture
+        options.out.mkdir(parents=True, exist_ok=True)
+    _be_calm()
+    with tempfile.TemporaryDirectory(prefix="fairseq-gradinit-check-") as folder:
         lr, probes = probe_all(options, Path(folder))
-        verdict = sentence(probes, lr, asked)
-        print(table(probes))
-        print(f"\n{verdict}")
+        arm = Arm(options.start, warmup=False)
+        (asked,) = (probe for probe in probes if probe.arm == arm and probe.lr == lr)
+        verdict = sentence(asked)
+        print(f"{table(probes)}\n\n{verdict}")
         if options.out is not None:
-            found = current_circumstances(Path(__file__).parent)
-            verdicts = tuple(map(judge, probes))
-            report = Report(options.command, found, lr, verdict, tuple(probes), verdicts)
-            save(report, options.out)
+            report = {
+                "command": options.command,
+                "circumstances": asdict(current_circumstances(Path(__file__).parent)),
+                "lr": lr,
+                "verdict": verdict,
+                "probes": list(map(asdict, probes)),
+                "verdicts": [asdict(judge(probe)) for probe in probes],
+            }
+            write_atomically(options.out / REPORT, json.dumps(report, allow_nan=False) + "\n")
+            picture.save(probes, options.out / PICTURE)
             shutil.copyfile(Path(folder) / SCALES, options.out / SCALES)
             print(f"picture: {options.out / PICTURE}\nnumbers: {options.out / REPORT}")
-    (outcome,) = (judge(p).outcome for p in probes if p.arm == asked and p.lr == lr)
-    return EXIT_STATUS[outcome]
+    return EXIT_STATUS[judge(asked).outcome]
+
+
+def _be_calm() -> None:
+    """Hide what fairseq and the plugin say of a run, and torch and hydra of old interfaces."""
+    warnings.simplefilter("ignore")
+    logging.getLogger("fairseq").setLevel(logging.WARNING)
+    # What it advises on a rate is of the rates that are tried, not of the command's.
+    logging.getLogger("fairseq_gradinit").setLevel(logging.ERROR)
+    logger.setLevel(logging.INFO)
 
 
 def probe_all(options: argparse.Namespace, folder: Path) -> tuple[float, list[Probe]]:
-    """The learning rate of the command, and its probes: that rate first, then from low to high.
+    """The learning rate of the command, and its probes: that rate first, then from low to high."""
+    from fairseq_gradinit.check.probes import Prober
 
-    Raises:
-        GradInitError: see `Prober`.
-    """
-    try:
-        from fairseq_gradinit.check.probes import Prober
-    except ModuleNotFoundError as error:
-        raise GradInitError(f"the check needs fairseq, and {error}") from error
     prober = Prober(options.training, folder)
     others = sorted({*options.rates} - {1.0})
     looked = {*LOOKS, *range(20, options.updates, 20), options.updates}
@@ -156,7 +138,7 @@ def probe_all(options: argparse.Namespace, folder: Path) -> tuple[float, list[Pr
     return prober.lr, probes
 
 
-# ---- What is printed and written.
+# ---- What is printed.
 
 
 def table(probes: Sequence[Probe]) -> str:
@@ -189,87 +171,3 @@ def _row(probe: Probe, sides: Sequence[str]) -> tuple[str, ...]:
         *(f"{shares[side][-1]:.2g}" if side in shares else "" for side in sides),
         "" if bits is None else f"{bits:.2f}",
     )
-
-
-def save(report: Report, folder: Path) -> None:
-    """Write numbers and picture.
-
-    Raises:
-        GradInitError: a file cannot be written.
-    """
-    text = json.dumps(asdict(report), allow_nan=False)
-    write_atomically(folder / REPORT, f"{text}\n")
-    from fairseq_gradinit.check import picture as check_picture
-
-    check_picture.save(report.probes, folder / PICTURE)
-
-
-# ---- Around it.
-
-
-def _refuse_variables(words: Sequence[str]) -> None:
-    """A shell takes them before a program only.
-
-    Raises:
-        GradInitError: the command begins with variables that are set.
-    """
-    variables = list(takewhile(re.compile(r"[A-Za-z_]\w*=").match, words))
-    if variables and Path([*words, ""][len(variables)]).name == "fairseq-train":
-        first = shlex.join(variables)
-        raise GradInitError(
-            f"{first} sets nothing after --: put it first, "
-            f"`{first} fairseq-gradinit check -- fairseq-train ...`"
-        )
-
-
-def _make_folder(folder: Path) -> None:
-    """Before the work is done that it is for.
-
-    Raises:
-        GradInitError: it cannot be made, or there is no matplotlib to draw the picture in it.
-    """
-    with needs_plot("pictures"):
-        from fairseq_gradinit.check import picture as check_picture  # noqa: F401
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise GradInitError(f"cannot make the folder {folder}: {error.strerror}") from error
-
-
-@contextmanager
-def _calm() -> Iterator[None]:
-    """Without what fairseq and the plugin say of a run, and torch and hydra of old interfaces."""
-    wanted = {
-        logging.getLogger("fairseq"): logging.WARNING,
-        # What it advises on a rate is of the rates that are tried, not of the command's.
-        logging.getLogger("fairseq_gradinit"): logging.ERROR,
-        logger: logging.INFO,
-    }
-    before = {each: each.level for each in wanted}
-    with warnings.catch_warnings(action="ignore"):
-        try:
-            for each, level in wanted.items():
-                each.setLevel(level)
-            yield
-        finally:
-            for each, level in before.items():
-                each.setLevel(level)
-
-
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
-
-
-def _multiples(text: str) -> tuple[float, ...]:
-    numbers = tuple(map(float, text.split(",")))
-    if not all(0 < number < math.inf for number in numbers):
-        raise ValueError
-    return numbers
-
-
-# What argparse calls them in "invalid ... value".
-_count.__name__ = "count"
-_multiples.__name__ = "list of multiples"

@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from statistics import median
 from typing import Literal
-
-Start = Literal["default", "gradinit"]
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to start training.
+    """A way to start training; with `warmup` the learning rate rises linearly over the probe."""
 
-    Attributes:
-        start: the initialisation.
-        warmup: whether the learning rate rises linearly over the probe; it is constant otherwise.
-    """
-
-    start: Start
+    start: Literal["default", "gradinit"]
     warmup: bool
 
     @property
@@ -33,8 +25,7 @@ class Update:
 
     Attributes:
         lr: the learning rate that it was made with.
-        loss: of its batch before it, as the criterion reports it: for cross entropy base 2, per
-            target token.
+        loss: of its batch before it, as the criterion reports it.
         gradient_norm: l2, before clipping.
         step_sizes: for each parameter tensor, in the order of `Probe.tensors`, the l2 norm of what
             the update changed over that of the tensor after it; 0 for one that is all zero.
@@ -69,8 +60,7 @@ class Probe:
     """The first updates of one start at one learning rate.
 
     Attributes:
-        tensors: names of the parameter tensors.
-        layers: names of the layers, such as "encoder.layers.0".
+        tensors, layers: their names, such as "encoder.layers.0".
         diverged: why it ended early, if the loss or the gradient was not finite.
     """
 
@@ -87,7 +77,3 @@ class Probe:
         """The share of each side's last layer in every look, by the side, such as "encoder"."""
         last = {name.rpartition(".layers.")[0]: i for i, name in enumerate(self.layers)}
         return {side: tuple(look.shares[i] for look in self.looks) for side, i in last.items()}
-
-    def median_steps(self) -> list[float]:
-        """Of every update, the median over the tensors of `Update.step_sizes`."""
-        return [median(update.step_sizes) for update in self.updates]

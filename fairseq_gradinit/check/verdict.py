@@ -8,11 +8,10 @@ happened.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from fairseq_gradinit.check.records import Arm, Probe
+from fairseq_gradinit.check.records import Probe
 
 Outcome = Literal["holds", "fails", "cannot tell"]
 
@@ -33,81 +32,48 @@ SOURCE_BITS = 0.05
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a probe says about the training that it is the beginning of.
-
-    Attributes:
-        reason: as a sentence has it after the outcome.
-    """
+    """What a probe says about the training that it is the beginning of, and why."""
 
     outcome: Outcome
     reason: str
 
 
 def judge(probe: Probe) -> Verdict:
-    """Say whether training continues from where the probe ended.
-
-    Args:
-        probe: with looks at its first and last update, unless it diverged.
-    """
+    """Say whether training continues from where the probe ended."""
     if probe.diverged is not None:
         return Verdict("fails", f"{probe.diverged} after {len(probe.updates)} updates")
     first, last = probe.looks[0], probe.looks[-1]
     if last.loss > first.loss:
         return Verdict("fails", f"the loss rose from {first.loss:.2f} to {last.loss:.2f}")
     shares = probe.last_layer_shares()
+    if not shares:
+        return Verdict("cannot tell", "the model has no `layers` whose outputs could be looked at")
     for side, curve in shares.items():
         if curve[-1] < COLLAPSED and curve[-1] < RECOVERING * min(curve):
             return Verdict(
                 "fails",
                 f"the {side}'s output is the same for all tokens (token share {curve[-1]:.0e})",
             )
-    if not shares:
-        return Verdict("cannot tell", "the model has no `layers` whose outputs could be looked at")
     for side, curve in shares.items():
         if curve[-1] < ALIVE:
             return Verdict(
                 "cannot tell",
                 f"little of the {side}'s output depends on the token (share {curve[-1]:.1e})",
             )
-    if last.source_bits is not None and last.source_bits < SOURCE_BITS:
-        return Verdict(
-            "cannot tell", f"the source is hardly used yet ({last.source_bits:.3f} bits)"
-        )
+    bits = last.source_bits
+    if bits is not None and bits < SOURCE_BITS:
+        return Verdict("cannot tell", f"the source is hardly used yet ({bits:.3f} bits)")
     alive = " and ".join(f"{curve[-1]:.0%} of the {side}'s" for side, curve in shares.items())
-    used = "" if last.source_bits is None else f", the source is worth {last.source_bits:.2f} bits"
+    used = "" if bits is None else f", the source is worth {bits:.2f} bits"
     return Verdict("holds", f"{alive} output depends on the token{used}")
 
 
-def highest_holding(probes: Iterable[Probe], arm: Arm) -> float | None:
-    """The highest learning rate at which `arm` holds, of those below the first that fails.
-
-    That it holds at a rate above one at which it fails is chance.
-    """
-    found = None
-    for probe in sorted((p for p in probes if p.arm == arm), key=lambda p: p.lr):
-        outcome = judge(probe).outcome
-        if outcome == "fails":
-            break
-        if outcome == "holds":
-            found = probe.lr
-    return found
-
-
-def sentence(probes: Sequence[Probe], lr: float, arm: Arm) -> str:
-    """The result of the check, for a user.
-
-    Args:
-        lr: the learning rate that was asked about.
-        arm: the start that was asked about.
-    """
-    (verdict,) = (judge(probe) for probe in probes if probe.lr == lr and probe.arm == arm)
-    start = "GradInit" if arm.start == "gradinit" else "the default initialisation"
+def sentence(probe: Probe) -> str:
+    """The result of the check, for a user who asked about this probe."""
+    verdict = judge(probe)
+    start = "GradInit" if probe.arm.start == "gradinit" else "the default initialisation"
     says = {"holds": "will hold", "fails": "will not hold", "cannot tell": "may or may not hold"}
-    text = f"Training from {start} without warmup at lr {lr:g} {says[verdict.outcome]}: "
-    text += verdict.reason
-    best = highest_holding(probes, arm)
-    if best is not None and best != lr:
-        text += f"; the highest rate tried that holds is {best:g}"
-    elif verdict.outcome != "holds":
-        text += "; no rate tried is certain to hold"
-    return f"{text}."
+    return (
+        f"Training from {start} without warmup at lr {probe.lr:g} {says[verdict.outcome]}: "
+        f"{verdict.reason}."
+    )
