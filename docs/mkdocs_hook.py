@@ -1,4 +1,4 @@
-"""What the site of `make docs` is made of: README.md and all that can be reached from it by links.
+"""What the site of `make docs` is made of: the files of the repository.
 
 The pages are written for a reader of the repository, so the site keeps the repository's layout, and
 their relative links hold in both. mkdocs itself would take the files of one folder only.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import posixpath
 import re
+import subprocess
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -20,10 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # Importing fairseq makes the root logger show everything; mkdocs has a logger of its own.
 logging.basicConfig(level=logging.WARNING, force=True)
 
-FIRST = "README.md"
-OPTIONS = "docs/options.md"
-# Neither an address, nor a place within the page, nor a path from the root of a file system.
-_LINK = re.compile(r"(?<=\]\()(?![a-z]+:)([^)#/\s][^)#\s]*)")
+# Neither an address nor a place within the page.
+_LINK = re.compile(r"(?<=\]\()(?![a-z]+:)([^)#\s]+)")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -31,9 +30,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for file in list(files):
         if file.src_dir == config.docs_dir:
             files.remove(file)
-    for path in (*_reached(), *map(str, config.extra_css)):
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    for path in listed.stdout.splitlines():
         files.append(File.generated(config, path, abs_src_path=str(ROOT / path)))
-    files.append(File.generated(config, OPTIONS, content=options_page()))
+    files.append(File.generated(config, "docs/options.md", content=options_page()))
     return files
 
 
@@ -41,26 +42,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Lead links to folders to their README.md, which a code-hosting page shows with the folder."""
     folder = (ROOT / page.file.src_uri).parent
     return _LINK.sub(
-        lambda link: posixpath.join(link[1], FIRST) if (folder / link[1]).is_dir() else link[1],
+        lambda link: (
+            posixpath.join(link[1], "README.md") if (folder / link[1]).is_dir() else link[1]
+        ),
         markdown,
     )
-
-
-def _reached() -> list[str]:
-    """Paths of the pages, and of every file that they link to, in the repository."""
-    reached = [FIRST]
-    for path in reached:  # which grows
-        if path.endswith(".md"):
-            found = (_target(path, link) for link in _LINK.findall((ROOT / path).read_text()))
-            reached += sorted({target for target in found if target} - set(reached))
-    return reached
-
-
-def _target(page: str, link: str) -> str | None:
-    """What is meant, if the repository has it; mkdocs complains about what it has not."""
-    target = (ROOT / page).parent.joinpath(link).resolve()
-    if target.is_dir():
-        target /= FIRST
-    if not target.is_file() or not target.is_relative_to(ROOT):
-        return None
-    return target.relative_to(ROOT).as_posix()

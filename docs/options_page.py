@@ -8,8 +8,6 @@ from enum import Enum
 from types import NoneType
 from typing import Any, get_args
 
-from fairseq.dataclass import FairseqDataclass
-
 from fairseq_gradinit.plugin.options import PRESETS, GradInitOptions
 from fairseq_gradinit.plugin.schemes.options import SchemeOptions
 
@@ -18,7 +16,7 @@ _HELP = re.compile(
 )
 _KINDS = {bool: "a switch", int: "a whole number", float: "a number", str: "text"}
 
-_INTRODUCTION = """\
+_PAGE = """\
 # Options
 
 Made from the code. Each is an option of `fairseq-train --user-dir fairseq_gradinit`, with every
@@ -26,25 +24,24 @@ task. `fairseq-hydra-train` takes it under its Hydra name, a switch as `task.gra
 `gradinit_centering: off`, which is a boolean there, and `gradinit_betas: [0.9, 0.98]` work too.
 "Default" is what holds without the option, and "preset `paper`" what holds without it after
 `--gradinit-preset paper`.
-"""
+
+## GradInit
+
+{gradinit}
+## Other initialisations
+
+What they are, and what each came to: [rivals](rivals.md).
+
+{schemes}"""
 
 
 def options_page() -> str:
     """The page, in Markdown: a heading for each option, and under it all there is to know."""
-    return "\n".join(
-        (
-            _INTRODUCTION,
-            "## GradInit\n",
-            *_sections(GradInitOptions),
-            "## Other initialisations\n",
-            "What they are, and what each came to: [rivals](rivals.md).\n",
-            *_sections(SchemeOptions),
-        )
+    # The first field is fairseq's `_name`.
+    gradinit, schemes = (
+        "\n".join(map(_section, fields(kind)[1:])) for kind in (GradInitOptions, SchemeOptions)
     )
-
-
-def _sections(options: type[FairseqDataclass]) -> list[str]:
-    return [_section(option) for option in fields(options) if option.name != "_name"]
+    return _PAGE.format(gradinit=gradinit, schemes=schemes)
 
 
 def _section(option: Field[Any]) -> str:
