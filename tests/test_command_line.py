@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
 from conftest import GRADINIT, PLUGIN, Outcome, run_command, run_here, train, train_here
-from test_tasks import BLOCKS, USUAL, sizes
 
 from fairseq_gradinit.scales.file import SCALES_FILE, Scales
 
@@ -36,24 +34,6 @@ def test_the_programs_read_a_checkpoint_of_our_architecture(corpus, tmp_path):
         outcome = run_here(program, *words, stdin="w1 w2 w3\nw4 w5\n")
         assert outcome.code == 0, outcome.output
         assert sum(line.startswith("H-") for line in outcome.output.splitlines()) == lines
-
-
-def test_evaluation_gives_the_perplexity_of_validation(corpus, tmp_path):
-    # Otherwise fairseq leaves sentences out.
-    whole = ["--required-batch-size-multiple", "1", *BLOCKS]
-    task = ["--task", "language_modeling", "--arch", "transformer_lm", *sizes("decoder")]
-    base = [word for word in USUAL if word != "--disable-validation"]
-    options = [*GRADINIT, *task, *whole, "--criterion", "cross_entropy"]
-    run = train_here(corpus.language_model, tmp_path, *options, base=base)
-    require_gradinit_and_training(run, tmp_path)
-    words = ["--path", tmp_path / "checkpoint_last.pt", "--gen-subset", "valid", "--cpu"]
-    words += [*PLUGIN, *whole, "--max-tokens", "400"]
-    evaluated = run_here("fairseq-eval-lm", corpus.language_model, *words)
-    assert evaluated.code == 0, evaluated.output
-    (validation,) = re.findall(r"valid on 'valid' subset .*\| ppl (\S+)", run.output)
-    (perplexity,) = re.findall(r"Perplexity: (\S+)", evaluated.output)
-    assert float(perplexity) == pytest.approx(float(validation), rel=1e-3)
-    assert 2 < float(perplexity) < 100
 
 
 def test_help_shows_the_options_in_a_group_of_their_own(monkeypatch):
