@@ -36,22 +36,6 @@ def test_the_programs_read_a_checkpoint_of_our_architecture(corpus, tmp_path):
         assert sum(line.startswith("H-") for line in outcome.output.splitlines()) == lines
 
 
-def test_help_shows_the_options_in_a_group_of_their_own(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "100")
-    outcome = run_here("fairseq-train", *PLUGIN, "--help")
-    assert outcome.code == 0
-    _, _, group = outcome.output.partition("\nGradInit:\n")
-    group = " ".join(group.partition("\n\n")[0].split())
-    for text in (
-        *("--gradinit ", "--gradinit-norm-gains {fixed,learned}"),
-        "number of scale updates (default: 60; preset paper: 780)",
-        "tokens in a GradInit batch",
-        "(default: 1.5 times the run's --max-tokens; preset paper: 6000)",
-        "--gradinit-scales GRADINIT_SCALES",
-    ):
-        assert text in group
-
-
 @pytest.mark.slow
 def test_the_program_itself_and_a_fairseq_without_the_plugin_that_reads_the_checkpoint(
     corpus, tmp_path

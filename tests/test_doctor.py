@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 from types import SimpleNamespace
 
-import pytest
 import torch
 from conftest import PLUGIN, ROOT
 
@@ -49,15 +48,9 @@ def test_beside_a_fairseq_that_runs_from_a_clone_the_user_dir_is_a_path(monkeypa
     assert doctor.user_dir() == "fairseq_gradinit"
 
 
-@pytest.mark.parametrize("cuda", [None, "12.8"])
-def test_without_a_gpu_there_is_a_note(monkeypatch, cuda):
-    monkeypatch.setattr(torch.version, "cuda", cuda)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    (note,) = (text for text in texts("note") if text.startswith("no GPU"))
-    assert ("torch sees no driver" in note) == (cuda is not None)
-
-
 def test_gpus_are_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert any(text.startswith("no GPU") for text in texts("note"))
     card = SimpleNamespace(name="a card", total_memory=80 * 2**30, major=9, minor=0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: card)

@@ -69,19 +69,6 @@ def test_the_program_writes_a_page_into_the_folder_of_the_run(tmp_path, monkeypa
 # ---- What is drawn.
 
 
-def test_stacks_are_kinds_of_tensors_by_layer():
-    names = [
-        *("encoder.layers.0.fc1.weight", "encoder.layers.2.fc1.weight", "embed.weight"),
-        *("models.de-en.decoder.layers.0.self_attn", "3.weight"),
-    ]
-    items = {name: Change(name, 1.0, 2.0) for name in names}
-    assert figures.stacks_of(items.values()) == {
-        "encoder.layers": {"fc1.weight": {0: items[names[0]], 2: items[names[1]]}},
-        "models.de-en.decoder.layers": {"self_attn": {0: items[names[3]]}},
-        "": {"embed.weight": {0: items["embed.weight"]}, "3.weight": {0: items["3.weight"]}},
-    }
-
-
 def drawn(panel: Panel) -> Axes:
     (axes,) = figures.figure_of(panel).axes
     return axes
@@ -190,13 +177,6 @@ def test_the_page_needs_nothing_beside_it_and_is_the_same_for_the_same_runs(text
     assert not re.findall(r"<script|<link|@import|\ssrc=|url\((?!#)", text)
     assert all(target.startswith("#") for target in re.findall(r'href="([^"]*)"', text))
     assert page.page([RUN, BARE], "the command") == text
-
-
-def test_ids_are_not_shared_between_the_figures(text):
-    used = re.findall(r"url\(#([^)]+)\)", text) + re.findall(r'xlink:href="#([^"]+)"', text)
-    defined = re.findall(r'id="([^"]+)"', text)
-    assert used
-    assert all(defined.count(name) == 1 for name in set(used))
 
 
 def test_names_are_text_and_not_markup():
