@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,10 @@ from conftest import GRADINIT, Corpus, train_here, usual_options
 
 from fairseq_gradinit.check.batches import groups_of_one_size
 from fairseq_gradinit.check.probes import token_share
-from fairseq_gradinit.check.program import DEFAULT, WARMUP
+from fairseq_gradinit.check.program import ARMS, DEFAULT, WARMUP, table
 from fairseq_gradinit.check.program import GRADINIT as FROM_GRADINIT
-from fairseq_gradinit.check.records import Arm, Probe
-from fairseq_gradinit.check.verdict import EXIT_STATUS
+from fairseq_gradinit.check.records import Arm, Look, Probe, Update
+from fairseq_gradinit.check.verdict import EXIT_STATUS, judge, sentence
 from fairseq_gradinit.cli import command
 from fairseq_gradinit.storage import parse
 
@@ -178,3 +179,81 @@ def test_sentences_of_one_size_are_looked_at_together():
     assert sum(max(sizes[i]) for group in few for i in group) <= 50
     assert groups_of_one_size(sizes, tokens=1) == few[:1]
     assert sorted(groups_of_one_size({3: (1,), 5: (2,), 8: (4,)}, 100)) == [[3], [5], [8]]
+
+
+# ---- What probes say, on curves that are made up.
+
+LAYERS = ("encoder.layers.0", "encoder.layers.1", "decoder.layers.0")
+
+
+def probe(
+    encoder: Sequence[float] = (0.5, 0.4),
+    decoder: Sequence[float] = (0.5, 0.3),
+    bits: float | None = 0.3,
+    losses: tuple[float, float] = (12.0, 9.0),
+    lr: float = 1e-3,
+    arm: Arm = FROM_GRADINIT,
+    diverged: str | None = None,
+    layers: tuple[str, ...] = LAYERS,
+) -> Probe:
+    """With these curves of the last layers; the first one of the encoder is always collapsed."""
+    looks = tuple(
+        Look(i, losses[i > 0], (0.0, e, d)[: len(layers)], bits)
+        for i, (e, d) in enumerate(zip(encoder, decoder, strict=True))
+    )
+    updates = tuple(Update(lr, losses[0], norm, (0.2, 0.4, 0.1)) for norm in (3.0, 40.0))
+    return Probe(arm, lr, ("a", "b", "c"), layers, updates, looks, diverged, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("case", "outcome", "reason"),
+    [
+        (probe(), "holds", "40% of the encoder's and 30% of the decoder's output"),
+        (probe(bits=None), "holds", "30% of the decoder's output depends on the token"),
+        (
+            probe(decoder=(0.3, 1e-8), bits=0.0),
+            "fails",
+            "the decoder's output is the same for all tokens",
+        ),
+        (probe(encoder=(0.5, 5e-7)), "fails", "the encoder's output is the same"),
+        (probe(losses=(12.0, 12.1)), "fails", "the loss rose from 12.00 to 12.10"),
+        (probe(diverged="loss not finite"), "fails", "loss not finite after 2 updates"),
+        (probe(encoder=(0.5, 1e-3), bits=0.0), "cannot tell", "little of the encoder's output"),
+        (probe(bits=0.01), "cannot tell", "the source is hardly used yet"),
+        (probe(layers=()), "cannot tell", "no `layers`"),
+    ],
+)
+def test_an_outcome_has_its_reason(case, outcome, reason):
+    verdict = judge(case)
+    assert verdict.outcome == outcome
+    assert reason in verdict.reason
+
+
+def test_a_layer_that_recovers_is_not_given_up():
+    """As warmup's decoder does, which goes down to 0.002 and comes back."""
+    assert judge(probe(decoder=(0.3, 1e-7, 2e-7), encoder=(0.5,) * 3)).outcome == "fails"
+    assert judge(probe(decoder=(0.3, 1e-8, 5e-7), encoder=(0.5,) * 3)).outcome == "cannot tell"
+    assert judge(probe(decoder=(0.3, 1e-8, 5e-1), encoder=(0.5,) * 3)).outcome == "holds"
+
+
+def test_a_probe_that_diverged_before_any_look_fails():
+    gone = Probe(FROM_GRADINIT, 1e-3, ("a",), (), (), (), "weights not finite", 1.0)
+    assert judge(gone).outcome == "fails"
+    assert "weights not finite" in judge(gone).reason
+    assert table([gone]).splitlines()[1].split()[-1] == "fails"
+
+
+def test_the_sentence_says_whether_training_will_hold():
+    holds = "Training from GradInit without warmup at lr 0.001 will hold: 40% of the encoder's and "
+    assert sentence(probe()).startswith(holds)
+    unclear = "lr 0.001 may or may not hold: the source is hardly used yet (0.000 bits)."
+    assert sentence(probe(bits=0.0)).endswith(unclear)
+
+
+def test_the_table_is_in_the_order_of_the_rates():
+    probes = [probe(lr=lr, arm=arm) for lr in (1e-3, 5e-4, 2e-3) for arm in ARMS]
+    header, *rows = table(probes).split("\n\n")[0].splitlines()
+    assert [row.split()[0] for row in rows] == [*["0.0005"] * 3, *["0.001"] * 3, *["0.002"] * 3]
+    assert header.split() == ["lr", "start", "training", "loss", "encoder", "decoder", "source"]
+    columns = ["0.0005", "GradInit", "holds", "12.00 to 9.00", "0.4", "0.3", "0.30"]
+    assert [cell.strip() for cell in rows[0].split("  ") if cell] == columns
