@@ -50,7 +50,7 @@ def test_beside_a_fairseq_that_runs_from_a_clone_the_user_dir_is_a_path(monkeypa
 
 def test_gpus_are_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert any(text.startswith("no GPU") for text in texts("note"))
+    assert any(text.startswith("torch sees no GPU") for text in texts("note"))
     card = SimpleNamespace(name="a card", total_memory=80 * 2**30, major=9, minor=0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: card)

@@ -5,9 +5,7 @@ Needs matplotlib (`pip install 'fairseq-gradinit[plot]'`).
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import median
 
 from matplotlib.axes import Axes
@@ -15,7 +13,6 @@ from matplotlib.figure import Figure
 
 from fairseq_gradinit.check.records import Arm, Probe
 from fairseq_gradinit.check.verdict import ALIVE, COLLAPSED, judge
-from fairseq_gradinit.storage import write_atomically
 
 COLOURS = {
     Arm("default", warmup=False): "#c0392b",
@@ -63,10 +60,3 @@ def _draw_probe(probe: Probe, losses: Axes, shares: Axes, steps: Axes) -> None:
         shares.plot(looked, drawn, dash, color=colour, marker=marker, ms=3)
     sizes = [median(update.step_sizes) for update in probe.updates]
     steps.plot(updates, sizes, color=colour)
-
-
-def save(probes: Sequence[Probe], path: Path) -> None:
-    """Write the picture as a PNG."""
-    picture = io.BytesIO()
-    draw(probes).savefig(picture, format="png", dpi=110)
-    write_atomically(path, picture.getvalue())

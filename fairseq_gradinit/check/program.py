@@ -1,8 +1,8 @@
-"""`fairseq-gradinit check`: will training without warmup hold, by a few dozen updates of it?
+"""The subcommand `check`.
 
-The check trains the user's own model on the user's own data from three starts (default without
-warmup, default with warmup, GradInit without warmup) at the learning rate of the command and at
-multiples of it, and says what that comes to. docs/check.md has how far it can be trusted.
+It trains the user's own model on the user's own data from three starts (default without warmup,
+default with warmup, GradInit without warmup) at the learning rate of the command and at multiples
+of it, and says what that comes to. docs/check.md has how far it can be trusted.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def run(options: argparse.Namespace) -> int:
                 "verdicts": [asdict(judge(probe)) for probe in probes],
             }
             write_atomically(options.out / REPORT, json.dumps(report, allow_nan=False) + "\n")
-            picture.save(probes, options.out / PICTURE)
+            picture.draw(probes).savefig(options.out / PICTURE, dpi=110)
             shutil.copyfile(Path(folder) / SCALES, options.out / SCALES)
             print(f"picture: {options.out / PICTURE}\nnumbers: {options.out / REPORT}")
     return EXIT_STATUS[judge(asked).outcome]

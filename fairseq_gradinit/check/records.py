@@ -24,7 +24,6 @@ class Update:
     """One update of a probe.
 
     Attributes:
-        lr: the learning rate that it was made with.
         loss: of its batch before it, as the criterion reports it.
         gradient_norm: l2, before clipping.
         step_sizes: for each parameter tensor, in the order of `Probe.tensors`, the l2 norm of what

@@ -49,17 +49,9 @@ def print_findings(options: Namespace) -> int:
 
 def findings() -> Iterator[Finding]:
     """Look at this environment. Packages are imported, so this takes some seconds."""
+    import torch
+
     yield "ok", f"fairseq-gradinit {__version__}, Python {platform.python_version()}"
-    yield from _torch()
-    yield from _fairseq()
-
-
-def _torch() -> Iterator[Finding]:
-    try:
-        import torch
-    except ImportError as error:
-        yield "problem", f"torch cannot be imported: {error}"
-        return
     built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
     yield "ok", f"torch {torch.__version__}, built {built}"
     cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
@@ -67,8 +59,8 @@ def _torch() -> Iterator[Finding]:
         memory = f"{card.total_memory / 2**30:.0f} GiB"
         yield "ok", f"GPU {i}: {card.name}, {memory}, capability {card.major}.{card.minor}"
     if not cards:
-        reason = ": torch sees no driver that fits it" if torch.version.cuda else ""
-        yield "note", f"no GPU{reason}; training runs on the CPU with --cpu"
+        yield "note", "torch sees no GPU; training runs on the CPU with --cpu"
+    yield from _fairseq()
 
 
 def _fairseq() -> Iterator[Finding]:
@@ -94,8 +86,5 @@ def user_dir() -> str:
     """
     fairseq = importlib.util.find_spec("fairseq")
     ours = Path(__file__).parents[1]
-    if fairseq is not None and fairseq.origin is not None:
-        beside = Path(fairseq.origin).parents[1] / ours.name
-        if beside.is_dir():
-            return ours.name
-    return str(ours)
+    beside = fairseq and fairseq.origin and Path(fairseq.origin).parents[1] / ours.name
+    return ours.name if beside and beside.is_dir() else str(ours)
