@@ -58,7 +58,11 @@ def test_the_program_writes_a_page_into_the_folder_of_the_run(tmp_path, monkeypa
     save_run(tmp_path / "run", RUN)
     assert page.read_run(Path("run")) == replace(RUN, label="run")
     BARE.scales.save(tmp_path / "alone.json")
-    for words, out in ((["run"], "run/report.html"), (["run", "alone.json"], "report.html")):
+    for words, out in (
+        (["run"], "run/report.html"),
+        (["run", "alone.json"], "report.html"),
+        (["run", "--out", "page"], "page.html"),
+    ):
         assert command.main(["report", *words]) == 0
         assert capsys.readouterr().out == f"{out}\n"
         assert " ".join(["fairseq-gradinit report", *words]) in Path(out).read_text()
@@ -157,6 +161,16 @@ def test_texts_are_on_the_canvas_and_beside_each_other(monkeypatch, title):
             assert union.bounds == figure.bbox.bounds, text
         for (one, box), (other, beside) in combinations(boxes, 2):
             assert not box.overlaps(beside), (one, other)
+
+
+def test_no_two_series_look_alike():
+    for panels_of, _ in page.FIGURES.values():
+        for panel in panels_of([RUN, deep_run()]):
+            looks = [
+                (line.get_color(), line.get_marker(), line.get_linestyle(), line.get_fillstyle())
+                for line in figures.figure_of(panel).axes[0].lines
+            ]
+            assert len(set(looks)) == len(looks), panel.title
 
 
 def test_the_picture_of_the_quickstart_is_a_png(tmp_path):

@@ -39,5 +39,7 @@ def make_report(options: Namespace) -> None:
     first, *others = options.runs
     beside = first if first.is_dir() else first.parent
     out = options.out or (Path(PAGE) if others else beside / PAGE)
+    if out.suffix != ".html":  # Browsers go by it.
+        out = out.with_name(f"{out.name}.html")
     write_atomically(out, page([read_run(path) for path in options.runs], options.command))
     print(out)
