@@ -20,7 +20,7 @@ FAIRSEQ = ["ve-fairseq>=0.12.3,<0.13; python_version<'3.13'"]
 PLOT = ["jinja2>=3.1.6,<4", "matplotlib>=3.8,<4"]
 DATA = [
     *("lxml>=4.9.2,<7", "requests>=2.30,<3", "sacremoses>=0.2,<0.3", "sentencepiece>=0.2,<0.3"),
-    *("subword-nmt>=0.3.8,<0.4", "tqdm>=4.60,<5", "urllib3>=2.0.2,<3"),
+    *("subword-nmt>=0.3.8,<0.4", "urllib3>=2.0.2,<3"),
 ]
 QUICKSTART = [*DATA, *PLOT, "sacrebleu>=2.4,<3"]
 TEST = [

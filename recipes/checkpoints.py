@@ -23,10 +23,6 @@ from fairseq_gradinit.storage import write_atomically
 NAME = re.compile(r"checkpoint_\d+_(\d+)\.pt")
 
 
-class CheckpointError(GradInitError):
-    """What is missing or broken, and what to do."""
-
-
 def interval_checkpoints(folder: Path) -> list[Path]:
     """Those of --save-interval-updates, in the order of their updates."""
     found = {int(m[1]): path for path in folder.glob("*.pt") if (m := NAME.fullmatch(path.name))}
@@ -41,7 +37,7 @@ def trained_updates(folder: Path) -> int:
     by the newest of --save-interval-updates.
 
     Raises:
-        CheckpointError: it is broken, and there is no other to resume from.
+        GradInitError: it is broken, and there is no other to resume from.
         GradInitError: a file cannot be read, or the last one cannot be written.
     """
     last = folder / "checkpoint_last.pt"
@@ -58,7 +54,7 @@ def trained_updates(folder: Path) -> int:
         if checkpoint != last:
             write_atomically(last, checkpoint.read_bytes())
         return updates
-    raise CheckpointError(
+    raise GradInitError(
         f"{last} is broken, and there is no other checkpoint to resume from: remove it to train "
         "from the beginning"
     )
@@ -70,7 +66,7 @@ def average(folder: Path, count: int, output: Path) -> None:
     Sums are in fp64 and the mean is fp32; tensors of integers are the last one's.
 
     Raises:
-        CheckpointError: there are fewer.
+        GradInitError: there are fewer.
         GradInitError: a file cannot be read or written.
     """
     import torch
@@ -79,7 +75,7 @@ def average(folder: Path, count: int, output: Path) -> None:
 
     paths = interval_checkpoints(folder)[-count:]
     if len(paths) < count:
-        raise CheckpointError(
+        raise GradInitError(
             f"{folder} holds {len(paths)} checkpoints named checkpoint_EPOCH_UPDATE.pt, and "
             f"{count} are to be averaged: train for longer, save more often, or average fewer"
         )

@@ -11,11 +11,10 @@ import logging
 import os
 import random
 import re
-import resource
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -271,14 +270,3 @@ def train_here(
     with mock.patch.object(program, "Trainer", RecordingTrainer):
         call_here(seen, "fairseq-train", data, *base, "--save-dir", save_dir, *arguments)
     return seen
-
-
-@contextlib.contextmanager
-def nearly_full_disk(limit: int) -> Iterator[None]:
-    """No file can become longer; what does not fit is cut off, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)

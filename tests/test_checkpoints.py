@@ -74,7 +74,9 @@ class Command:
         return os.system, ("touch made",)
 
 
-@pytest.mark.parametrize("content", [Command(), Path("made"), np.array([Path("made")])], ids=repr)
+@pytest.mark.parametrize(
+    "content", [Command(), Path("made"), np.array([Path("made")])], ids=["command", "path", "array"]
+)
 def test_other_contents_are_refused(content, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(pickle.UnpicklingError):

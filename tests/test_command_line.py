@@ -22,6 +22,7 @@ def require_gradinit_and_training(run: Outcome, save_dir: Path) -> None:
     assert len(Scales.load(save_dir / SCALES_FILE).history) == 3
 
 
+@pytest.mark.slow
 def test_the_programs_read_a_checkpoint_of_our_architecture(corpus, tmp_path):
     run = train_here(corpus.translation, tmp_path, *GRADINIT, *ARCHITECTURE)
     require_gradinit_and_training(run, tmp_path)

@@ -71,6 +71,7 @@ def test_arms_differ_only_in_how_they_start(tmp_path):
     assert different == [("0", "4")]
 
 
+@pytest.mark.slow
 def test_the_program_shows_the_arms_side_by_side(run_dir, caplog):
     caplog.set_level("INFO")
     words = ["--compare", "--updates", "16", "--run-dir", str(run_dir)]
