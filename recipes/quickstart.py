@@ -29,7 +29,7 @@ from tqdm import tqdm
 from training_log import TrainingLog
 
 from fairseq_gradinit.errors import GradInitError
-from fairseq_gradinit.report.plot import save_picture
+from fairseq_gradinit.report.figures import save_picture
 from fairseq_gradinit.results import RunRecord
 from fairseq_gradinit.scales import SCALES_FILE, Scales
 from fairseq_gradinit.storage import write_atomically

@@ -18,7 +18,7 @@ from matplotlib.text import Text
 
 from fairseq_gradinit.cli import command
 from fairseq_gradinit.engine.history import Iteration
-from fairseq_gradinit.report import figures, page, plot
+from fairseq_gradinit.report import figures, page
 from fairseq_gradinit.report.figures import Panel, Run
 from fairseq_gradinit.scales import EFFECT_FILE, SCALES_FILE, BlockScale, Change, Effect, Scales
 
@@ -102,7 +102,7 @@ def test_scales_are_a_heat_map_for_each_stack_and_run():
 def test_given_scales_are_in_italics_and_tensors_left_alone_are_not_shown():
     fixed = replace(BLOCKS[2], scale=0.1, state="fixed")
     alone = replace(BLOCKS[0], scale=1.0, state="norm gain")
-    (panel,) = figures.scale_panels(Scales((fixed, alone), {}))
+    (panel,) = figures.scales([Run("", Scales((fixed, alone), {}))])
     (text,) = drawn(panel).texts
     assert (text.get_text(), text.get_style()) == ("0.10", "italic")
 
@@ -174,7 +174,7 @@ def test_no_two_series_look_alike():
 
 
 def test_the_picture_of_the_quickstart_is_a_png(tmp_path):
-    plot.save_picture(tmp_path / "p.png", {"a": [(1, 9.0), (2, 8.0)], "b": [(1, 7.0)]}, LEARNED)
+    figures.save_picture(tmp_path / "p.png", {"a": [(1, 9.0), (2, 8.0)], "b": [(1, 7.0)]}, LEARNED)
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 

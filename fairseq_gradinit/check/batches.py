@@ -24,8 +24,7 @@ TOKENS = 2000
 def looked_at(trainer: Any, batches: TrainingBatches) -> list[Any]:
     """Samples of a few training sentences each.
 
-    Those of a sample are of the same size, so there is no padding, which would count as tokens, and
-    they can trade sources.
+    Those of a sample are of the same size, so there is no padding, and they can trade sources.
 
     Raises:
         GradInitError: the data are streamed.
@@ -50,9 +49,8 @@ def groups_of_one_size(sizes: Mapping[int, Sequence[int]], tokens: int) -> list[
     """Sentences for the looks: some of each of several sizes, at most GROUPS of SENTENCES.
 
     Args:
-        sizes: of each sentence, by its index: the numbers of tokens on each of its sides.
-        tokens: that all of them together may have, on the longer side. One group is chosen even if
-            it has more.
+        sizes: numbers of tokens of each sentence's sides, by its index.
+        tokens: that all may have on the longer side; one group is chosen even if it has more.
     """
     by_size: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for index, size in sizes.items():

@@ -31,8 +31,7 @@ class Prober:
 
     def __init__(self, words: Sequence[str], folder: Path) -> None:
         self._session = Session(words, folder)
-        # The same for all probes.
-        self._looked: list[Any] = []
+        self._looked: list[Any] = []  # the same for all probes
         self._batches: Iterator[Any]
 
     @property
@@ -66,7 +65,6 @@ class Prober:
         if not self._looked:
             batches = TrainingBatches(trainer)
             self._looked, self._batches = looked_at(trainer, batches), iter(batches)
-        # From the first one on.
         self._batches, batches_of_probe = tee(self._batches)
         if arm.start == "gradinit":
             self._session.run_gradinit(trainer)
@@ -123,12 +121,7 @@ class Watched:
         self._traded = [*map(_with_sources_traded, self._looked)] if two_sided else []
 
     def update(self, samples: Any) -> Update | None:
-        """Make an update, see `make_update`.
-
-        Raises:
-            FloatingPointError: loss, gradient or weights are not finite.
-            GradInitError: memory ran out.
-        """
+        """Make an update, see `make_update`; FloatingPointError if anything is not finite."""
         tensors = list(self.tensors.values())
         before = [tensor.detach().clone() for tensor in tensors]
         lr = self._trainer.get_lr()
@@ -139,11 +132,7 @@ class Watched:
         return Update(lr, loss, norm, _step_sizes(before, tensors))
 
     def look(self) -> Look:
-        """Look at the model, and leave no trace.
-
-        Raises:
-            FloatingPointError: the loss is not finite.
-        """
+        """Look at the model, and leave no trace; FloatingPointError if the loss is not finite."""
         trainer = self._trainer
         with deterministic(trainer.get_model(), trainer.get_criterion()), torch.no_grad():
             with _outputs(self._layers) as outputs:
@@ -200,10 +189,10 @@ def token_share(outputs: Sequence[Tensor]) -> float:
 
 def _with_sources_traded(sample: Any) -> Any:
     """Every sentence gets the source of the one before it, of the same length; None if alone."""
-    given = sample.get("net_input") if isinstance(sample, dict) else None
-    if given is None or "src_tokens" not in given or len(given["src_tokens"]) < 2:
+    tokens = sample["net_input"].get("src_tokens", ())
+    if len(tokens) < 2:
         return None
-    return {**sample, "net_input": {**given, "src_tokens": given["src_tokens"].roll(1, 0)}}
+    return {**sample, "net_input": {**sample["net_input"], "src_tokens": tokens.roll(1, 0)}}
 
 
 @torch.no_grad()

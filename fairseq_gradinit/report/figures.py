@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -74,14 +75,13 @@ def stacks_of(items: Iterable[BlockScale | Change]) -> dict[str, Stack]:
 
 
 def scales(runs: Sequence[Run]) -> list[Panel]:
-    """A heat map for each run and stack: kinds of tensors down, layers across."""
-    return [panel for run in runs for panel in scale_panels(run.scales, run.label)]
+    """A heat map for each run and stack: kinds of tensors down, layers across.
 
-
-def scale_panels(of: Scales, label: str = "") -> list[Panel]:
-    """Those of one run; kinds of tensors of which none was changed are left out."""
+    Kinds of which no tensor was changed are left out.
+    """
     panels = []
-    for stack, kinds in stacks_of(of.blocks).items():
+    stacks = [(run.label, *item) for run in runs for item in stacks_of(run.scales.blocks).items()]
+    for label, stack, kinds in stacks:
         changed = {
             kind: blocks
             for kind, blocks in kinds.items()
@@ -205,11 +205,7 @@ def figure_of(panel: Panel) -> Figure:
 
 
 def render(panel: Panel, name: str) -> str:
-    """An SVG without background in the page's colour; the same panel gives the same text.
-
-    Args:
-        name: tells its parts from those of others in one page.
-    """
+    """An SVG without background in the page's colour; `name` tells its parts from others'."""
     inked = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
     style: dict[Any, Any] = {
         **dict.fromkeys((*inked, "legend.labelcolor"), INK),
@@ -221,3 +217,24 @@ def render(panel: Panel, name: str) -> str:
         figure_of(panel).savefig(picture, format="svg", metadata={"Date": None})
     content = picture.getvalue()
     return content[content.index("<svg") :].replace(INK, "currentColor")
+
+
+def save_picture(path: Path, curves: Mapping[str, Sequence[tuple[int, float]]], of: Scales) -> None:
+    """Write the quickstart's PNG: each run's (update, loss) in base 2, and the learned scales."""
+    panels = scales([Run("", of)])
+    heights = [panel.height + 0.3 for panel in panels]
+    width = max(panel.width for panel in panels)
+    figure = Figure(figsize=(8 + width, max(4.5, sum(heights))), layout="constrained")
+    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(8, width))[0]
+    axes = left.subplots()
+    for name, curve in curves.items():
+        axes.plot(*zip(*curve, strict=True), label=name)
+    axes.set_xlabel("update")
+    axes.set_ylabel("training loss (base 2, label-smoothed)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    grid = right.subplots(len(panels), 1, squeeze=False, height_ratios=heights)
+    for (axes,), panel in zip(grid, panels, strict=True):
+        panel.draw(axes)
+        axes.set_title(f"scales, {panel.title}", fontsize=9)
+    figure.savefig(path, dpi=120)

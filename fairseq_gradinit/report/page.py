@@ -39,16 +39,9 @@ FIGURES = {
 }
 """By title: what draws the panels, and a caption."""
 
-Row = tuple[str, tuple[str, ...]]
-"""Of a table with a column for each run: its name and values."""
-
 
 def read_run(path: Path) -> Run:
-    """The run of a scales file, or of a folder.
-
-    Raises:
-        GradInitError: a file cannot be read.
-    """
+    """The run of a scales file, or of a folder."""
     file = scales_file(path)
     beside = file.with_name(EFFECT_FILE)
     shares = Effect.load(beside).shares if beside.exists() else ()
@@ -59,6 +52,7 @@ def page(runs: Sequence[Run], command: str) -> str:
     """The HTML page. It loads nothing from elsewhere, and is the same for the same runs."""
     text = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     template: jinja2.Template = jinja2.Template(text, autoescape=True, trim_blocks=True)
+    settings = _rows([run.scales.settings for run in runs])
     return template.render(
         title=f"GradInit: {', '.join(run.label for run in runs)}",
         command=command,
@@ -66,17 +60,13 @@ def page(runs: Sequence[Run], command: str) -> str:
         runs=runs,
         summary=_rows([_summary(run) for run in runs]),
         figures=_drawn(runs),
-        settings=settings_rows(runs),
+        # Those in which the runs differ come first.
+        settings=sorted(settings, key=lambda row: len(set(row[1])) == 1),
     )
 
 
-def settings_rows(runs: Sequence[Run]) -> list[Row]:
-    """The settings of all runs; those in which they differ first."""
-    rows = _rows([run.scales.settings for run in runs])
-    return sorted(rows, key=lambda row: len(set(row[1])) == 1)
-
-
-def _rows(columns: Sequence[Mapping[str, str]]) -> list[Row]:
+def _rows(columns: Sequence[Mapping[str, str]]) -> list[tuple[str, tuple[str, ...]]]:
+    """Names and values of a table with a column for each run."""
     names = dict.fromkeys(name for column in columns for name in column)
     return [(name, tuple(column.get(name, "") for column in columns)) for name in names]
 

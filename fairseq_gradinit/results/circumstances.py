@@ -43,8 +43,12 @@ class Circumstances:
 def current_circumstances(repository: Path, workers: int = 1) -> Circumstances:
     """Those of this process, which runs code of the folder `repository`."""
     torch_version = version("torch")
-    # Importing it takes seconds.
-    gpus, gpu = (0, None) if torch_version.endswith("+cpu") else _gpus()
+    gpus, gpu = 0, None
+    if not torch_version.endswith("+cpu"):
+        import torch  # takes seconds
+
+        gpus = torch.cuda.device_count()
+        gpu = torch.cuda.get_device_name() if gpus else None
     name, number = fairseq_distribution() or ("fairseq", "of a checkout")
     about = Path("/proc/cpuinfo")
     cpu = re.search(r"model name\s*: (.*)", about.read_text() if about.exists() else "")
@@ -63,14 +67,6 @@ def current_circumstances(repository: Path, workers: int = 1) -> Circumstances:
     )
 
 
-def _gpus() -> tuple[int, str | None]:
-    """How many there are, and the name of one."""
-    import torch
-
-    count = torch.cuda.device_count()
-    return count, torch.cuda.get_device_name() if count else None
-
-
 def _git(repository: Path, *arguments: str) -> str | None:
     """What git prints, or None where there is no git or no repository."""
     command = ["git", "-C", str(repository), *arguments]
@@ -82,11 +78,7 @@ def _git(repository: Path, *arguments: str) -> str | None:
 
 
 def source(command: str, runs: str, found: Sequence[Circumstances]) -> str:
-    """Where numbers come from, in a line: command, machines, dates, versions, revisions.
-
-    Args:
-        runs: such as "3 runs"; `found` has the circumstances of each.
-    """
+    """Where numbers come from, in a line; `runs` is such as "3 runs", `found` of each of them."""
     days = sorted({each.date[:10] for each in found})
     machines, torch, fairseq, revisions = (
         " and ".join(sorted({text(each) for each in found}))

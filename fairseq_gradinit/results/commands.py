@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from fairseq_gradinit.errors import needs_plot
 from fairseq_gradinit.results import tables
 from fairseq_gradinit.results.records import MARGIN, read_runs
+from fairseq_gradinit.storage import write_atomically
 
 
 def add_table(parser: ArgumentParser) -> None:
@@ -50,7 +52,9 @@ def add_heat_map(parser: ArgumentParser) -> None:
 def draw_heat_map(options: Namespace) -> None:
     with needs_plot("heat maps"):
         from fairseq_gradinit.results import heat_map
-    heat_map.save(heat_map.panels_of(read_runs(options.results)), options.out)
+    picture = io.BytesIO()
+    heat_map.draw(heat_map.panels_of(read_runs(options.results))).savefig(picture, dpi=120)
+    write_atomically(options.out, picture.getvalue())
 
 
 def _add_results(parser: ArgumentParser) -> None:

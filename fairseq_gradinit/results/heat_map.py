@@ -5,11 +5,9 @@ Needs matplotlib (`pip install 'fairseq-gradinit[plot]'`).
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -19,7 +17,6 @@ from matplotlib.figure import Figure
 
 from fairseq_gradinit.results.records import RunRecord, Settings, trains
 from fairseq_gradinit.results.tables import by
-from fairseq_gradinit.storage import write_atomically
 
 LOSS = "validation loss, base 2"
 
@@ -96,7 +93,7 @@ def _draw_panel(axes: Axes, panel: Panel, norm: Normalize) -> Any:
         for x, cell in enumerate(row):
             dark = not math.isnan(means[y][x]) and norm(means[y][x]) < 0.6
             colour = "white" if dark else "black"
-            axes.text(x, y, label(cell), ha="center", va="center", fontsize=8, color=colour)
+            axes.text(x, y, _label(cell), ha="center", va="center", fontsize=8, color=colour)
     axes.set_yticks(range(len(rows)), rows)
     axes.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
     axes.set_xlabel("peak learning rate")
@@ -104,7 +101,7 @@ def _draw_panel(axes: Axes, panel: Panel, norm: Normalize) -> Any:
     return image
 
 
-def label(losses: Sequence[float | None]) -> str:
+def _label(losses: Sequence[float | None]) -> str:
     """What stands in a cell with runs of these losses."""
     diverged = losses.count(None)
     if diverged == len(losses):
@@ -129,14 +126,3 @@ def panels_of(runs: Sequence[RunRecord]) -> list[Panel]:
         title = f"{recipe}, warmup {settings.warmup}"
         panels.append(Panel(title, f"settings of {settings.optimizer}", points))
     return panels
-
-
-def save(panels: Sequence[Panel], path: Path) -> None:
-    """Write the picture as PNG.
-
-    Raises:
-        GradInitError: the file cannot be written.
-    """
-    picture = io.BytesIO()
-    draw(panels).savefig(picture, format="png", dpi=120)
-    write_atomically(path, picture.getvalue())

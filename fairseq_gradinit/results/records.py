@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -123,12 +124,7 @@ class RunRecord:
 
 
 def append_run(path: Path, run: RunRecord) -> None:
-    """Add a run to a file, to which other processes may append too.
-
-    Raises:
-        GradInitError: the file cannot be written.
-        ValueError: a number in the record is not finite.
-    """
+    """Add a run to a file, to which other processes may append too; see `append_line`."""
     append_line(path, asdict(run))
 
 
@@ -138,7 +134,7 @@ def read_runs(paths: Sequence[Path]) -> list[RunRecord]:
     Raises:
         GradInitError: a file cannot be read, or a line is not such a record.
     """
-    parse_run = partial(parse, RunRecord)
-    runs = [run for path in paths for run in read_lines(path, parse_run, "a record of a run")]
+    files = (read_lines(path, partial(parse, RunRecord), "a record of a run") for path in paths)
+    runs = chain.from_iterable(files)
     last = {(run.recipe, run.corpus_digest, run.settings, run.seed): run for run in runs}
     return list(last.values())

@@ -21,9 +21,6 @@ K = TypeVar("K", bound=Hashable)
 SIGNIFICANT = 0.05
 
 
-# ---- For any table.
-
-
 def by(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
     """Groups in the order in which they first appear."""
     groups: dict[K, list[T]] = {}
@@ -60,7 +57,6 @@ def ratio(seconds: float | None, seconds_per_update: float | None) -> float | No
 
 
 def markdown_rows(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """The lines of a table."""
     lines = [header, ["---"] * len(header), *rows]
     escaped = ([cell.replace("|", "\\|") for cell in line] for line in lines)
     return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
