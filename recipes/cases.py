@@ -85,7 +85,6 @@ class Case:
 
     @property
     def label(self) -> str:
-        """For people."""
         found = self.settings
         schedule = f"lr {found.lr:g} warmup {found.warmup}"
         how = f"{found.optimizer} {found.optimizer_settings}"

@@ -38,7 +38,6 @@ def trained_updates(folder: Path) -> int:
 
     Raises:
         GradInitError: it is broken, and there is no other to resume from.
-        GradInitError: a file cannot be read, or the last one cannot be written.
     """
     last = folder / "checkpoint_last.pt"
     if not last.exists():
@@ -67,7 +66,6 @@ def average(folder: Path, count: int, output: Path) -> None:
 
     Raises:
         GradInitError: there are fewer.
-        GradInitError: a file cannot be read or written.
     """
     import torch
 

@@ -26,12 +26,7 @@ LABEL_SMOOTHING = 0.1
 
 @dataclass(frozen=True)
 class Corpus:
-    """A folder that data-prep/prepare.py made.
-
-    Attributes:
-        digest: a hash of the files that training and scoring read.
-        plateau: see `unigram_plateau`.
-    """
+    """A folder that data-prep/prepare.py made, a hash of its files, and `unigram_plateau`."""
 
     folder: Path
     digest: str
@@ -115,11 +110,7 @@ class Row(NamedTuple):
 
 
 def read_translations(generated: Path, corpus: Path, subset: str = "test") -> list[Row]:
-    """The translations in a file of fairseq-generate, in the order of the test set.
-
-    Raises:
-        RunError: one is missing.
-    """
+    """The translations in a file of fairseq-generate, in the order of the test set."""
     manifest = _manifest(corpus)
     texts = [_lines(corpus / "text" / f"{subset}.{name}") for name in manifest["direction"]]
     lines = re.findall(r"^H-(\d+)\t[^\t\n]*\t(.*)$", generated.read_text("utf-8"), re.MULTILINE)
@@ -135,9 +126,8 @@ def read_translations(generated: Path, corpus: Path, subset: str = "test") -> li
 def score(corpus: Path, subset: str, rows: Sequence[Row], split_compounds: bool) -> TestScores:
     """Scores of translations, one reference for each; case counts if the corpus has it.
 
-    Args:
-        split_compounds: cut words at their hyphens, on both sides, before BLEU of tokens is
-            computed, as Vaswani et al. (2017) score English-German.
+    With `split_compounds` words are cut at their hyphens, on both sides, before BLEU of tokens is
+    computed, as Vaswani et al. (2017) score English-German.
     """
     manifest, lowercase = _manifest(corpus), is_lowercase(corpus)
     references, hypotheses = [r.reference for r in rows], [r.translation for r in rows]

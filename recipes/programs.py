@@ -26,11 +26,7 @@ Watch = Callable[[str], None]
 
 
 def environment(threads: int | None = None) -> dict[str, str]:
-    """Of the programs that are started.
-
-    Args:
-        threads: of each; None leaves it to the user's OMP_NUM_THREADS, or to torch.
-    """
+    """Of programs with so many threads; None leaves it to the user's OMP_NUM_THREADS, or torch."""
     # glibc returns freed memory at every step unless told otherwise: 10 to 30 % of the time.
     keep = str(1 << 30)
     tuning = {f"MALLOC_{name}_": keep for name in ("MMAP_THRESHOLD", "TRIM_THRESHOLD", "TOP_PAD")}

@@ -153,7 +153,6 @@ def conduct(options: argparse.Namespace) -> None:
     log.info("  echo 'Passwort vergessen?' | %s", shown(interactive))
     log.info("  %s", "make test" if options.compare else "make quickstart-compare")
     log.info("  %s", shown(["fairseq-gradinit", "table", str(results)]))
-    log.info("  %s", shown(["fairseq-train", *PLUGIN, "--help"]))
 
 
 def fitting(options: argparse.Namespace, count: int) -> tuple[int, int | None]:

@@ -20,12 +20,7 @@ log = logging.getLogger("runner")
 
 
 def record(run: Path) -> RunRecord:
-    """What came of the run in a folder.
-
-    Raises:
-        RunError: there is none, or it has not ended.
-        OSError: a file of it cannot be read.
-    """
+    """What came of the run in a folder; RunError if it has not ended."""
     begun = Begun.read(run)
     case, corpus = begun.case, Corpus.read(Path(begun.case.corpus))
     printed = TrainingLog.read(run / "train.log")
@@ -121,11 +116,7 @@ def _baseline_run(run: Path, case: Case) -> Path | None:
 
 
 def add_record(run: Path, results: Path | None) -> RunRecord:
-    """The record of a run, which is added to the results unless it is there already.
-
-    Raises:
-        GradInitError, OSError: as `record`, or the results cannot be read or written.
-    """
+    """The record of a run, which is added to the results unless it is there already."""
     found, added = record(run), ""
     if results is not None and not (results.exists() and found in read_runs([results])):
         results.parent.mkdir(parents=True, exist_ok=True)

@@ -202,15 +202,10 @@ def _training(case: Case, save_dir: Path) -> list[str]:
 
 
 def prepare(case: Case, name: str, mirror: str | None, dry_run: bool = False) -> None:
-    """Make the corpus of a case, which data-prep/prepare.py knows by this name.
-
-    Raises:
-        RunError: it could not be made.
-    """
+    """Make the corpus of a case, which data-prep/prepare.py knows by this name."""
     corpus = Path(case.corpus)
-    program = [sys.executable, str(HERE.parent / "data-prep" / "prepare.py")]
-    command = [*program, name, "--out", str(corpus)]
-    command += ["--source-lang", case.source, "--target-lang", case.target]
+    command = [sys.executable, str(HERE.parent / "data-prep" / "prepare.py"), name]
+    command += ["--out", str(corpus), "--source-lang", case.source, "--target-lang", case.target]
     command += ["--mirror", mirror] if mirror else []
     print(shown(command), flush=True)
     if dry_run:

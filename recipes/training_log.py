@@ -24,11 +24,8 @@ class TrainingLog:
     """What a log of fairseq-train says.
 
     Attributes:
-        training: pairs of update and base-2 loss, the mean since the line before; the update rises.
-        valid: the same on the validation set.
-        seconds: wall time, of all processes that trained in turn; what lies between them is no
-            part of it.
-        gradinit_seconds: wall time of GradInit.
+        training, valid: pairs of update and base-2 loss; of training, means between lines.
+        seconds: wall time of all processes that trained in turn, without what lies between them.
         seconds_per_update, tokens_per_second: medians over the lines; tokens of the target.
         diverged: the line that says that training did.
     """

@@ -8,9 +8,9 @@ import cost
 import pytest
 import torch
 from conftest import ROOT
-from cost import DIFFERENCES, EXACT, MEMORY_TARGET, MEMORY_TARGETS, OBJECTIVE, STEP, judged
+from cost import DIFFERENCES, EXACT, MEMORY_TARGET, MEMORY_TARGETS, OBJECTIVE, STEP
 from plain_gradinit import PlainGradInit
-from record import read, write
+from record import read
 from workload import Size, batch_pair, loss_of, new_model, peak_memory
 
 from fairseq_gradinit.engine import GradInitConfig, collect_blocks
@@ -83,28 +83,9 @@ def test_the_three_measurements(tmp_path: Path, capsys, monkeypatch: pytest.Monk
     assert (tmp_path / "scaling-cpu.png").read_bytes().startswith(b"\x89PNG")
     (processes,) = measured("processes")
     assert [row[0] for row in processes] == ["objective", DIFFERENCES]
-    in_fp32, in_bf16 = cost.measure_on_gpu("cpu")
-    assert (in_fp32.title.split(", ")[-2:], in_bf16.title.split(", ")[-2:]) == (
-        ["fp32", "cpu"],
-        ["bf16", "cpu"],
-    )
+    titles = [table.title.split(", ")[-2:] for table in cost.measure_on_gpu("cpu")]
+    assert titles == [["fp32", "cpu"], ["bf16", "cpu"]]
     assert all(float(cell) > 0 for row in processes for cell in row[1:3])
-
-
-def test_a_record_tells_its_circumstances(tmp_path: Path) -> None:
-    path = tmp_path / "some.json"
-    write(path, "runs", [{"seed": 1, "curve": [1.0, 2.0]}, {"seed": 2, "curve": []}])
-    record = read(path)
-    assert {"git_revision", "git_dirty", "cpu", "cores", "gpu", "numpy", "python"} < set(record)
-    assert (record["torch"], record["threads"]) == (torch.__version__, torch.get_num_threads())
-    assert '  "runs": [\n   {"seed": 1, "curve": [1.0, 2.0]},\n   {"seed"' in path.read_text()
-    assert record["results"]["runs"][1] == {"seed": 2, "curve": []}
-
-
-def test_what_is_off_target_or_off_a_line() -> None:
-    assert judged(2.2, most=2.2) == ["2.20", "at most 2.2"]
-    assert judged(1.79, least=1.8) == ["1.79, **missed**", "at least 1.8"]
-    assert cost.departure([0.0, 1.0, 2.0], [0.0, 4.0, 8.0 + 3.0]) == pytest.approx(1.0 / 11.0)
 
 
 def test_cost_md_shows_the_kept_results() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import islice
 
 import digits
@@ -66,17 +65,3 @@ def test_an_epoch_shows_no_image_twice_and_no_test_image() -> None:
     assert len(set(epochs[0])) == len(epochs[0]) == 21 * 64
     training = {image.numpy().tobytes() for image in digits.IMAGES}
     assert not any(image.numpy().tobytes() in training for image in digits.TEST_IMAGES)
-
-
-def test_a_run_that_diverges_is_told_so(tiny) -> None:
-    side = [digits.run(SETTING, 1e9, 1, gradinit=False, epochs=1)]
-    assert digits.outcome(side)[0] == "1 of 1 diverge"
-
-
-def test_the_best_learning_rate_is_the_one_with_the_lowest_training_loss() -> None:
-    losses = {0.1: (None,), 0.2: (0.5, 0.7), 0.3: (0.1, 2.0)}
-    sides = [
-        [replace(KEPT[0], rate=rate, last_loss=loss, accuracy=rate) for loss in found]
-        for rate, found in losses.items()
-    ]
-    assert digits.best(sides)[0].rate == 0.2

@@ -42,15 +42,6 @@ def test_the_page_shows_the_kept_arms() -> None:
         assert f"| {' | '.join([*before, *results, cost])} |" in page
 
 
-def test_grids_tell_which_runs_train_and_which_diverge() -> None:
-    share, *_ = shown.share_tables(kept("stability"), training.BETAS)
-    assert [row[1] for row in share.rows] == ["10 of 20 train (50%)", "15 of 18 train (83%)"]
-    default, *_ = shown.grid_tables(kept("sgd"), training.BETAS)
-    assert default.rows == [["sgd momentum 0.9", "**6.44**", "8.95", "diverged", "diverged"]]
-    (row,) = shown.settings_tables(kept("sgd")[-2:-1])[0].rows
-    assert "1, 1 diverged" in row
-
-
 @pytest.mark.parametrize("name", STUDIES)
 def test_kept_records_are_of_the_study_and_parts_of_them_can_be_shown(name, tmp_path) -> None:
     study = STUDIES[name]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import http.server
+import os
 import random
 import re
 from collections.abc import Iterator
@@ -28,9 +29,8 @@ class Server:
     """Serves CONTENT under every path.
 
     Attributes:
-        script: the status of the next answers, one each, and after how many bytes of the body the
-            connection is closed, or None; 200 becomes 206 where a part is asked for.
-        always: the same of all after them.
+        script: the status of the next answers, and after how many bytes of the body the connection
+            is closed, or None; `always` is the same of all after them.
         ranges: whether it heeds Range.
         starts: from which byte what was asked for, None if from the beginning.
     """
@@ -86,14 +86,10 @@ def cache(tmp_path: Path) -> Path:
     return tmp_path / "cache"
 
 
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
 def fetch(server: Server, cache: Path) -> None:
     """Obtain the file, which must come out whole and alone."""
     assert obtain_files([server.pin], cache, None) == {NAME: cache / NAME}
-    assert names(cache) == [NAME]
+    assert os.listdir(cache) == [NAME]
     assert (cache / NAME).read_bytes() == CONTENT
 
 
@@ -138,7 +134,7 @@ def test_attempts_in_vain_end(server, cache):
     message = failure(server, cache)
     assert len(server.starts) == ATTEMPTS + 1
     assert re.search(rf"/{NAME} could not be fetched: .*\. Check the network, .*--mirror", message)
-    assert names(cache) == [PARTIAL]
+    assert os.listdir(cache) == [PARTIAL]
 
 
 def test_file_other_than_the_pinned_one_is_dropped(server, cache):
@@ -146,7 +142,7 @@ def test_file_other_than_the_pinned_one_is_dropped(server, cache):
     (cache / PARTIAL).write_bytes(bytes(200_000))
     message = failure(server, cache)
     assert f"is not the pinned file: expected {server.pin.digest.replace(':', ' ')}" in message
-    assert names(cache) == []
+    assert os.listdir(cache) == []
     fetch(server, cache)
     (cache / NAME).write_bytes(b"rotten")
     with pytest.raises(DataPrepError, match="Delete it and run the same command again"):

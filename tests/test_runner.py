@@ -13,7 +13,7 @@ import programs
 import pytest
 import runner
 import torch
-from cases import Begun, Case, RunError, begin
+from cases import Case, RunError
 from conftest import write_corpus, write_manifest
 from runner import Run
 
@@ -241,14 +241,6 @@ def test_records_of_finished_runs(run, tmp_path):
 def test_what_is_not_alike_is_no_baseline(run, changes, steps):
     other_run(run, **changes).carry_out(steps)
     assert run.carry_out().comparison is None
-
-
-def test_circumstances_are_those_of_the_start(tmp_path):
-    begin(tmp_path, CASE)
-    text, date = (tmp_path / "run.json").read_text(), Begun.read(tmp_path).circumstances.date
-    (tmp_path / "run.json").write_text(text.replace(date, "2026-01-01"))
-    begin(tmp_path, CASE)
-    assert Begun.read(tmp_path).circumstances.date == "2026-01-01"
 
 
 def test_what_is_not_whole_is_not_scored(run):
