@@ -46,9 +46,7 @@ def option(command: Sequence[str], name: str) -> str:
 class Programs:
     """In place of `programs.execute`: leaves in no time what the real programs would.
 
-    Attributes:
-        lines: more of the log of fairseq-train, and whether it fails then.
-        ran: names of the programs, as they were started.
+    `lines` end the log of fairseq-train, and `ran` are the programs, as they were started.
     """
 
     lines: str = ""
