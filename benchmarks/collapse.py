@@ -61,8 +61,7 @@ def run(arm: str, corpus: Path) -> dict[str, Any]:
     import fairseq_cli.train as program
 
     import fairseq_gradinit.plugin.install  # noqa: F401
-    from fairseq_gradinit.check.batches import groups_of_one_size
-    from fairseq_gradinit.check.probes import Watched
+    from fairseq_gradinit.check.probes import Watched, groups_of_one_size
 
     probes: list[dict[str, Any]] = []
 

@@ -3,30 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import training
 import training_report as shown
-from cases import Case
 from conftest import ROOT, binarise, write_corpus, write_manifest
-from corpora import Corpus
-from runner import Run
 from training import DEFAULT, GRADINIT, MULTI30K, STUDIES, WARMUP, Study, case, kept_runs
 
-from fairseq_gradinit.results import RunRecord, append_run, read_runs
-
-SETUP = replace(MULTI30K, updates=100)
-CASE = case(SETUP, DEFAULT)
+from fairseq_gradinit.results import RunRecord, read_runs
 
 
 def kept(name: str) -> list[RunRecord]:
     return kept_runs(STUDIES[name], training.RESULTS / f"training-{name}.jsonl", {})
-
-
-def record(case: Case = CASE, **changes: object) -> RunRecord:
-    same = {"recipe": case.recipe, "settings": case.settings, "seed": case.seed}
-    return replace(kept("arms")[0], **same, **{"corpus_digest": "d1", **changes})
 
 
 def test_the_page_shows_the_kept_arms() -> None:
@@ -61,32 +49,6 @@ def test_arms_differ_only_in_how_they_start() -> None:
     different = [words for words in zip(default, warmup, strict=True) if len(set(words)) > 1]
     assert different == [("0", str(MULTI30K.warmup))]
     assert tuple(word for word in gradinit if word != "--gradinit") == default
-
-
-def test_only_the_same_case_on_the_same_corpus_is_kept(tmp_path) -> None:
-    file, study = tmp_path / "runs.jsonl", Study([CASE])
-    for run in (
-        *(record(corpus_digest="d0", valid_loss=1.0), record(title="another", valid_loss=2.0)),
-        *(record(replace(CASE, seed=9), valid_loss=4.0), record(case(SETUP, DEFAULT, lr=0.5))),
-    ):
-        append_run(file, run)
-    found = kept_runs(study, file, {})
-    assert [(r.seed, r.valid_loss) for r in found] == [(1, 2.0), (9, 4.0)]
-    assert found[0].title == DEFAULT.title
-    given = {"multi30k": Corpus(Path(), "d0", 9.8)}
-    assert [r.valid_loss for r in kept_runs(study, file, given)] == [1.0]
-
-
-def test_what_is_kept_or_lacks_a_corpus_is_not_run(tmp_path, monkeypatch) -> None:
-    ran: list[Case] = []
-    monkeypatch.setattr(Run, "carry_out", lambda run: ran.append(run.case) or record(run.case))
-    corpora = {"multi30k": Corpus(tmp_path, "d1", 9.8)}
-    training.run_missing(STUDIES["transfer"], tmp_path / "runs.jsonl", corpora)
-    assert len(ran) == 6
-    corpora["quickstart"] = Corpus(tmp_path / "other", "d1", 9.8)
-    training.run_missing(STUDIES["transfer"], tmp_path / "runs.jsonl", corpora)
-    places = [(run.corpus, run.scales_of.corpus) for run in ran[6:]]
-    assert places == [(str(tmp_path), str(tmp_path / "other"))] * 2
 
 
 @pytest.mark.slow

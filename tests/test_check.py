@@ -16,8 +16,7 @@ import pytest
 import torch
 from conftest import GRADINIT, Corpus, train_here, usual_options
 
-from fairseq_gradinit.check.batches import groups_of_one_size
-from fairseq_gradinit.check.probes import token_share
+from fairseq_gradinit.check.probes import groups_of_one_size, token_share
 from fairseq_gradinit.check.program import ARMS, DEFAULT, WARMUP, table
 from fairseq_gradinit.check.program import GRADINIT as FROM_GRADINIT
 from fairseq_gradinit.check.records import Arm, Look, Probe, Update
@@ -215,6 +214,10 @@ def probe(
             "the decoder's output is the same for all tokens",
         ),
         (probe(encoder=(0.5, 5e-7)), "fails", "the encoder's output is the same"),
+        # A layer that recovers is not given up.
+        (probe((0.5,) * 3, (0.3, 1e-7, 2e-7)), "fails", "the decoder's output is the same"),
+        (probe((0.5,) * 3, (0.3, 1e-8, 5e-7)), "cannot tell", "little of the decoder's output"),
+        (probe((0.5,) * 3, (0.3, 1e-8, 5e-1)), "holds", "50% of the decoder's output"),
         (probe(losses=(12.0, 12.1)), "fails", "the loss rose from 12.00 to 12.10"),
         (probe(diverged="loss not finite"), "fails", "loss not finite after 2 updates"),
         (probe(encoder=(0.5, 1e-3), bits=0.0), "cannot tell", "little of the encoder's output"),
@@ -229,13 +232,6 @@ def test_an_outcome_has_its_reason(case, outcome, reason):
     says = {"holds": "will hold", "fails": "will not hold", "cannot tell": "may or may not hold"}
     start = f"Training from GradInit without warmup at lr 0.001 {says[outcome]}: "
     assert sentence(case) == f"{start}{verdict.reason}."
-
-
-def test_a_layer_that_recovers_is_not_given_up():
-    """As warmup's decoder does, which goes down to 0.002 and comes back."""
-    assert judge(probe(decoder=(0.3, 1e-7, 2e-7), encoder=(0.5,) * 3)).outcome == "fails"
-    assert judge(probe(decoder=(0.3, 1e-8, 5e-7), encoder=(0.5,) * 3)).outcome == "cannot tell"
-    assert judge(probe(decoder=(0.3, 1e-8, 5e-1), encoder=(0.5,) * 3)).outcome == "holds"
 
 
 def test_a_probe_that_diverged_before_any_look_fails():

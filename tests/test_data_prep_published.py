@@ -209,10 +209,8 @@ def test_iwslt(run, tmp_path):
 
 def test_other_texts_than_published(run, tmp_path, capsys):
     def error(members):
-        def command():
-            return run(IWSLT14_DE_EN, {"de-en.tgz": tar(members)}, expected=IWSLT_PARTS)
-
-        return error_of(command, capsys)
+        files = {"de-en.tgz": tar(members)}
+        return error_of(lambda: run(IWSLT14_DE_EN, files, expected=IWSLT_PARTS), capsys)
 
     members = iwslt_members()
     german = "de-en/train.tags.de-en.de"

@@ -16,7 +16,7 @@ import torch
 
 from fairseq_gradinit.cli import command
 from fairseq_gradinit.errors import GradInitError, needs_plot
-from fairseq_gradinit.results import circumstances, commands, heat_map, tables
+from fairseq_gradinit.results import circumstances, heat_map, tables
 from fairseq_gradinit.results import records as results
 from fairseq_gradinit.results.heat_map import Panel, Point
 from fairseq_gradinit.results.records import RunRecord, Settings, append_run, read_runs
@@ -87,9 +87,6 @@ def test_a_loss_that_is_not_finite_becomes_null(file) -> None:
     valid = results.curve([(1, math.nan), (2, math.inf), (3, 4.5)])
     append_run(file, replace(RUN, valid=valid))
     assert json.loads(file.read_text())["valid"] == [[1, None], [2, None], [3, 4.5]]
-    with pytest.raises(ValueError, match="JSON compliant"):
-        append_run(file, replace(RUN, valid_loss=math.nan))
-    assert len(read_runs([file])) == 1
 
 
 def test_a_later_run_replaces_an_earlier_one_that_is_alike(tmp_path) -> None:
@@ -388,14 +385,12 @@ def test_the_program_draws_the_heat_map(kept, capsys) -> None:
     assert capsys.readouterr().err.startswith("fairseq-gradinit: cannot write no/a.png: No such ")
 
 
-@pytest.mark.parametrize(("words", "status"), [(["table", "f"], 1), (["diff", "a", "b"], 2)])
-def test_a_defect_does_not_end_as_a_finding(monkeypatch, capsys, words, status) -> None:
+def test_a_defect_does_not_end_as_a_finding(monkeypatch, capsys) -> None:
     def broken(*_):
         raise KeyError("of ours")
 
-    monkeypatch.setattr(commands, "read_runs", broken)
     monkeypatch.setattr(diff, "scales_file", broken)
-    assert command.main(words) == status
+    assert command.main(["diff", "a", "b"]) == 2
     assert "KeyError: 'of ours'" in capsys.readouterr().err
 
 

@@ -14,12 +14,11 @@ from matplotlib.figure import Figure
 from fairseq_gradinit.check.records import Arm, Probe
 from fairseq_gradinit.check.verdict import ALIVE, COLLAPSED, judge
 
-COLOURS = {
-    Arm("default", warmup=False): "#c0392b",
-    Arm("default", warmup=True): "#1b3a6b",
-    Arm("gradinit", warmup=False): "#2e8b57",
+STYLES = {
+    Arm("default", warmup=False): ("#c0392b", "o"),
+    Arm("default", warmup=True): ("#1b3a6b", "s"),
+    Arm("gradinit", warmup=False): ("#2e8b57", "^"),
 }
-MARKERS = "os^D"
 DASHES = ("-", "--", ":", "-.")
 """For the sides of the model."""
 
@@ -49,11 +48,10 @@ def draw(probes: Sequence[Probe]) -> Figure:
 
 
 def _draw_probe(probe: Probe, losses: Axes, shares: Axes, steps: Axes) -> None:
-    colour, updates = COLOURS[probe.arm], range(1, len(probe.updates) + 1)
+    (colour, marker), updates = STYLES[probe.arm], range(1, len(probe.updates) + 1)
     label = f"{probe.arm.title}: {judge(probe).outcome}"
     losses.plot(updates, [update.loss for update in probe.updates], color=colour, label=label)
     looked = [look.update for look in probe.looks]
-    marker = MARKERS[list(COLOURS).index(probe.arm)]
     for curve, dash in zip(probe.last_layer_shares().values(), DASHES, strict=False):
         # What is zero has no place on a logarithmic axis.
         drawn = [max(share, 1e-16) for share in curve]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
@@ -15,12 +16,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fairseq_gradinit.check.batches import looked_at
 from fairseq_gradinit.check.records import Arm, Look, Probe, Update
 from fairseq_gradinit.engine import deterministic
+from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.plugin.batches import MicroBatch
 from fairseq_gradinit.plugin.loss import TaskLoss
 from fairseq_gradinit.plugin.session import Session, TrainingBatches, make_update
+
+GROUPS, SENTENCES = 8, 4
+"""Groups of sentences of one size that are looked at, and sentences in each."""
+
+SCANNED = 20_000
+"""Training sentences among which they are looked for."""
+
+TOKENS = 2000
+"""That they have together at most, if the run has no --max-tokens."""
 
 Visit = Callable[[int, Mapping[str, Tensor]], None]
 """Is given the number of updates made, and the trained tensors by name, which it may change."""
@@ -91,6 +101,64 @@ class Prober:
         seconds = round(time.monotonic() - start, 1)
         names = tuple(watched.tensors), watched.layers
         return Probe(arm, lr, *names, tuple(made), tuple(looks), diverged, seconds)
+
+
+# ---- The sentences that are looked at between updates.
+
+
+def looked_at(trainer: Any, batches: TrainingBatches) -> list[Any]:
+    """Samples of a few training sentences each.
+
+    Those of a sample are of the same size, so there is no padding, and they can trade sources.
+
+    Raises:
+        GradInitError: the data are streamed.
+    """
+    dataset_cfg = trainer.cfg.dataset
+    dataset = trainer.task.dataset(dataset_cfg.train_subset)
+    if batches.indices is None:
+        raise GradInitError(
+            f"the check looks at sentences by index, which the streaming data of "
+            f"{type(dataset).__name__} do not allow: check with indexed data of the same model"
+        )
+    indices = np.sort(batches.indices)
+    scanned = indices[:: -(-len(indices) // SCANNED)]
+    groups = groups_of_one_size(
+        {int(i): np.ravel(dataset.size(i)).tolist() for i in scanned},
+        dataset_cfg.max_tokens or TOKENS,
+    )
+    return [dataset.collater([dataset[i] for i in group]) for group in groups]
+
+
+def groups_of_one_size(sizes: Mapping[int, Sequence[int]], tokens: int) -> list[list[int]]:
+    """Sentences for the looks: some of each of several sizes, at most GROUPS of SENTENCES.
+
+    Args:
+        sizes: numbers of tokens of each sentence's sides, by its index.
+        tokens: that all may have on the longer side; one group is chosen even if it has more.
+    """
+    by_size: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for index, size in sizes.items():
+        by_size[tuple(size)].append(index)
+    most = min(SENTENCES, max(map(len, by_size.values())))
+    full = sorted(
+        (group[:most] for group in by_size.values() if len(group) >= most),
+        key=lambda group: max(sizes[group[0]]),
+    )
+    # In an order that spreads any first few of them over the lengths.
+    spread = [full[round(place * (len(full) - 1))] for place in (0.5, 0.25, 0.75, 0, 1)]
+    spread += full[:: -(-len(full) // GROUPS)]
+    chosen: list[list[int]] = []
+    for group in spread:
+        if group in chosen or len(chosen) == GROUPS:
+            continue
+        tokens -= len(group) * max(sizes[group[0]])
+        if tokens >= 0 or not chosen:
+            chosen.append(group)
+    return chosen
+
+
+# ---- Updates and looks.
 
 
 class Watched:
