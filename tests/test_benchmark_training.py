@@ -8,7 +8,7 @@ import pytest
 import training
 import training_report as shown
 from conftest import ROOT, binarise, write_corpus, write_manifest
-from training import DEFAULT, GRADINIT, MULTI30K, STUDIES, WARMUP, Study, case, kept_runs
+from training import DEFAULT, GRADINIT, MULTI30K, STUDIES, Study, case, kept_runs
 
 from fairseq_gradinit.results import RunRecord, read_runs
 
@@ -42,13 +42,6 @@ def test_kept_records_are_of_the_study_and_parts_of_them_can_be_shown(name, tmp_
         assert study.tables(part)
         if study.picture:
             study.picture(part).savefig(tmp_path / "picture.png")
-
-
-def test_arms_differ_only_in_how_they_start() -> None:
-    default, warmup, gradinit = (case(MULTI30K, arm).options for arm in (DEFAULT, WARMUP, GRADINIT))
-    different = [words for words in zip(default, warmup, strict=True) if len(set(words)) > 1]
-    assert different == [("0", str(MULTI30K.warmup))]
-    assert tuple(word for word in gradinit if word != "--gradinit") == default
 
 
 @pytest.mark.slow

@@ -203,7 +203,6 @@ def test_iwslt(run, tmp_path):
     manifest = manifest_of(out)
     assert manifest["pairs_read"]["train.tags.de-en.de"] == len(KEPT) + 3
     assert manifest["pairs_removed"] == {"empty": 1, "token-lengths": 2}
-    assert manifest["tokenisation"]["moses"]["lowercase"] is True
     assert not (tmp_path / "up").exists()
 
 

@@ -1,4 +1,4 @@
-"""The report: what it shows of runs, as a page; the quickstart's picture."""
+"""The report: what it shows of runs, as a page."""
 
 from __future__ import annotations
 
@@ -159,11 +159,6 @@ def test_no_two_series_look_alike():
                 for line in figures.figure_of(panel).axes[0].lines
             ]
             assert len(set(looks)) == len(looks), panel.title
-
-
-def test_the_picture_of_the_quickstart_is_a_png(tmp_path):
-    figures.save_picture(tmp_path / "p.png", {"a": [(1, 9.0), (2, 8.0)], "b": [(1, 7.0)]}, LEARNED)
-    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
 # ---- The page.
