@@ -17,7 +17,6 @@ from fairseq.modules.transformer_layer import (
 from torch import Tensor, nn
 
 from fairseq_gradinit.engine import Block, Processes
-from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.scales import Snapshot
 
 LAYERS: dict[Literal["encoder", "decoder"], type[nn.Module]] = {
@@ -30,10 +29,7 @@ LAYERS: dict[Literal["encoder", "decoder"], type[nn.Module]] = {
 class Branch:
     """One sublayer f of x + f(x).
 
-    Attributes:
-        layer: fairseq's layer that it belongs to.
-        layer_name: the layer's name in the model.
-        name: "self_attn", "encoder_attn" or "ffn".
+    Its `name` is "self_attn", "encoder_attn" or "ffn"; `layer_name` is that of the model.
     """
 
     layer: nn.Module
@@ -41,26 +37,16 @@ class Branch:
     name: str
 
     @property
-    def queries_and_keys(self) -> tuple[nn.Linear, ...]:
+    def queries_and_keys(self) -> list[nn.Linear]:
         """Those of attention; none of a feed-forward network."""
-        if self.name == "ffn":
-            return ()
-        return self._linear(f"{self.name}.q_proj"), self._linear(f"{self.name}.k_proj")
+        attention: Any = None if self.name == "ffn" else self.layer.get_submodule(self.name)
+        return [] if attention is None else [attention.q_proj, attention.k_proj]
 
     @property
-    def values(self) -> tuple[nn.Linear, nn.Linear]:
-        """v_proj and out_proj, or fc1 and fc2: the output is linear in both, up to ReLU."""
-        if self.name == "ffn":
-            return self._linear("fc1"), self._linear("fc2")
-        return self._linear(f"{self.name}.v_proj"), self._linear(f"{self.name}.out_proj")
-
-    @property
-    def last(self) -> nn.Linear:
-        """The layer whose output is f(x)."""
-        return self.values[1]
-
-    def _linear(self, place: str) -> nn.Linear:
-        return cast(nn.Linear, self.layer.get_submodule(place))
+    def values(self) -> list[nn.Linear]:
+        """The output is linear in both, up to ReLU; the second puts out f(x)."""
+        part: Any = self.layer if self.name == "ffn" else self.layer.get_submodule(self.name)
+        return [part.fc1, part.fc2] if self.name == "ffn" else [part.v_proj, part.out_proj]
 
 
 @dataclass(frozen=True)
@@ -68,35 +54,18 @@ class Stack:
     """The layers of an encoder or of a decoder, and their branches in the order of the forward."""
 
     side: Literal["encoder", "decoder"]
+    layers: list[nn.Module] = field(default_factory=list)
     branches: list[Branch] = field(default_factory=list)
-
-    @property
-    def layers(self) -> list[nn.Module]:
-        """fairseq's layers, in the order of the forward pass."""
-        return list(dict.fromkeys(branch.layer for branch in self.branches))
 
 
 def stacks(model: nn.Module) -> list[Stack]:
-    """Every encoder and every decoder of a model.
-
-    Raises:
-        GradInitError: the model has no layers of fairseq's Transformer.
-    """
-    found = _stacks(model)
-    if not found:
-        raise GradInitError(
-            f"--init-scheme needs layers of fairseq's Transformer, and {type(model).__name__} has "
-            "none: choose another --arch, or leave --init-scheme out"
-        )
-    return found
-
-
-def _stacks(model: nn.Module) -> list[Stack]:
+    """Every encoder and every decoder of a model that has layers of fairseq's Transformer."""
     found: dict[str, Stack] = {}
     for name, module in model.named_modules():
         for side, kind in LAYERS.items():
             if isinstance(module, kind):
                 stack = found.setdefault(name.rpartition(".")[0], Stack(side))
+                stack.layers.append(module)
                 stack.branches.extend(Branch(module, name, b) for b in branch_names(module))
     return list(found.values())
 
@@ -117,11 +86,8 @@ def variances(
     """For each branch the variances of its x and f(x), over all elements of all tokens.
 
     They are nan for a branch whose layer does not call its `residual_connection` for it. Call this
-    inside `deterministic`.
-
-    Args:
-        evaluate: runs the model on a batch.
-        batches: the same ones in every process, which share them; without padding.
+    inside `deterministic`. `evaluate` runs the model on one of the `batches`, which are the same
+    ones in every process, shared by them, and without padding.
     """
     weights = (p for branch in branches for p in branch.layer.parameters())
     device = next(weights, torch.empty(0)).device
@@ -171,7 +137,7 @@ def take_snapshot(
     The share of a branch is nan where its variances are.
     """
     norms = torch.stack([block.parameter.detach().double().norm() for block in blocks]).tolist()
-    branches = [branch for stack in _stacks(model) for branch in stack.branches]
+    branches = [branch for stack in stacks(model) for branch in stack.branches]
     measured = variances(branches, evaluate, batches, processes) if branches else []
     shares = {
         f"{branch.layer_name}.{branch.name}": output / (x + output) if x + output else 0.0

@@ -20,7 +20,7 @@ from torch import nn
 from fairseq_gradinit.engine import Processes, deterministic
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.plugin.batches import PairedBatches
-from fairseq_gradinit.plugin.branches import branch_names, stacks, variances
+from fairseq_gradinit.plugin.branches import stacks, variances
 from fairseq_gradinit.plugin.loss import TaskLoss
 from fairseq_gradinit.plugin.schemes.shortcuts import weigh_shortcuts
 from fairseq_gradinit.plugin.trainer import data_parallel_processes, trained_modules
@@ -35,9 +35,7 @@ def add_omegas(model: nn.Module) -> None:
     """Give every sublayer of a post-LN model its omega, a trainable vector of ones."""
     for stack in stacks(model):
         for layer in stack.layers:
-            width = cast(Any, layer).embed_dim
-            omegas = {name: nn.Parameter(torch.ones(width)) for name in branch_names(layer)}
-            weigh_shortcuts(layer, omegas)
+            weigh_shortcuts(layer, nn.Parameter(torch.ones(cast(Any, layer).embed_dim)))
 
 
 def measure_omegas(trainer: Any) -> None:
@@ -72,10 +70,7 @@ def set_omegas(
     """Set every omega of a model that has omegas, and LayerNorms with gain 1 and bias 0.
 
     One after the other in the order of the forward pass, since each changes what later branches
-    read. Call this inside `deterministic`.
-
-    Args:
-        batches: the same ones in every process, which share them; without padding.
+    read. Call this inside `deterministic`; arguments as `variances`.
     """
     found: dict[str, list[float]] = {}
     for stack in stacks(model):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fairseq_gradinit.plugin.branches import branch_names, stacks
+from fairseq_gradinit.plugin.branches import stacks
 from fairseq_gradinit.plugin.schemes.shortcuts import weigh_shortcuts
 
 
@@ -44,8 +44,7 @@ def deepnorm(model: nn.Module) -> None:
     for side, stack in found.items():
         alpha, beta = values[side]
         for layer in stack.layers:
-            alphas = {name: nn.Buffer(torch.tensor(alpha)) for name in branch_names(layer)}
-            weigh_shortcuts(layer, alphas)
+            weigh_shortcuts(layer, nn.Buffer(torch.tensor(alpha)))
         for branch in stack.branches:
             for linear in branch.queries_and_keys:
                 nn.init.xavier_normal_(linear.weight)

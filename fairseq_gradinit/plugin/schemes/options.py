@@ -22,11 +22,7 @@ from fairseq_gradinit.plugin.schemes.variants import (
     register_variants,
 )
 from fairseq_gradinit.plugin.schemes.zero_branches import zero_branches
-from fairseq_gradinit.plugin.trainer import (
-    drop_copies,
-    full_precision,
-    weights_come_from_checkpoint,
-)
+from fairseq_gradinit.plugin.trainer import full_precision, weights_come_from_checkpoint
 
 logger = logging.getLogger("fairseq_gradinit")
 
@@ -37,12 +33,10 @@ register_variants("admin", add_omegas)
 
 @dataclass(frozen=True)
 class Scheme:
-    """An initialisation.
+    """An initialisation, which may set the scale of the weights, as GradInit does.
 
-    Attributes:
-        configure: changes the model's configuration before the model is built.
-        initialise: changes the weights of a trainer's model before the first update.
-        sets_weights: whether it determines the scale of weights, as GradInit does.
+    `configure` changes the model's configuration before the model is built, `initialise` the
+    weights of a trainer's model before the first update.
     """
 
     configure: Callable[[Any], None] | None = None
@@ -83,8 +77,7 @@ def read_scheme(cfg: Any) -> Scheme | None:
     """
     # Programs of other projects pass through here too, with configurations of their own.
     task = getattr(cfg, "task", None)
-    option = SchemeOptions.__dataclass_fields__["init_scheme"]
-    name: str | None = read_value(option, task)
+    name = read_value(SchemeOptions.__dataclass_fields__["init_scheme"], task)
     if name is None:
         return None
     scheme = SCHEMES[name]
@@ -100,10 +93,7 @@ def read_scheme(cfg: Any) -> Scheme | None:
 
 
 def run_scheme(trainer: Any, scheme: Scheme) -> None:
-    """Initialise the model of `trainer`, unless the run resumes from a checkpoint.
-
-    Args:
-        trainer: fairseq's trainer; its training data are loaded, no update is done.
+    """Initialise the model of fairseq's `trainer`, unless the run resumes from a checkpoint.
 
     Raises:
         GradInitError: the scheme cannot be applied to this model or these data.
@@ -115,7 +105,8 @@ def run_scheme(trainer: Any, scheme: Scheme) -> None:
         logger.info("skipping --init-scheme %s: the weights come from a checkpoint", name)
         return
     start = time.monotonic()
-    drop_copies(trainer)
+    # Optimizer, its fp32 copies and data-parallel wrapper are made again when next asked for.
+    trainer.reinitialize()
     with full_precision(trainer):
         scheme.initialise(trainer)
     logger.info("--init-scheme %s applied (%.1f s)", name, time.monotonic() - start)

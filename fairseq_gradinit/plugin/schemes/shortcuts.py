@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
 
 from torch import Tensor, nn
+
+from fairseq_gradinit.plugin.branches import branch_names
 
 
 class Shortcuts(nn.Module):
     """The weights of one layer's shortcuts, in the place of fairseq's `residual_connection`.
 
-    Args:
-        weights: by the branch's name, in the order of the forward pass: a scalar or one element for
-            each dimension of x. Each is an nn.Parameter, which is trained, or an nn.Buffer, so that
-            all are part of the model's state.
+    Each branch has a copy of `weight`: a scalar or one element for each dimension of x; an
+    nn.Parameter, which is trained, or an nn.Buffer, so that all are part of the model's state.
     """
 
-    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+    def __init__(self, layer: nn.Module, weight: Tensor) -> None:
         super().__init__()
-        for name, weight in weights.items():
-            setattr(self, name, weight)
-        self._names = tuple(weights)
+        self._names = branch_names(layer)
+        for name in self._names:
+            setattr(self, name, copy.deepcopy(weight))
         self._passed = 0
 
     def restart(self, *_: object) -> None:
@@ -34,9 +34,9 @@ class Shortcuts(nn.Module):
         return x + weight * residual
 
 
-def weigh_shortcuts(layer: nn.Module, weights: Mapping[str, Tensor]) -> None:
+def weigh_shortcuts(layer: nn.Module, weight: Tensor) -> None:
     """Weigh the shortcuts of a layer of fairseq's Transformer, for all of its branches."""
-    shortcuts = Shortcuts(weights)
+    shortcuts = Shortcuts(layer, weight)
     layer.add_module("shortcuts", shortcuts)
     # In the layer's own attributes, where it takes precedence over the method of its class.
     vars(layer)["residual_connection"] = shortcuts

@@ -75,16 +75,12 @@ def choose_pre_ln(model: Any) -> None:
 def choose_variant(model: Any, scheme: str, post_ln: bool = True) -> None:
     """Have a model's configuration build the scheme's variant, with the sizes that it has.
 
-    Args:
-        model: fairseq's configuration of the model: a Namespace, or a DictConfig.
-        post_ln: whether it needs LayerNorm after the sublayers.
-
     Raises:
         GradInitError: LayerNorm is before them, or the model is one that has no such variant.
     """
     option = f"--init-scheme {scheme.replace('_', '-')}"
-    for side in SIDES:
-        if post_ln and getattr(model, f"{side}_normalize_before", False):
+    for side in SIDES if post_ln else ():
+        if getattr(model, f"{side}_normalize_before", False):
             raise GradInitError(
                 f"{option} is for post-LN models, and this {side} has LayerNorm before its "
                 f"sublayers: choose an --arch without --{side}-normalize-before"

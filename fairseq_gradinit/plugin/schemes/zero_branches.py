@@ -9,13 +9,23 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.plugin.branches import stacks
 
 
 @torch.no_grad()
 def zero_branches(model: nn.Module) -> None:
-    """Set weight and bias of `out_proj` and `fc2` to zero, so that each f in x + f(x) is zero."""
-    for stack in stacks(model):
-        for branch in stack.branches:
-            for parameter in branch.last.parameters():
-                parameter.zero_()
+    """Set weight and bias of `out_proj` and `fc2` to zero, so that each f in x + f(x) is zero.
+
+    Raises:
+        GradInitError: the model has no layers of fairseq's Transformer.
+    """
+    branches = [branch for stack in stacks(model) for branch in stack.branches]
+    if not branches:
+        raise GradInitError(
+            f"--init-scheme needs layers of fairseq's Transformer, and {type(model).__name__} has "
+            "none: choose another --arch, or leave --init-scheme out"
+        )
+    for branch in branches:
+        for parameter in branch.values[1].parameters():
+            parameter.zero_()
