@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 import fairseq
@@ -82,7 +83,7 @@ def composed(monkeypatch, tmp_path):
 
     def composed(options: dict, way=in_a_file) -> Plan | None:
         seen = []
-        checked = hook._with_checks(lambda cfg, main: seen.append(cfg))
+        checked = partial(hook.check_and_call_main, lambda cfg, main: seen.append(cfg))
         monkeypatch.setattr(distributed_utils, "call_main", checked)
         monkeypatch.setattr(program, "add_defaults", program.add_defaults)
         folder, name, words = way(configuration(tmp_path, tmp_path, options), tmp_path)

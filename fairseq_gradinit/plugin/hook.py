@@ -49,13 +49,22 @@ OUR_OPTIONS = {
 
 def install() -> None:
     """Take hold of fairseq; call it once in each process."""
-    fairseq_options.add_optimization_args = _with_option_group(
-        fairseq_options.add_optimization_args
-    )
     extend_tasks()
-    tasks.setup_task = _with_fields(tasks.setup_task)
-    distributed_utils.call_main = _with_checks(distributed_utils.call_main)
-    Trainer.begin_epoch = _with_phase(Trainer.begin_epoch)
+    _call_instead(fairseq_options, "add_optimization_args", _add_option_groups)
+    _call_instead(tasks, "setup_task", _set_up_task)
+    _call_instead(distributed_utils, "call_main", check_and_call_main)
+    _call_instead(Trainer, "begin_epoch", _begin_epoch)
+
+
+def _call_instead(holder: Any, name: str, ours: Callable[..., Any]) -> None:
+    """Have calls of a function or method of fairseq's go to `ours`, which gets it beside them."""
+    stock = getattr(holder, name)
+
+    @functools.wraps(stock)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return ours(stock, *args, **kwargs)
+
+    setattr(holder, name, wrapper)
 
 
 def extend_tasks() -> None:
@@ -85,29 +94,21 @@ def _type_on_command_line(self: Any, name: str) -> Any:
     return (OUR_OPTIONS.get(name) or self.__dataclass_fields__[name]).type
 
 
-def _with_option_group(add_optimization_args: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(add_optimization_args)
-    def wrapper(parser: Any) -> Any:
-        extend_tasks()
-        result = add_optimization_args(parser)
-        groups = {"GradInit": GradInitOptions(), "Other initialisations": SchemeOptions()}
-        for title, options in groups.items():
-            gen_parser_from_dataclass(parser.add_argument_group(title), options)
-        return result
-
-    return wrapper
+def _add_option_groups(add_optimization_args: Callable[..., Any], parser: Any) -> Any:
+    extend_tasks()
+    result = add_optimization_args(parser)
+    groups = {"GradInit": GradInitOptions(), "Other initialisations": SchemeOptions()}
+    for title, options in groups.items():
+        gen_parser_from_dataclass(parser.add_argument_group(title), options)
+    return result
 
 
-def _with_fields(setup_task: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(setup_task)
-    def wrapper(cfg: Any, **kwargs: Any) -> Any:
-        extend_tasks()
-        task = setup_task(cfg, **kwargs)
-        if getattr(cfg, "gradinit", False):
-            note_loaded_weights(task)
-        return task
-
-    return wrapper
+def _set_up_task(setup_task: Callable[..., Any], cfg: Any, **kwargs: Any) -> Any:
+    extend_tasks()
+    task = setup_task(cfg, **kwargs)
+    if getattr(cfg, "gradinit", False):
+        note_loaded_weights(task)
+    return task
 
 
 @contextmanager
@@ -125,33 +126,26 @@ def _errors_as_sentences() -> Iterator[None]:
         sys.exit(1)
 
 
-def _with_checks(call_main: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(call_main)
-    def wrapper(cfg: Any, main: Any, **kwargs: Any) -> Any:
+def check_and_call_main(call_main: Callable[..., Any], cfg: Any, main: Any, **kwargs: Any) -> Any:
+    """Refuse what cannot work before anything is built."""
+    with _errors_as_sentences():
+        if make_plan(cfg) is not None:
+            require_writable(cfg.checkpoint.save_dir)
+        scheme = read_scheme(cfg)
+        if scheme is not None and scheme.configure is not None:
+            scheme.configure(cfg.model)
+    return call_main(cfg, main, **kwargs)
+
+
+def _begin_epoch(begin_epoch: Callable[..., Any], trainer: Any, epoch: int) -> Any:
+    if not getattr(trainer, "_gradinit_done", False):
+        # Here and not around all of training: this may be one of several processes.
         with _errors_as_sentences():
-            if make_plan(cfg) is not None:
-                require_writable(cfg.checkpoint.save_dir)
-            scheme = read_scheme(cfg)
-            if scheme is not None and scheme.configure is not None:
-                scheme.configure(cfg.model)
-        return call_main(cfg, main, **kwargs)
-
-    return wrapper
-
-
-def _with_phase(begin_epoch: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(begin_epoch)
-    def wrapper(trainer: Any, epoch: int) -> Any:
-        if not getattr(trainer, "_gradinit_done", False):
-            # Here and not around all of training: this may be one of several processes.
-            with _errors_as_sentences():
-                scheme = read_scheme(trainer.cfg)
-                if scheme is not None:
-                    run_scheme(trainer, scheme)
-                plan = make_plan(trainer.cfg)
-                if plan is not None:
-                    run_phase(trainer, plan)
-            trainer._gradinit_done = True
-        return begin_epoch(trainer, epoch)
-
-    return wrapper
+            scheme = read_scheme(trainer.cfg)
+            if scheme is not None:
+                run_scheme(trainer, scheme)
+            plan = make_plan(trainer.cfg)
+            if plan is not None:
+                run_phase(trainer, plan)
+        trainer._gradinit_done = True
+    return begin_epoch(trainer, epoch)
