@@ -46,11 +46,9 @@ class PairedBatches:
     Every batch is shuffled and cut in thirds A, B, C: S = A + B and S~ = B + C.
 
     Args:
-        trainer: fairseq's trainer, with the training data loaded.
-        max_tokens: tokens in a batch before the cut, or None to use `max_sentences` alone.
-        max_sentences: sentences in a batch before the cut, or None.
-        micro_batches: micro-batches in each of S and S~ of each data-parallel process: R processes
-            with u of them draw what one process with R u of them would.
+        max_tokens, max_sentences: in a batch before the cut.
+        micro_batches: in each of S and S~ of each data-parallel process: R processes with u of them
+            draw what one process with R u of them would.
 
     Raises:
         GradInitError: the data do not give enough batches of three sentences or more.
@@ -112,9 +110,11 @@ class PairedBatches:
             return drawn[self._rank :: self._processes]
 
         while True:
-            firsts, seconds = zip(*map(overlapping_thirds, draw()), strict=True)
-            first = [self._drawn_batch(indices) for indices in firsts]
-            second = [self._drawn_batch(indices) for indices in seconds]
+            halves = zip(*map(overlapping_thirds, draw()), strict=True)
+            first, second = (
+                [self._micro_batch(indices, self._items(indices), drawn=True) for indices in half]
+                for half in halves
+            )
             yield BatchPair(first, second)
 
     def sentences(self, count: int) -> list[MicroBatch]:
@@ -138,8 +138,7 @@ class PairedBatches:
                 together = max(1, SMALL_BATCH // max(1, size))
                 for start in range(0, len(members), together):
                     indices, items = zip(*members[start : start + together], strict=True)
-                    sample = self._dataset.collater(list(items))
-                    found.append(self._micro_batch(np.array(indices), sample))
+                    found.append(self._micro_batch(np.array(indices), list(items)))
         return found
 
     def digest(self) -> str:
@@ -159,21 +158,20 @@ class PairedBatches:
         if middle == 0:
             return []
         halves = batch.indices[:middle], batch.indices[middle:]
-        collate = self._dataset.collater
-        return [self._micro_batch(half, collate(self._items(half))) for half in halves]
-
-    def _drawn_batch(self, indices: np.ndarray) -> MicroBatch:
-        sample = self._dataset.collater(self._items(indices))
-        for tensor in _tensors(sample):
-            self._digest.update(tensor.contiguous().numpy().tobytes())
-        return self._micro_batch(indices, sample)
+        return [self._micro_batch(half, self._items(half)) for half in halves]
 
     def _items(self, indices: np.ndarray) -> list[Any]:
         if getattr(self._dataset, "supports_prefetch", False):
             self._dataset.prefetch(indices)
         return [self._dataset[i] for i in indices]
 
-    def _micro_batch(self, indices: np.ndarray, sample: Any) -> MicroBatch:
+    def _micro_batch(
+        self, indices: np.ndarray, items: list[Any], drawn: bool = False
+    ) -> MicroBatch:
+        sample = self._dataset.collater(items)
+        if drawn:
+            for tensor in _tensors(sample):
+                self._digest.update(tensor.contiguous().numpy().tobytes())
         return MicroBatch(indices, utils.move_to_cuda(sample) if self._cuda else sample)
 
 
@@ -190,20 +188,12 @@ def _index_batches(epoch_itr: Any, dataset: Any) -> list[np.ndarray]:
 
 def _tensors(sample: Any) -> list[torch.Tensor]:
     found: list[torch.Tensor] = []
-
-    def add(tensor: torch.Tensor) -> torch.Tensor:
-        found.append(tensor)
-        return tensor
-
-    utils.apply_to_sample(add, sample)
+    utils.apply_to_sample(found.append, sample)
     return found
 
 
 def _too_few(
-    batches: list[np.ndarray],
-    usable: list[np.ndarray],
-    max_tokens: int | None,
-    needed: int,
+    batches: list[np.ndarray], usable: list[np.ndarray], max_tokens: int | None, needed: int
 ) -> str:
     now = f" (now {max_tokens})" if max_tokens else " or --batch-size"
     if not batches or len(batches) >= needed:

@@ -29,16 +29,14 @@ def fixed_scales(
     required: bool,
     kept: Collection[str] = (),
 ) -> Callable[[str], float | None]:
-    """The scale of a tensor by its name, None for those that are learned.
+    """The scale of a tensor by its name, None for those that are learned; 1 for those in `kept`.
 
     Args:
         modules: those of `collect_blocks`.
         encoder_branches: scale of the encoder's residual branches; 1 has them learned.
-        required: whether there must be such branches for another scale than 1.
-        kept: names of tensors that keep scale 1.
 
     Raises:
-        GradInitError: they are required, and there are none.
+        GradInitError: another scale than 1 is `required`, and there are no such branches.
     """
     small = encoder_branches != 1.0
     names = (name for module in modules.values() for name, _ in module.named_parameters())

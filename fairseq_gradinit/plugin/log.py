@@ -17,10 +17,7 @@ TAG = "gradinit"
 class IterationLog:
     """Writes about LINES_OF_LOG of the iterations where fairseq would write those of training.
 
-    Args:
-        cfg: fairseq's configuration, whose logging options it follows.
-        config: the settings of the run.
-        tracked: whether this process writes to TensorBoard too.
+    Logging options are those of fairseq's `cfg`; to TensorBoard it writes only if `tracked`.
     """
 
     def __init__(self, cfg: Any, config: GradInitConfig, tracked: bool) -> None:
@@ -45,23 +42,21 @@ class IterationLog:
             self._shown += 1
         last = iteration.index == self._config.iterations
         if iteration.index % self._interval == 0 or last:
-            self._bar.log(self._stats(iteration), tag=TAG, step=iteration.index)
+            trial_loss, gamma = iteration.trial_loss, self._config.gamma
+            # A progress bar has room for the first two.
+            stats = {
+                **({} if trial_loss is None else {"trial_loss": round(trial_loss, 4)}),
+                "loss": round(iteration.loss, 4),
+                "min_scale": round(iteration.min_scale, 3),
+                "max_scale": round(iteration.max_scale, 3),
+                "gnorm": round(iteration.grad_norm, 2),
+                "gamma": gamma if math.isfinite(gamma) else "off",
+                "kind": iteration.kind,
+            }
+            self._bar.log(stats, tag=TAG, step=iteration.index)
         if last:
             # What the progress bar does after its last item.
             next(self._steps, None)
-
-    def _stats(self, iteration: Iteration) -> dict[str, Any]:
-        """The values of one log line; a progress bar has room for the first two."""
-        trial_loss, gamma = iteration.trial_loss, self._config.gamma
-        return {
-            **({} if trial_loss is None else {"trial_loss": round(trial_loss, 4)}),
-            "loss": round(iteration.loss, 4),
-            "min_scale": round(iteration.min_scale, 3),
-            "max_scale": round(iteration.max_scale, 3),
-            "gnorm": round(iteration.grad_norm, 2),
-            "gamma": gamma if math.isfinite(gamma) else "off",
-            "kind": iteration.kind,
-        }
 
 
 def scale_table(scales: Scales) -> list[str]:

@@ -63,13 +63,13 @@ class TaskLoss:
             update_num=0,
             ignore_grad=False,
         )
-        if not isinstance(sample_size, torch.Tensor | Real):
+        if isinstance(sample_size, Real):
+            sample_size = float(sample_size)
+        elif not isinstance(sample_size, torch.Tensor):
             raise GradInitError(
                 f"criterion {type(self._criterion).__name__} returned {sample_size!r} as its "
                 "sample size; GradInit needs the number of items that its loss sums over"
             )
-        if isinstance(sample_size, Real):
-            sample_size = float(sample_size)
         return torch.stack([loss.sum() for loss in recorder.losses]).sum(), sample_size
 
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 from fairseq_gradinit.engine import TARGET_NAMES, TargetName
 from fairseq_gradinit.errors import GradInitError
@@ -18,14 +17,8 @@ from fairseq_gradinit.storage import abbreviate
 CHOICES = ("auto", *TARGET_NAMES)
 
 
-@dataclass(frozen=True)
-class TrialStep:
-    """The step that GradInit tries: the weights move by `length` learning rates along -A[g].
-
-    Attributes:
-        target: what A is, see `GradInitConfig`.
-        length: in learning rates.
-    """
+class TrialStep(NamedTuple):
+    """The weights move by `length` learning rates along -A[g]; `target` says what A is."""
 
     target: TargetName
     length: float = 1.0
@@ -37,9 +30,8 @@ def trial_step(choice: str, optimizer: Any) -> TrialStep:
     Raises:
         GradInitError: the choice leaves it to the run's optimizer, which has no such step.
     """
-    for target in TARGET_NAMES:
-        if choice == target:
-            return TrialStep(target)
+    if choice != "auto":
+        return TrialStep(cast(TargetName, choice))
     name = getattr(optimizer, "_name", None)
     if name not in FIRST_STEPS:
         raise GradInitError(

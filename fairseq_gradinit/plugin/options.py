@@ -25,11 +25,8 @@ from fairseq_gradinit.storage import abbreviate
 class Preset:
     """Values for the options that the user leaves open; these are those of the preset `default`.
 
-    Attributes:
-        eta: length of the trial step, or None for the peak learning rate of the run.
-        encoder_branches: fixed scale of the encoder's residual branches, in models that have some.
-        batch_per_training_batch: size of a GradInit batch before its cut in thirds, in training
-            batches, unless `max_tokens` says it in tokens. 1.5 makes S and S~ one batch each.
+    `batch_per_training_batch` is the size of a GradInit batch before its cut in thirds, in training
+    batches, unless `max_tokens` says it in tokens. 1.5 makes S and S~ one batch each.
     """
 
     eta: float | None = None
@@ -208,10 +205,6 @@ def read_value(option: Field[Any], task_cfg: Any) -> Any:
     People write them in YAML too, where `off` is a boolean. Choices come as text, and lists too:
     their elements with commas between them.
 
-    Args:
-        option: of one of our dataclasses, which say the types.
-        task_cfg: a DictConfig, or (legacy tasks) a Namespace.
-
     Raises:
         GradInitError: the value is none of this type.
     """
@@ -228,7 +221,6 @@ def read_value(option: Field[Any], task_cfg: Any) -> Any:
 
 
 def _converted(value: Any, kind: Any) -> Any:
-    """`value` as a `kind`; raises an error of Python's if it is none."""
     if issubclass(kind, Enum):
         return str(kind({True: "on", False: "off"}[value] if isinstance(value, bool) else value))
     if kind is str and isinstance(value, (list, ListConfig)):
@@ -241,11 +233,7 @@ def _converted(value: Any, kind: Any) -> Any:
 
 
 def read_options(task_cfg: Any) -> GradInitOptions:
-    """The options in a task's configuration, a DictConfig or (legacy tasks) a Namespace.
-
-    Raises:
-        GradInitError: a value is not of the type of its option.
-    """
+    """The options in a task's configuration, a DictConfig or (legacy tasks) a Namespace."""
     options = GradInitOptions()
     for name in OPTION_NAMES:
         value = read_value(GradInitOptions.__dataclass_fields__[name], task_cfg)

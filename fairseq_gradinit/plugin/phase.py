@@ -8,10 +8,9 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from fairseq_gradinit.engine import (
-    Block,
     StateFile,
     at_fixed_scales,
     center_layer_norms,
@@ -36,7 +35,6 @@ from fairseq_gradinit.plugin.rate_advice import ask_scheduler, rate_warning
 from fairseq_gradinit.plugin.signals import StopSignals
 from fairseq_gradinit.plugin.trainer import (
     data_parallel_processes,
-    drop_copies,
     full_precision,
     settings_digest,
     trained_modules,
@@ -60,10 +58,7 @@ STATE_FILE_NAME = "gradinit_state.json"
 
 
 def run_phase(trainer: Any, plan: Plan) -> None:
-    """Initialise the model of `trainer` as `plan` says, unless the run resumes from a checkpoint.
-
-    Args:
-        trainer: fairseq's trainer; its training data are loaded, no update is done.
+    """Initialise the model of fairseq's `trainer`, unless the run resumes from a checkpoint.
 
     Raises:
         GradInitError: the model, the data or a file cannot be used, or learning fails.
@@ -76,7 +71,8 @@ def run_phase(trainer: Any, plan: Plan) -> None:
     path = Path(trainer.cfg.checkpoint.save_dir) / SCALES_FILE
     start = time.monotonic()
     beginning = ask_scheduler(trainer)
-    drop_copies(trainer)
+    # Optimizer, its fp32 copies and data-parallel wrapper are made again when next asked for.
+    trainer.reinitialize()
     modules = trained_modules(trainer)
     if frozen := frozen_names(modules):
         logger.info("frozen, so kept at scale 1: %s", ", ".join(frozen))
@@ -102,9 +98,7 @@ def run_phase(trainer: Any, plan: Plan) -> None:
 class _Phase:
     """What a process gets ready by itself, and what it then does together with the others.
 
-    Attributes:
-        blocks: the parameter tensors.
-        file: the scales to apply; None if they are to be learned.
+    Its `file` are the scales to apply; None if they are to be learned.
     """
 
     def __init__(self, trainer: Any, plan: Plan) -> None:
@@ -128,29 +122,41 @@ class _Phase:
         self.blocks = collect_blocks(modules, plan.config.norm_gains, fixed)
         if self._centering:
             biases = {id(bias) for bias in layer_norm_biases(list(modules.values()))}
-            self.blocks = [
-                replace(block, state="centered")
-                if id(block.parameter) in biases and block.name not in loaded
-                else block
-                for block in self.blocks
-            ]
+            for i, block in enumerate(self.blocks):
+                if id(block.parameter) in biases and block.name not in loaded:
+                    self.blocks[i] = replace(block, state="centered")
         self._pairs = PairedBatches(
             trainer, plan.max_tokens, plan.max_sentences, plan.micro_batches
         )
         # What LayerNorms are centered on and branches measured with.
         self._sentences = self._pairs.sentences(CENTERING_SENTENCES)
-        self._description = describe(
-            trainer, plan, self.blocks, self._centering, self._pairs.plan_digest()
+        cfg = trainer.cfg
+        self._description = Description(
+            config=plan.config,
+            weights=fingerprint(self.blocks),
+            device=str(trainer.device),
+            preset=plan.preset,
+            centering=self._centering,
+            encoder_branches=None if plan.encoder_branches == 1.0 else plan.encoder_branches,
+            scale_loaded=plan.scale_loaded,
+            tokens=plan.max_tokens,
+            sentences=plan.max_sentences,
+            micro_batches=plan.micro_batches,
+            processes=trainer.data_parallel_world_size,
+            task=str(getattr(cfg.task, "_name", None) or cfg.task.task),
+            criterion=getattr(cfg.criterion, "_name", None),
+            batches=self._pairs.plan_digest(),
+            model_settings=settings_digest(cfg, "model"),
+            criterion_settings=settings_digest(cfg, "criterion"),
+            fairseq=fairseq_version(),
         )
 
     def agreement(self) -> dict[str, object]:
         """What must be the same in all processes."""
-        return {
-            **self._description.identity(),
-            # All read a state, or none.
-            "save-interval": self._plan.save_interval,
-            "scales": self.file and self.file.digest(),
-        }
+        scales = self.file and self.file.digest()
+        # All read a state, or none.
+        also = {"save-interval": self._plan.save_interval, "scales": scales}
+        return {**self._description.identity(), **also}
 
     def snapshot(self) -> Snapshot:
         model = self._trainer.get_model()
@@ -200,11 +206,9 @@ class _Phase:
             len(self.blocks),
             config.iterations,
         )
-        state_file = None
-        if interval := self._plan.save_interval:
-            path = Path(self._trainer.cfg.checkpoint.save_dir) / STATE_FILE_NAME
-            identity = self._description.identity()
-            state_file = StateFile(path, identity, interval, self._processes)
+        path = Path(self._trainer.cfg.checkpoint.save_dir) / STATE_FILE_NAME
+        identity, interval = self._description.identity(), self._plan.save_interval
+        state_file = StateFile(path, identity, interval, self._processes) if interval else None
         log = IterationLog(self._trainer.cfg, config, self._trainer.is_data_parallel_master)
         with (
             deterministic(*self._modules.values()),
@@ -224,44 +228,16 @@ class _Phase:
                     stop=signals,
                 )
             except GradInitStopped as stopped:
-                self._leave(stopped, signals.received)
+                # The program ends the way the signal would have ended it.
+                number = signals.received or signal.SIGTERM
+                by = signal.Signals(number).name
+                by += "" if signals.received else " to another process"
+                after = "the same command goes on from there"
+                if state_file is None:
+                    after = "nothing is saved, as --gradinit-save-interval 0 asks"
+                logger.info("%s, by %s: %s", stopped, by, after)
+                sys.exit(128 + number)
         # The scales have changed what goes into the LayerNorms.
         self._center()
         settings = self._description.settings(learned.second_order, self._pairs.digest())
         return Scales.of(self.blocks, learned.scale_of, settings, learned.history)
-
-    def _leave(self, stopped: GradInitStopped, received: int | None) -> NoReturn:
-        """End the program the way the signal would have, after saying what is saved."""
-        number = received or signal.SIGTERM
-        by = signal.Signals(number).name + ("" if received else " to another process")
-        after = "the same command goes on from there"
-        if self._plan.save_interval == 0:
-            after = "nothing is saved, as --gradinit-save-interval 0 asks"
-        logger.info("%s, by %s: %s", stopped, by, after)
-        sys.exit(128 + number)
-
-
-def describe(
-    trainer: Any, plan: Plan, blocks: list[Block], centering: bool, batches: str | None
-) -> Description:
-    """What determines the scales of this run, `batches` being a fingerprint of its data."""
-    cfg = trainer.cfg
-    return Description(
-        config=plan.config,
-        weights=fingerprint(blocks),
-        device=str(trainer.device),
-        preset=plan.preset,
-        centering=centering,
-        encoder_branches=None if plan.encoder_branches == 1.0 else plan.encoder_branches,
-        scale_loaded=plan.scale_loaded,
-        tokens=plan.max_tokens,
-        sentences=plan.max_sentences,
-        micro_batches=plan.micro_batches,
-        processes=trainer.data_parallel_world_size,
-        task=str(getattr(cfg.task, "_name", None) or cfg.task.task),
-        criterion=getattr(cfg.criterion, "_name", None),
-        batches=batches,
-        model_settings=settings_digest(cfg, "model"),
-        criterion_settings=settings_digest(cfg, "criterion"),
-        fairseq=fairseq_version(),
-    )

@@ -24,14 +24,11 @@ class Plan:
     """What one run will do, every open value filled in.
 
     Attributes:
-        config: the engine's settings; with `scales_file` they are not used.
-        scales_file: file of scales to apply instead of learning.
-        max_tokens: in a GradInit batch before the cut; `max_sentences` likewise.
-        micro_batches: in one gradient.
-        save_interval: iterations between two savings of the learning's state; 0 for none.
+        scales_file: scales to apply instead of learning some by `config`.
+        max_tokens, max_sentences: in a GradInit batch before the cut.
         centering: whether LayerNorms are centered; None for what was done to learn `scales_file`.
-        encoder_branches: fixed scale of the encoder's residual branches; 1 learns them.
-        require_encoder: whether a model without such branches is an error.
+        encoder_branches: fixed scale of the encoder's residual branches, which a model must have
+            if `require_encoder`; 1 learns them.
         unused: options that were given for learning, beside a `scales_file`.
     """
 
@@ -101,21 +98,16 @@ def _engine_config(options: GradInitOptions, preset: Preset, cfg: Any) -> GradIn
     eta = _pick(options, preset, "eta")
     # Clipping leaves sign(g) and g/||g|| as they are.
     clip_norm = cfg.optimization.clip_norm if step.target == "sgd" else 0.0
+    scales = ("min_scale", "min_bias_scale", "max_scale")
+    names = ("gamma", "iterations", "lr", *scales, "norm_gains", "second_order")
     return GradInitConfig(
         eta=peak_lr(cfg) * step.length if eta is None else eta,
         target=step.target,
         clip_norm=clip_norm if clip_norm > 0 else math.inf,
-        gamma=_pick(options, preset, "gamma"),
-        iterations=_pick(options, preset, "iterations"),
-        lr=_pick(options, preset, "lr"),
         betas=parse_betas("--gradinit-betas", _pick(options, preset, "betas")),
-        min_scale=_pick(options, preset, "min_scale"),
-        min_bias_scale=_pick(options, preset, "min_bias_scale"),
-        max_scale=_pick(options, preset, "max_scale"),
-        norm_gains=_pick(options, preset, "norm_gains"),
-        second_order=_pick(options, preset, "second_order"),
         precision=cast(Precision, options.gradinit_precision),
         seed=cfg.common.seed,
+        **{name: _pick(options, preset, name) for name in names},
     )
 
 
@@ -132,14 +124,7 @@ def peak_lr(cfg: Any) -> float:
 
 
 def refuse_unsupported(cfg: Any, what: str) -> None:
-    """Refuse a run in which no process sees the whole model and its global gradient.
-
-    Args:
-        what: what does not work there, as the error says it.
-
-    Raises:
-        GradInitError: it is one.
-    """
+    """Raise GradInitError where no process has the whole model; `what` does not work there."""
     parallel = cfg.distributed_training
     unsupported = {
         "--ddp-backend fully_sharded": parallel.ddp_backend == "fully_sharded",

@@ -23,12 +23,9 @@ not."""
 
 
 class Beginning(NamedTuple):
-    """How a schedule begins.
+    """The first learning rate, and whether it still rises after twice `SHORT` of training.
 
-    Attributes:
-        rate: learning rate of the first update.
-        rising: whether it still rises after twice `SHORT` of training; False if the length of
-            training is open.
+    It does not if the length of training is open.
     """
 
     rate: float
@@ -59,10 +56,7 @@ def rate_warning(cfg: Any, blocks: Iterable[Block], eta: float, beginning: Begin
     their input to the residual stream, however they were initialised. So from some rate on a short
     warmup is right, although it never takes the step that GradInit tries; below, none is.
 
-    Args:
-        cfg: of the run, as fairseq's trainer has it.
-        blocks: the parameter tensors of the model.
-        eta: length of the trial step that the scales are learned for; NaN if unknown.
+    `eta` is the length of the trial step that the scales are learned for; NaN if unknown.
     """
     known = FIRST_STEPS.get(getattr(cfg.optimizer, "_name", ""))
     step = known(cfg.optimizer) if known else None

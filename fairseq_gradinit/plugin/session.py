@@ -46,7 +46,7 @@ class Session:
 
     Args:
         words: the command line, with or without "fairseq-train" before it. Its --gradinit options
-            are those of the trainings that begin with GradInit.
+            are those of the trainings that begin with GradInit, and `lr` is its peak rate.
         folder: where the learned scales are written; nothing else is.
 
     Raises:
@@ -55,6 +55,7 @@ class Session:
 
     def __init__(self, words: Sequence[str], folder: Path) -> None:
         self._cfg = cfg = _configuration(words)
+        self.lr = peak_lr(cfg)
         world = cfg.distributed_training.distributed_world_size
         if world > 1:
             logger.warning(
@@ -73,17 +74,10 @@ class Session:
             self._task = tasks.setup_task(cfg.task)
             self._task.load_dataset(cfg.dataset.train_subset, combine=True, epoch=1)
 
-    @property
-    def lr(self) -> float:
-        """The peak learning rate of the command."""
-        return peak_lr(self._cfg)
-
     def trainer(self, lr: float, warmup: int) -> Trainer:
         """A trainer with the default initialisation, before its first update.
 
-        Args:
-            lr: the learning rate.
-            warmup: updates in which it rises linearly from 0; it is constant otherwise.
+        The learning rate rises linearly from 0 in `warmup` updates; it is constant otherwise.
 
         Raises:
             GradInitError: fairseq cannot build it.
@@ -102,10 +96,7 @@ class Session:
             return SilentTrainer(cfg, self._task, model, self._task.build_criterion(cfg.criterion))
 
     def run_gradinit(self, trainer: Trainer) -> None:
-        """Scale the weights of a new trainer.
-
-        The scales are learned the first time, for the peak learning rate of the command, and serve
-        later trainers too.
+        """Scale the weights of a new trainer, by scales that are learned the first time.
 
         Raises:
             GradInitError: GradInit cannot work on it.
@@ -134,8 +125,7 @@ class SilentTrainer(Trainer):  # type: ignore[misc]
 class TrainingBatches:
     """The micro-batches of one update after the other, endlessly, in the order of training.
 
-    Attributes:
-        indices: of the sentences in them, batch by batch; None if the data are streamed.
+    `indices` are those of the sentences, batch by batch; None if the data are streamed.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -157,9 +147,8 @@ class TrainingBatches:
 def make_update(trainer: Trainer, samples: Any) -> tuple[float, float] | None:
     """Make an update; None if the precision of the run made it void (overflow in fp16).
 
-    Returns:
-        The loss of the batch before it, as the criterion reports it, and the l2 norm of the
-        gradient before clipping; NaN where fairseq reports none.
+    Returns the loss of the batch before it, as the criterion reports it, and the l2 norm of the
+    gradient before clipping; NaN where fairseq reports none.
 
     Raises:
         FloatingPointError: the gradient is not finite.
@@ -173,11 +162,7 @@ def make_update(trainer: Trainer, samples: Any) -> tuple[float, float] | None:
 
 
 def _configuration(words: Sequence[str]) -> Any:
-    """What fairseq-train would make of a command line.
-
-    Raises:
-        GradInitError: it cannot be read, or the check does not fit it.
-    """
+    """What fairseq-train would make of a command line."""
     words = list(words)
     if words and Path(words[0]).name == "fairseq-train":
         del words[0]
@@ -192,22 +177,21 @@ def _configuration(words: Sequence[str]) -> Any:
         else:
             utils.import_user_module(found)
         parser = fairseq_options.get_training_parser()
-        vars(parser)["error"] = _refuse
+
+        def refuse(message: str) -> NoReturn:
+            raise GradInitError(f"fairseq-train does not take this command line: {message}")
+
+        vars(parser)["error"] = refuse
         cfg = convert_namespace_to_omegaconf(fairseq_options.parse_args_and_arch(parser, words))
-    if cfg.dataset.max_tokens is None and cfg.dataset.batch_size is None:
-        raise GradInitError("the command has no batch size: give it --max-tokens or --batch-size")
     scheme = read_scheme(cfg)
-    if scheme is not None and scheme.sets_weights:
-        raise GradInitError(
-            "the check compares the default initialisation with GradInit: leave out --init-scheme"
-        )
-    if scheme is not None and scheme.configure is not None:
+    if scheme is not None:
+        if scheme.sets_weights or scheme.configure is None:
+            raise GradInitError(
+                "the check compares the default initialisation with GradInit: "
+                "leave out --init-scheme"
+            )
         scheme.configure(cfg.model)
     return cfg
-
-
-def _refuse(message: str) -> NoReturn:
-    raise GradInitError(f"fairseq-train does not take this command line: {message}")
 
 
 @contextmanager

@@ -25,14 +25,6 @@ def weights_come_from_checkpoint(trainer: Any) -> bool:
     return bool(trainer.get_num_updates() > 0 or trainer._optim_history)
 
 
-def drop_copies(trainer: Any) -> None:
-    """Have optimizer, its fp32 copies and data-parallel wrapper made again when next asked for.
-
-    The moving average of the weights is first made by the first update.
-    """
-    trainer.reinitialize()
-
-
 def require_writable(save_dir: str) -> None:
     """Raise GradInitError for a checkpoint folder in which no file can be made."""
     try:
