@@ -1,7 +1,7 @@
 """Everything that determines the scales of a run, listed once.
 
-The line in the log and the settings in a scales file, what processes compare before they work
-together, and what tells whether a saved state is of the same run are all rendered from it.
+The settings in a scales file, what processes compare before they work together, and what tells
+whether a saved state is of the same run are made from it.
 """
 
 from __future__ import annotations
@@ -19,14 +19,9 @@ from fairseq_gradinit.engine import GradInitConfig
 class Description:
     """What determines the scales of a run; None for what its caller does not have.
 
-    Attributes:
-        weights: fingerprint of the initial weights.
-        preset: what filled the settings that were left open.
-        encoder_branches: fixed scale of the encoder's residual branches; None if they are learned.
-        tokens, sentences: size of a batch before its cut in thirds.
-        micro_batches: in one gradient of each process.
-        batches: fingerprint of which sentences the batches hold.
-        model_settings, criterion_settings: fingerprints of these sections of the configuration.
+    `weights` (the initial ones), `batches` (which sentences they hold) and the settings of model
+    and criterion are fingerprints. `tokens` and `sentences` are those of a batch before its cut in
+    thirds, `micro_batches` those of one gradient of one process.
     """
 
     config: GradInitConfig
@@ -59,11 +54,7 @@ class Description:
         return {name.replace("_", "-"): str(value) for name, value in names.items()}
 
     def settings(self, second_order: str, data: str | None = None) -> dict[str, str]:
-        """What determined the scales, in words and figures for a reader.
-
-        Args:
-            data: fingerprint of the batches that were used.
-        """
+        """What determined the scales, for a reader; `data` is a fingerprint of the batches used."""
         config = self.config
         found = {
             "gradinit": __version__,

@@ -22,11 +22,7 @@ def add_diff(parser: ArgumentParser) -> None:
 
 
 def print_diff(options: Namespace) -> int:
-    """Print the differences; returns 1 if scales differ.
-
-    Raises:
-        GradInitError: a file cannot be read.
-    """
+    """Print the differences; returns 1 if scales differ."""
     a, b = (Scales.load(scales_file(path)) for path in (options.a, options.b))
     for name in dict.fromkeys((*a.settings, *b.settings)):
         settings = a.settings.get(name, "-"), b.settings.get(name, "-")

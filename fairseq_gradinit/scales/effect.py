@@ -14,7 +14,7 @@ EFFECT_FILE = "gradinit_effect.json"
 
 @dataclass(frozen=True)
 class Change:
-    """One quantity of the model before and after; each is None where it is not a finite number."""
+    """One quantity of the model; None where it is not a finite number."""
 
     name: str
     before: float | None
@@ -40,12 +40,10 @@ class Effect:
     shares: tuple[Change, ...]
 
     def save(self, path: Path) -> None:
-        """See `save_document`."""
         save_document(path, FORMAT, self)
 
     @classmethod
     def load(cls, path: Path) -> Effect:
-        """See `load_document`."""
         return load_document(path, FORMAT, cls)
 
 

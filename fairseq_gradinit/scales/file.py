@@ -31,12 +31,9 @@ class BlockScale:
 
 @dataclass(frozen=True)
 class Scales:
-    """What a GradInit run learned.
+    """What a GradInit run learned, for every trainable parameter tensor in the model's order.
 
-    Attributes:
-        blocks: every trainable parameter tensor of the model, in its order.
-        settings: everything that determined the result, see `Description.settings`.
-        history: record of the iterations, empty when unknown.
+    `settings` are all that determined the result, see `Description.settings`.
     """
 
     blocks: tuple[BlockScale, ...]
@@ -84,22 +81,17 @@ class Scales:
         return cls(rows, settings, tuple(history))
 
     def save(self, path: Path) -> None:
-        """See `save_document`."""
         save_document(path, FORMAT, self)
 
     @classmethod
     def load(cls, path: Path) -> Scales:
-        """See `load_document`."""
         return load_document(path, FORMAT, cls)
 
     def apply(self, blocks: Sequence[Block]) -> Scales:
         """Multiply the model's freshly initialised tensors by these scales, in place.
 
         The sizes of a tensor may be others than those it was learned for: a scale belongs to the
-        tensor's place in the model.
-
-        Returns:
-            These scales, with the shapes of this model.
+        tensor's place in the model. Returns these scales, with the shapes of this model.
 
         Raises:
             GradInitError: the names are not those of the model; nothing is changed then.

@@ -65,7 +65,7 @@ def save_document(path: Path, form: Format, value: Any) -> None:
 
 
 def load_document(path: Path, form: Format, kind: type[T]) -> T:
-    """Read back what `save_document` made of an instance of `kind`, see `parse`.
+    """Read back what `save_document` made of an instance of `kind`.
 
     Raises:
         GradInitError: the file cannot be read, is damaged, or is not of this format and version.

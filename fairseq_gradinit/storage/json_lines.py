@@ -22,9 +22,7 @@ def read_lines(path: Path, parse: Callable[[Any], T], what: str) -> list[T]:
     """Read every line; a last one that was not written to its end is left out.
 
     Args:
-        parse: makes of the JSON value of a line what it stands for; raises TypeError or ValueError
-            if it cannot.
-        what: a line is, for messages, such as "a run".
+        parse: raises TypeError or ValueError for a JSON value that is not `what`: "a run", say.
 
     Raises:
         GradInitError: the file cannot be read, or a line is not `what`.
@@ -50,9 +48,6 @@ def read_lines(path: Path, parse: Callable[[Any], T], what: str) -> list[T]:
 def append_line(path: Path, value: Any) -> None:
     """Add a line with the JSON of `value`, behind the last that was written to its end.
 
-    It is one unbuffered write behind what others have written: in one piece, or torn where the
-    next writer finds it.
-
     Raises:
         GradInitError: the file cannot be written.
         ValueError: `value` holds a float that is not finite.
@@ -69,6 +64,7 @@ def append_line(path: Path, value: Any) -> None:
             if end < len(content):
                 logger.warning("the last line of %s was not written to its end: removed", path)
                 os.truncate(path, end)
+            # Unbuffered and in one piece, or torn where the next writer finds it.
             if os.write(file.fileno(), line) < len(line):
                 raise OSError("there is no room for the whole line")
     except OSError as error:

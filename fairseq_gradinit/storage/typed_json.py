@@ -26,10 +26,8 @@ def abbreviate(value: Any) -> str:
 def parse(kind: type[T], row: Any) -> T:
     """Read back what `dataclasses.asdict` and JSON made of an instance of `kind`.
 
-    Args:
-        kind: a dataclass whose fields are str, int, float, bool, Literal, dataclasses like it,
-            tuples of these, of one kind and any length or of several kinds, mappings from str or
-            Literal to one of these, or any of them or None.
+    Its fields may be str, int, float, bool, Literal, dataclasses like it, tuples of these, mappings
+    from str or Literal to one of these, or any of them or None.
 
     Raises:
         ValueError: a field is missing, unknown, or has a value that it cannot have; the message
