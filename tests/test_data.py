@@ -137,24 +137,6 @@ def test_sentences_of_equal_shapes_share_small_batches_and_do_not_count_as_drawn
     assert len(set.union(*ids(chosen(8)))) == 8
 
 
-def test_sentences_have_the_same_noise_every_time_and_leave_random_numbers_alone(make_trainer):
-    trainer = make_trainer([5, 6, 7] * 30)
-    data = trainer.task.dataset("train")
-    collate = data.collater
-
-    def noisy(samples):
-        noise = random.random() + np.random.rand() + float(torch.rand(()))
-        return {**collate(samples), "noise": noise}
-
-    data.collater = noisy
-    batches = paired(trainer)
-    expected = [batch.sample["noise"] for batch in batches.sentences(9)]
-    assert len(set(expected)) == len(expected) == 3
-    before = random_states()
-    assert [batch.sample["noise"] for batch in batches.sentences(9)] == expected
-    assert random_states() == before
-
-
 def random_states():
     return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import BIN
 from tiny import SPOILERS, loss_of, make_model, make_pair
 
 from fairseq_gradinit.engine.batch_pairs import BatchPair
@@ -191,3 +193,17 @@ def test_a_disk_that_fails_when_the_state_is_saved(tmp_path, monkeypatch):
     found = run(make_model())
     path.unlink()
     assert found == run(make_model())
+
+
+@pytest.mark.slow
+def test_printing_to_a_full_disk():
+    """Also where what is printed is less than a buffer holds."""
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [BIN / "fairseq-gradinit", "doctor"],
+            **{"stdout": full, "stderr": subprocess.PIPE, "text": True, "check": False},
+        )
+    assert done.returncode == 1
+    assert done.stderr == (
+        "fairseq-gradinit: cannot write to standard output: No space left on device\n"
+    )

@@ -1,4 +1,4 @@
-"""Damaged scales and state files: refused in a sentence, or read as what stands in them."""
+"""Damaged scales files: refused in a sentence, or read as what stands in them."""
 
 from __future__ import annotations
 
@@ -6,16 +6,11 @@ import json
 import random
 from dataclasses import asdict
 
-import pytest
 import torch
-from tiny import loss_of, make_model, make_pair
 
 from fairseq_gradinit.engine.blocks import collect_blocks
-from fairseq_gradinit.engine.config import GradInitConfig
 from fairseq_gradinit.engine.history import Iteration
-from fairseq_gradinit.engine.learning import learn_scales
-from fairseq_gradinit.engine.state import StateFile
-from fairseq_gradinit.errors import GradInitError, GradInitStopped
+from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.scales.file import Scales
 
 VALUES = (None, True, [], {}, "", "1", "learned", [1, 2], 0, 1, -1, -2.5, 1e39, float("nan"))
@@ -59,18 +54,3 @@ def test_mutants_of_a_scales_file_are_refused_or_mean_what_they_say(tmp_path):
             assert json.loads(json.dumps(asdict(scales))).items() <= stands.items()
     assert 150 < len(refusals) < 300
     assert all(str(path) in refusal for refusal in refusals)
-
-
-def test_mutants_of_a_state_file_are_refused(tmp_path, caplog):
-    path, model = tmp_path / "state.json", make_model().eval()
-    blocks, file = collect_blocks({"": model}, "learned"), StateFile(path, {"seed": "1"}, 2)
-    config = GradInitConfig(eta=0.05, iterations=3, norm_gains="learned")
-    pairs = [make_pair(seed) for seed in range(3)]
-    with pytest.raises(GradInitStopped):
-        learn_scales(blocks, loss_of(model), pairs, config, state_file=file, stop=path.exists)
-    original, text = file.load(), path.read_text()
-    assert original is not None
-    for seed in range(300):
-        path.write_bytes(mutate(text, random.Random(seed)))
-        caplog.clear()
-        assert file.load() == original or f"from scratch: {path}" in caplog.text

@@ -6,17 +6,14 @@ import os
 import re
 import runpy
 import shutil
-import subprocess
-import sys
 import tomllib
 import zipfile
 from importlib.util import find_spec
 from itertools import chain
-from pathlib import Path
 from unittest import mock
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_command
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -35,22 +32,10 @@ import fairseq_gradinit.plugin.install
 """
 
 
-def python(code: str, cwd: Path | str = "/", **env: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
-        timeout=120,
-        check=False,
-    )
-
-
 def test_a_missing_fairseq_is_answered_with_what_to_install():
-    done = python(NO_FAIRSEQ)
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == (
+    done = run_command("python", "-c", NO_FAIRSEQ)
+    assert done.code == 1
+    assert done.output.splitlines()[-1] == (
         "ModuleNotFoundError: fairseq is not installed: run `pip install "
         "'fairseq-gradinit[fairseq]'`, which brings one that fits this Python"
     )
@@ -66,8 +51,9 @@ def test_the_wheel_holds_all_modules_and_serves_as_a_user_dir(tmp_path):
     for name in ("LICENSE", "README.md", "pyproject.toml", "setup.py"):
         shutil.copy(ROOT / name, source)
     expected = {path.relative_to(source) for path in source.glob("*/**/*.*")}
-    done = python(f"import setuptools.build_meta as b; b.build_wheel({str(tmp_path)!r})", source)
-    assert done.returncode == 0, done.stderr
+    build = f"import setuptools.build_meta as b; b.build_wheel({str(tmp_path)!r})"
+    done = run_command("python", "-c", build, cwd=source)
+    assert done.code == 0, done.output
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
@@ -85,9 +71,9 @@ def test_the_wheel_holds_all_modules_and_serves_as_a_user_dir(tmp_path):
         "sys.argv = ['fairseq-train', '--user-dir', 'fairseq_gradinit', '--help']\n"
         "cli_main()"
     )
-    done = python(code, PYTHONPATH=str(site))
-    assert done.returncode == 0, done.stderr
-    assert "--gradinit-iterations" in done.stdout
+    done = run_command("python", "-c", code, PYTHONPATH=str(site))
+    assert done.code == 0, done.output
+    assert "--gradinit-iterations" in done.output
 
 
 def extras() -> dict[str, list[str]]:

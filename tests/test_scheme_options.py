@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import GRADINIT, PLUGIN, ROOT, SCALES_ALONE, Training, run_here, train_here
-from scheme_models import build
+from conftest import GRADINIT, PLUGIN, SCALES_ALONE, Training, run_here, train_here
 from test_options import configuration
 from test_tasks import TASKS, USUAL
 
@@ -117,15 +116,3 @@ def test_runs_that_a_scheme_does_not_fit_are_refused(name, options, message):
     with pytest.raises(GradInitError) as error:
         read()
     assert message in str(error.value)
-
-
-@pytest.mark.parametrize("scheme", ["deepnorm", "admin", "t_fixup"])
-def test_weights_of_an_architecture_of_ours_do_not_fit_a_stock_model(scheme):
-    weights = build(f"transformer_{scheme}").state_dict()
-    with pytest.raises(RuntimeError, match=r"Unexpected key.*shortcuts|Missing key.*norm"):
-        build("transformer_iwslt_de_en").load_state_dict(weights)
-
-
-def test_the_page_of_other_initialisations_names_the_schemes():
-    text = (ROOT / "docs" / "rivals.md").read_text()
-    assert all(f"`{name}`" in text for name in SCHEMES)
