@@ -91,7 +91,6 @@ BLOCK = {"name": "a", "shape": [1], "scale": 1.0, "state": "learned"}
     [
         ({"format": "other"}, "does not hold the scales of a run"),
         ({"version": 1}, "has version 1 .* reads version 2"),
-        ({"blocks": [BLOCK, BLOCK]}, "damaged: a name is repeated"),
         ({"blocks": [BLOCK | {"scale": math.nan}]}, r"blocks\[0\]\.scale: nan is not a finite num"),
         ({"blocks": [BLOCK | {"shape": "12"}]}, r"blocks\[0\]\.shape: '12' is not an array"),
         ({"blocks": [BLOCK | {"state": "frozen"}]}, "state: 'frozen' is none of 'learned'"),

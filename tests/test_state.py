@@ -22,7 +22,7 @@ from fairseq_gradinit.engine.learner import Learned
 from fairseq_gradinit.engine.learning import learn_scales
 from fairseq_gradinit.engine.state import StateFile
 from fairseq_gradinit.errors import GradInitError, GradInitStopped
-from fairseq_gradinit.plugin.signals import StopSignals
+from fairseq_gradinit.plugin.phase import StopSignals
 from fairseq_gradinit.scales import Description
 
 ITERATIONS = 8

@@ -1,7 +1,8 @@
-"""The residual branches of fairseq's Transformers, and how much each of them puts out."""
+"""The residual branches of fairseq's Transformers, how much each puts out, and their shortcuts."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -144,3 +145,38 @@ def take_snapshot(
         for branch, (x, output) in zip(branches, measured, strict=True)
     }
     return Snapshot(dict(zip([block.name for block in blocks], norms, strict=True)), shares)
+
+
+class Shortcuts(nn.Module):
+    """Weights w of one layer's w x + f(x), in the place of fairseq's `residual_connection`.
+
+    Each branch has a copy of `weight`: a scalar or one element for each dimension of x; an
+    nn.Parameter, which is trained, or an nn.Buffer, so that all are part of the model's state.
+    """
+
+    def __init__(self, layer: nn.Module, weight: Tensor) -> None:
+        super().__init__()
+        self._names = branch_names(layer)
+        for name in self._names:
+            setattr(self, name, copy.deepcopy(weight))
+        self._passed = 0
+
+    def restart(self, *_: object) -> None:
+        """Begin with the first branch again."""
+        self._passed = 0
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """Weigh `residual` for the next branch, and add the branch's output `x`."""
+        weight: Tensor = getattr(self, self._names[self._passed])
+        self._passed = (self._passed + 1) % len(self._names)
+        return x + weight * residual
+
+
+def weigh_shortcuts(layer: nn.Module, weight: Tensor) -> None:
+    """Weigh the shortcuts of a layer of fairseq's Transformer, for all of its branches."""
+    shortcuts = Shortcuts(layer, weight)
+    layer.add_module("shortcuts", shortcuts)
+    # In the layer's own attributes, where it takes precedence over the method of its class.
+    vars(layer)["residual_connection"] = shortcuts
+    # A forward pass that an error broke off leaves the count where it was.
+    layer.register_forward_pre_hook(shortcuts.restart)

@@ -34,9 +34,6 @@ def fixed_scales(
     Args:
         modules: those of `collect_blocks`.
         encoder_branches: scale of the encoder's residual branches; 1 has them learned.
-
-    Raises:
-        GradInitError: another scale than 1 is `required`, and there are no such branches.
     """
     small = encoder_branches != 1.0
     names = (name for module in modules.values() for name, _ in module.named_parameters())

@@ -13,11 +13,7 @@ except ModuleNotFoundError as error:
         name="fairseq",
     ) from None
 
-from fairseq_gradinit.plugin import (
-    architectures,  # noqa: F401
-    hook,
-)
-from fairseq_gradinit.plugin import safe_loading as checkpoints
+from fairseq_gradinit.plugin import architectures, hook, safe_loading  # noqa: F401
 
-checkpoints.allow_fairseq_checkpoints()
+safe_loading.allow_fairseq_checkpoints()
 hook.install()

@@ -49,9 +49,8 @@ class TaskLoss:
     """
 
     def __init__(self, trainer: Any) -> None:
-        self._task = trainer.task
+        self._task, self._criterion = trainer.task, trainer.get_criterion()
         self._model = trainer.get_model()
-        self._criterion = trainer.get_criterion()
 
     def __call__(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor | float]:
         recorder = LossRecorder()

@@ -25,11 +25,7 @@ class TrialStep(NamedTuple):
 
 
 def trial_step(choice: str, optimizer: Any) -> TrialStep:
-    """The step to try for `--gradinit-optimizer choice` in a run with this optimizer's settings.
-
-    Raises:
-        GradInitError: the choice leaves it to the run's optimizer, which has no such step.
-    """
+    """The step to try for `--gradinit-optimizer choice` in a run with this optimizer's settings."""
     if choice != "auto":
         return TrialStep(cast(TargetName, choice))
     name = getattr(optimizer, "_name", None)
@@ -47,11 +43,7 @@ def _adamax(optimizer: Any) -> TrialStep:
 
 
 def parse_betas(option: str, value: Any) -> tuple[float, float]:
-    """Two numbers out of a text like '0.9,0.98', or out of a sequence.
-
-    Raises:
-        GradInitError: `value` is something else.
-    """
+    """Two numbers out of a text like '0.9,0.98', or out of a sequence."""
     try:
         first, second = ast.literal_eval(value) if isinstance(value, str) else value
         return float(first), float(second)

@@ -6,7 +6,6 @@ checkpoint of any task, and a fairseq without this plugin drops them when it loa
 # No postponed annotations here: fairseq reads the types of dataclass fields as objects.
 
 import math
-from collections.abc import Collection
 from dataclasses import Field, dataclass, field
 from enum import Enum
 from types import NoneType
@@ -184,18 +183,6 @@ class GradInitOptions(FairseqDataclass):
 
 OPTION_NAMES = tuple(name for name in GradInitOptions.__dataclass_fields__ if name != "_name")
 
-# The size of batches, which a preset can have too, decides what sentences can be drawn.
-APPLYING = (
-    "gradinit",
-    "gradinit_scales",
-    "gradinit_centering",
-    "gradinit_scale_loaded",
-    "gradinit_preset",
-    "gradinit_max_tokens",
-)
-"""What may be given beside scales from a file."""
-
-
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
@@ -240,12 +227,3 @@ def read_options(task_cfg: Any) -> GradInitOptions:
         if value is not None:
             setattr(options, name, value)
     return options
-
-
-def given_options(options: GradInitOptions, but: Collection[str] = ()) -> list[str]:
-    """The options that are not as they are by default, some left out, as on a command line."""
-    return [
-        "--" + name.replace("_", "-")
-        for name in OPTION_NAMES
-        if name not in but and getattr(options, name) != getattr(GradInitOptions, name)
-    ]

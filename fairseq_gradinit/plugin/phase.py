@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from fairseq_gradinit.engine import (
@@ -32,7 +33,6 @@ from fairseq_gradinit.plugin.loss import TaskLoss, forward_autocast
 from fairseq_gradinit.plugin.options import CENTERING_SENTENCES
 from fairseq_gradinit.plugin.plan import Plan
 from fairseq_gradinit.plugin.rate_advice import ask_scheduler, rate_warning
-from fairseq_gradinit.plugin.signals import StopSignals
 from fairseq_gradinit.plugin.trainer import (
     data_parallel_processes,
     full_precision,
@@ -58,11 +58,7 @@ STATE_FILE_NAME = "gradinit_state.json"
 
 
 def run_phase(trainer: Any, plan: Plan) -> None:
-    """Initialise the model of fairseq's `trainer`, unless the run resumes from a checkpoint.
-
-    Raises:
-        GradInitError: the model, the data or a file cannot be used, or learning fails.
-    """
+    """Initialise the model of fairseq's `trainer`, unless the run resumes from a checkpoint."""
     if weights_come_from_checkpoint(trainer):
         logger.info(
             "skipping GradInit: the weights come from a checkpoint, which a new scale would spoil"
@@ -167,9 +163,6 @@ class _Phase:
         """Do with the scales in a file what learning them would have ended with."""
         scales = file.apply(self.blocks).with_centering(self.blocks)
         logger.info("applied the scales in %s", self._plan.scales_file)
-        if self._plan.unused:
-            unused = ", ".join(self._plan.unused)
-            logger.warning("nothing was learned, so without effect: %s", unused)
         if changes := size_changes(file, scales):
             logger.warning("these scales were learned at other sizes: %s", changes)
         self._center()
@@ -241,3 +234,31 @@ class _Phase:
         self._center()
         settings = self._description.settings(learned.second_order, self._pairs.digest())
         return Scales.of(self.blocks, learned.scale_of, settings, learned.history)
+
+
+class StopSignals:
+    """While this context is open, the first SIGTERM or SIGINT is only `received`.
+
+    A second one acts as it would have without this context.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._previous:
+            signal.signal(*self._previous.popitem())
+
+    def __call__(self) -> bool:
+        """Whether a signal has come."""
+        return self.received is not None
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        self.__exit__()

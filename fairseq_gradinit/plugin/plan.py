@@ -10,11 +10,10 @@ from fairseq_gradinit.engine import GradInitConfig, Precision
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.plugin.optimizers import TrialStep, parse_betas, trial_step
 from fairseq_gradinit.plugin.options import (
-    APPLYING,
+    OPTION_NAMES,
     PRESETS,
     GradInitOptions,
     Preset,
-    given_options,
     read_options,
 )
 
@@ -29,7 +28,6 @@ class Plan:
         centering: whether LayerNorms are centered; None for what was done to learn `scales_file`.
         encoder_branches: fixed scale of the encoder's residual branches, which a model must have
             if `require_encoder`; 1 learns them.
-        unused: options that were given for learning, beside a `scales_file`.
     """
 
     preset: str
@@ -43,23 +41,19 @@ class Plan:
     encoder_branches: float
     require_encoder: bool
     scale_loaded: bool
-    unused: tuple[str, ...] = ()
 
 
 def make_plan(cfg: Any) -> Plan | None:
-    """Read a fairseq configuration; None when it does not ask for GradInit.
-
-    Raises:
-        GradInitError: an option is out of its range, or the run uses something that GradInit does
-            not support.
-    """
+    """Read a fairseq configuration; None when it does not ask for GradInit."""
     # Programs of other projects pass through here too, with configurations of their own.
     options = read_options(getattr(cfg, "task", None))
     if not options.gradinit:
-        if given := given_options(options):
-            raise GradInitError(
-                f"{given[0]} was given without --gradinit: add --gradinit, or leave it out"
-            )
+        for name in OPTION_NAMES:
+            if getattr(options, name) != getattr(GradInitOptions, name):
+                raise GradInitError(
+                    f"--{name.replace('_', '-')} was given without --gradinit: add --gradinit, or "
+                    "leave it out"
+                )
         return None
     refuse_unsupported(cfg, "GradInit")
     preset = PRESETS[options.gradinit_preset]
@@ -86,7 +80,6 @@ def make_plan(cfg: Any) -> Plan | None:
         encoder_branches=branches,
         require_encoder=options.gradinit_encoder_branches is not None,
         scale_loaded=options.gradinit_scale_loaded,
-        unused=tuple(given_options(options, APPLYING)) if applying else (),
     )
 
 

@@ -42,12 +42,10 @@ logger = logging.getLogger("fairseq_gradinit.check")
 
 
 class Session:
-    """A command line of fairseq-train.
+    """A command line of fairseq-train, with or without that word before it.
 
-    Args:
-        words: the command line, with or without "fairseq-train" before it. Its --gradinit options
-            are those of the trainings that begin with GradInit, and `lr` is its peak rate.
-        folder: where the learned scales are written; nothing else is.
+    Its --gradinit options are those of the trainings that begin with GradInit, and `lr` is its peak
+    rate. Nothing but the learned scales is written to `folder`.
 
     Raises:
         GradInitError: fairseq cannot begin such a run, or the check does not fit it.
@@ -78,9 +76,6 @@ class Session:
         """A trainer with the default initialisation, before its first update.
 
         The learning rate rises linearly from 0 in `warmup` updates; it is constant otherwise.
-
-        Raises:
-            GradInitError: fairseq cannot build it.
         """
         cfg = copy.deepcopy(self._cfg)
         schedule = FixedLRScheduleConfig(_name="fixed", warmup_updates=warmup)
@@ -96,21 +91,16 @@ class Session:
             return SilentTrainer(cfg, self._task, model, self._task.build_criterion(cfg.criterion))
 
     def run_gradinit(self, trainer: Trainer) -> None:
-        """Scale the weights of a new trainer, by scales that are learned the first time.
-
-        Raises:
-            GradInitError: GradInit cannot work on it.
-        """
+        """Scale the weights of a new trainer, by scales that are learned the first time."""
         run_phase(trainer, self._plan)
         scales = Path(self._cfg.checkpoint.save_dir) / SCALES_FILE
-        self._plan = replace(self._plan, scales_file=str(scales), unused=())
+        self._plan = replace(self._plan, scales_file=str(scales))
 
 
 class SilentTrainer(Trainer):  # type: ignore[misc]
     """fairseq's trainer, which raises an error of an update at once.
 
-    Otherwise it would first save a checkpoint, and run the update again to find the layer to blame,
-    which with newer versions of torch ends in an error of its own.
+    Otherwise it would save a checkpoint, and run the update again to find the layer to blame.
     """
 
     # The session itself runs the phase, where it is wanted.

@@ -67,8 +67,8 @@ def full_precision(trainer: Any) -> Iterator[None]:
 def settings_digest(cfg: Any, section: str) -> str:
     """Eight hexadecimal digits that change with what a section of the configuration says.
 
-    Legacy models and criteria have the whole command line as theirs; of that, what belongs to other
-    sections is left out, since it may change while a run goes on. So are paths.
+    Legacy models and criteria have the whole command line; what belongs to other sections is left
+    out, since it may change while a run goes on. So are paths.
     """
     found = getattr(cfg, section)
     if isinstance(found, Namespace):

@@ -40,11 +40,6 @@ class Scales:
     settings: Mapping[str, str]
     history: tuple[Iteration, ...] = ()
 
-    def __post_init__(self) -> None:
-        """Refuse, with a ValueError, what no run can come to."""
-        if len({block.name for block in self.blocks}) != len(self.blocks):
-            raise ValueError("a name is repeated")
-
     @property
     def centered(self) -> bool:
         """Whether the LayerNorms were centered to learn these scales."""
@@ -140,11 +135,7 @@ def size_changes(learned: Scales, applied: Scales) -> str | None:
 
 
 def scales_file(path: Path) -> Path:
-    """The scales file that a path stands for.
-
-    Raises:
-        GradInitError: a folder has none.
-    """
+    """The scales file that a path stands for."""
     if not path.is_dir():
         return path
     for place in (path / SCALES_FILE, path / "checkpoints" / SCALES_FILE):

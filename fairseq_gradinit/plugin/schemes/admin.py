@@ -20,9 +20,8 @@ from torch import nn
 from fairseq_gradinit.engine import Processes, deterministic
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.plugin.batches import PairedBatches
-from fairseq_gradinit.plugin.branches import stacks, variances
+from fairseq_gradinit.plugin.branches import stacks, variances, weigh_shortcuts
 from fairseq_gradinit.plugin.loss import TaskLoss
-from fairseq_gradinit.plugin.schemes.shortcuts import weigh_shortcuts
 from fairseq_gradinit.plugin.trainer import data_parallel_processes, trained_modules
 
 logger = logging.getLogger("fairseq_gradinit")
@@ -39,11 +38,7 @@ def add_omegas(model: nn.Module) -> None:
 
 
 def measure_omegas(trainer: Any) -> None:
-    """Measure the branches of the trainer's model, and set its omegas.
-
-    Raises:
-        GradInitError: there are too few training data.
-    """
+    """Measure the branches of the trainer's model, and set its omegas."""
     data = trainer.cfg.dataset
     try:
         batches = PairedBatches(trainer, data.max_tokens, data.batch_size, micro_batches=1)

@@ -10,8 +10,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fairseq_gradinit.plugin.branches import stacks
-from fairseq_gradinit.plugin.schemes.shortcuts import weigh_shortcuts
+from fairseq_gradinit.plugin.branches import stacks, weigh_shortcuts
 
 
 def constants(encoder_layers: int, decoder_layers: int) -> dict[str, tuple[float, float]]:

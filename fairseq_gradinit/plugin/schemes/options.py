@@ -70,11 +70,7 @@ class SchemeOptions(FairseqDataclass):
 
 
 def read_scheme(cfg: Any) -> Scheme | None:
-    """The scheme that a fairseq configuration asks for; None when it asks for none.
-
-    Raises:
-        GradInitError: it asks for something else that does not go with the scheme.
-    """
+    """The scheme that a fairseq configuration asks for; None when it asks for none."""
     # Programs of other projects pass through here too, with configurations of their own.
     task = getattr(cfg, "task", None)
     name = read_value(SchemeOptions.__dataclass_fields__["init_scheme"], task)
@@ -93,11 +89,7 @@ def read_scheme(cfg: Any) -> Scheme | None:
 
 
 def run_scheme(trainer: Any, scheme: Scheme) -> None:
-    """Initialise the model of fairseq's `trainer`, unless the run resumes from a checkpoint.
-
-    Raises:
-        GradInitError: the scheme cannot be applied to this model or these data.
-    """
+    """Initialise the model of fairseq's `trainer`, unless the run resumes from a checkpoint."""
     if scheme.initialise is None:
         return
     name = trainer.cfg.task.init_scheme

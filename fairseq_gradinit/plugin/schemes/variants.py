@@ -57,9 +57,6 @@ def choose_pre_ln(model: Any) -> None:
 
     LayerNorm is before each sublayer instead of after it, and one more at the end of each stack
     (Xiong et al., ICML 2020, section 3.1).
-
-    Raises:
-        GradInitError: it has none of them.
     """
     flags = [f"{side}_normalize_before" for side in SIDES]
     flags = [flag for flag in flags if getattr(model, flag, None) is not None]
@@ -73,11 +70,7 @@ def choose_pre_ln(model: Any) -> None:
 
 
 def choose_variant(model: Any, scheme: str, post_ln: bool = True) -> None:
-    """Have a model's configuration build the scheme's variant, with the sizes that it has.
-
-    Raises:
-        GradInitError: LayerNorm is before them, or the model is one that has no such variant.
-    """
+    """Have a model's configuration build the scheme's variant, with the sizes that it has."""
     option = f"--init-scheme {scheme.replace('_', '-')}"
     for side in SIDES if post_ln else ():
         if getattr(model, f"{side}_normalize_before", False):

@@ -15,11 +15,7 @@ from fairseq_gradinit.plugin.branches import stacks
 
 @torch.no_grad()
 def zero_branches(model: nn.Module) -> None:
-    """Set weight and bias of `out_proj` and `fc2` to zero, so that each f in x + f(x) is zero.
-
-    Raises:
-        GradInitError: the model has no layers of fairseq's Transformer.
-    """
+    """Set weight and bias of `out_proj` and `fc2` to zero, so that each f in x + f(x) is zero."""
     branches = [branch for stack in stacks(model) for branch in stack.branches]
     if not branches:
         raise GradInitError(
