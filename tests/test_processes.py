@@ -1,19 +1,19 @@
 """Several processes learn what one process learns on all of their data.
 
-Threads are the processes, except in the slow tests: these start programs, which meet over gloo.
+Threads are the processes, except in the slow tests: these start fairseq-train twice, over gloo.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import re
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -26,90 +26,83 @@ from conftest import (
     PLUGIN,
     ROOT,
     Outcome,
-    run_command,
     train_here,
     usual_options,
 )
-from rank import draw_pairs, learn, make_learner, model_and_loss
 from test_train import same, scales_in
-from tiny import SPOILERS, in_ranks
+from tiny import SPOILERS, in_ranks, loss_of, make_model, make_pair
 
+from fairseq_gradinit.engine.batch_pairs import BatchPair
 from fairseq_gradinit.engine.blocks import collect_blocks
 from fairseq_gradinit.engine.config import GradInitConfig
 from fairseq_gradinit.engine.determinism import deterministic
+from fairseq_gradinit.engine.learner import Learned
 from fairseq_gradinit.engine.learning import learn_scales
-from fairseq_gradinit.engine.processes import OneProcess, Processes
+from fairseq_gradinit.engine.processes import Processes
 from fairseq_gradinit.engine.state import StateFile
 from fairseq_gradinit.errors import GradInitError, GradInitStopped
 from fairseq_gradinit.plugin.safe_loading import read_checkpoint
 from fairseq_gradinit.scales.file import SCALES_FILE, Scales
 
-RANK = Path(__file__).with_name("rank.py")
-
 # ---- The engine.
 
 
-@pytest.mark.slow
-def test_processes_over_gloo_agree_with_one(tmp_path):
-    done = run_command("torchrun", "--standalone", "--nproc-per-node", 2, RANK, tmp_path)
-    assert done.code == 0, done.output
-    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
-    assert first == second
-    alone = learn(OneProcess())
-    assert first.keys() == alone.keys()
-    for name, (scales, losses, kinds) in first.items():
-        # Rounding to bfloat16 depends on the rows that are rounded together; finite differences
-        # magnify the rounding of fp32 by one over their length.
-        tolerance = {"bf16": 1e-2, "constraint, differences": 2e-3}.get(name, 1e-5)
-        for found, expected in ((scales, alone[name][0]), (losses, alone[name][1])):
-            torch.testing.assert_close(
-                torch.tensor(found), torch.tensor(expected), rtol=tolerance, atol=tolerance
-            )
-        assert kinds == alone[name][2]
-        assert ("constraint" in kinds) == ("constraint" in name)
+def learn(
+    processes: Processes,
+    iterations: int = 4,
+    skip: int = 0,
+    spoil: Callable[..., torch.Tensor] | None = None,
+    at: int = 0,
+    path: Path | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    seed: int = 3,
+    **settings: float,
+) -> Learned:
+    """A process's part of the learning; `spoil` spoils the loss of rank 1 in its call `at`.
+
+    Args:
+        skip: pairs to leave out at the beginning.
+    """
+    model = make_model(seed)
+    calls = itertools.count()
+
+    def loss(tokens: torch.Tensor) -> tuple[torch.Tensor, float]:
+        value, count = loss_of(model)(tokens)
+        if next(calls) == at and spoil and processes.rank == 1:
+            value = spoil(value, model.out.bias)
+        return value, count
+
+    share = slice(processes.rank, None, processes.count)
+    pairs = [make_pair(i) for i in range(skip, skip + 5)]
+    pairs = [BatchPair(pair.first[share], pair.second[share]) for pair in pairs]
+    config = GradInitConfig(eta=0.05, iterations=iterations, **settings)
+    state = None if path is None else StateFile(path, processes=processes)
+    with deterministic(model):
+        blocks = collect_blocks({"": model}, "fixed")
+        return learn_scales(
+            blocks, loss, pairs, config, processes=processes, state_file=state, stop=stop
+        )
 
 
 def test_other_initial_weights_or_settings_are_an_error():
-    def run(processes: Processes, seed: int, lr: float) -> None:
-        learner = make_learner(processes, {"lr": lr}, seed=seed)
-        for pair in draw_pairs(processes):
-            learner.step(pair)
-
-    with pytest.raises(GradInitError, match=r"different initial weights, first for 0\.weight"):
-        in_ranks(2, lambda processes: run(processes, processes.rank, 0.01))
-    with pytest.raises(GradInitError, match=r"different scales, first for 0\.weight"):
-        in_ranks(2, lambda processes: run(processes, 3, 0.01 * (1 + processes.rank)))
+    with pytest.raises(GradInitError, match=r"different initial weights, first for embed\.weight"):
+        in_ranks(2, lambda processes: learn(processes, seed=processes.rank))
+    with pytest.raises(GradInitError, match=r"different scales, first for embed\.weight"):
+        in_ranks(2, lambda processes: learn(processes, lr=0.01 * (1 + processes.rank)))
 
 
 @pytest.mark.parametrize("spoil", SPOILERS.values(), ids=SPOILERS)
 def test_a_batch_that_is_not_finite_in_one_process_is_skipped_by_all(spoil):
     """And too many are the same error in all."""
-
-    def run(processes: Processes, skip: int = 0, spoiled: int | None = None, allowed: int = 1):
-        model, loss_of = model_and_loss()
-        calls = itertools.count()
-
-        def loss(rows: torch.Tensor) -> tuple[torch.Tensor, int]:
-            value, size = loss_of(rows)
-            if next(calls) == spoiled and processes.rank == 1:
-                value = spoil(value, model[0].bias)
-            return value, size
-
-        config = GradInitConfig(eta=0.05, iterations=3, max_skipped=allowed)
-        with deterministic(model):
-            blocks = collect_blocks({"": model}, "fixed")
-            pairs = draw_pairs(processes)[skip:]
-            found = learn_scales(blocks, loss, pairs, config, processes=processes)
-        return found.scale_of, found.skipped
-
-    expected, _ = in_ranks(2, partial(run, skip=1))[0]
-    # Rank 1 has two micro-batches of S, and after the trial step two of S~.
-    for spoiled in (0, 2):
-        assert in_ranks(2, partial(run, spoiled=spoiled)) == [(expected, 1)] * 2
+    expected = in_ranks(2, partial(learn, skip=1))[0]
+    # Rank 1 has one micro-batch of S, and after the trial step one of S~.
+    for at in (0, 1):
+        found = in_ranks(2, partial(learn, spoil=spoil, at=at, max_skipped=1))
+        assert found == [replace(expected, skipped=1)] * 2
 
     def refused(processes: Processes) -> str:
         with pytest.raises(GradInitError) as raised:
-            run(processes, spoiled=0, allowed=0)
+            learn(processes, spoil=spoil, max_skipped=0)
         return str(raised.value)
 
     (message,) = set(in_ranks(2, refused))
@@ -119,32 +112,18 @@ def test_a_batch_that_is_not_finite_in_one_process_is_skipped_by_all(spoil):
 def test_processes_stop_together_and_resume_together(tmp_path):
     """One alone is asked to stop; only rank 0 has the state."""
 
-    def whole(processes: Processes, path: Path | None = None, stop=lambda: False):
-        model, loss = model_and_loss()
-        config = GradInitConfig(eta=0.05, iterations=4)
-        with deterministic(model):
-            blocks = collect_blocks({"": model}, "fixed")
-            state = None if path is None else StateFile(path, processes=processes)
-            pairs = draw_pairs(processes)
-            return learn_scales(
-                blocks, loss, pairs, config, processes=processes, state_file=state, stop=stop
-            ).scale_of
-
     def path_of(processes: Processes) -> Path:
         return tmp_path / f"state.{processes.rank}"
 
     def stopped(processes: Processes) -> str:
         answers = iter([False, processes.rank == 1, False, False])
         with pytest.raises(GradInitStopped) as raised:
-            whole(processes, path_of(processes), lambda: next(answers))
+            learn(processes, path=path_of(processes), stop=lambda: next(answers))
         return str(raised.value)
 
-    def resumed(processes: Processes) -> dict[str, float]:
-        return whole(processes, path_of(processes))
-
     assert in_ranks(2, stopped) == ["GradInit stopped after iteration 2"] * 2
-    unbroken = in_ranks(2, whole)
-    assert in_ranks(2, resumed) == unbroken
+    resumed = in_ranks(2, lambda processes: learn(processes, path=path_of(processes)))
+    assert resumed == in_ranks(2, learn)
     assert [file.name for file in tmp_path.iterdir()] == ["state.0"]
 
 
