@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -31,14 +32,10 @@ def errors_of(count: int, prepare: Callable[[Processes], int]) -> set[str]:
     return set(in_ranks(count, work))
 
 
-def test_ranks_that_describe_themselves_alike_keep_what_they_prepared():
-    def work(processes: Processes) -> list[int]:
-        return require_same_setup(processes, lambda: [processes.rank], lambda _: {"number": 1})
-
-    assert in_ranks(3, work) == [[0], [1], [2]]
-
-
 def test_a_difference_or_an_error_is_the_same_error_in_all():
+    assert in_ranks(
+        3, lambda p: require_same_setup(p, lambda: [p.rank], lambda _: {"number": 1})
+    ) == [[0], [1], [2]]
     (found,) = errors_of(3, lambda processes: processes.rank // 2)
     assert found.startswith("process 2 of 3 was started otherwise than process 0: it has ")
     assert "number 1, not 0: start all of them with the same command and seed" in found
@@ -55,39 +52,27 @@ def test_a_difference_or_an_error_is_the_same_error_in_all():
 # ---- What fairseq-train describes.
 
 
-class Described(Exception):
-    """The description of a rank, which ends its run."""
-
-
-class OneOfTwo:
-    """Rank 0, which does no more than describe itself, or rank 1 beside one that has."""
-
-    count = 2
-
-    def __init__(self, first: str | None) -> None:
-        self.rank = 0 if first is None else 1
-        self.first = first
-
-    def gather(self, text: str) -> list[str]:
-        if self.first is None:
-            raise Described(text)
-        return [self.first, text]
-
-
 def train_one_of_two(
-    corpus: Corpus, save_dir: Path, *arguments: object, first: str | None = None
+    corpus: Corpus, save_dir: Path, gather: Callable[[str], list[str]], rank: int, *options: str
 ) -> Training:
-    options = ["--gradinit", *SCALES_ALONE, "--encoder-layers", "1", "--decoder-layers", "1"]
-    with mock.patch.object(phase, "data_parallel_processes", return_value=OneOfTwo(first)):
-        return train_here(corpus.translation, save_dir, *options, *arguments)
+    """One rank, which hears from `gather` what both say of themselves."""
+    processes = SimpleNamespace(count=2, rank=rank, gather=gather)
+    usual = ["--gradinit", *SCALES_ALONE, "--encoder-layers", "1", "--decoder-layers", "1"]
+    with mock.patch.object(phase, "data_parallel_processes", return_value=processes):
+        return train_here(corpus.translation, save_dir, *usual, *options)
 
 
 @pytest.fixture(scope="module")
 def first(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """What rank 0 says of itself."""
-    with pytest.raises(Described) as described:
-        train_one_of_two(corpus, tmp_path_factory.mktemp("first"))
-    return str(described.value)
+    """What rank 0 says of itself, when it does no more."""
+
+    def describe(text: str) -> list[str]:
+        said.append(text)
+        raise GradInitError("enough")
+
+    said: list[str] = []
+    train_one_of_two(corpus, tmp_path_factory.mktemp("first"), describe, 0)
+    return said[0]
 
 
 @pytest.mark.parametrize(
@@ -102,6 +87,6 @@ def first(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> str:
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_everything_that_decides_the_scales_is_compared(corpus, first, tmp_path, options, sentence):
-    run = train_one_of_two(corpus, tmp_path, *options, first=first)
+    run = train_one_of_two(corpus, tmp_path, lambda text: [first, text], 1, *options)
     assert run.error().startswith(sentence)
     assert not run.batches

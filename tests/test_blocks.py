@@ -43,8 +43,12 @@ def states(modules, norm_gains="fixed"):
 
 
 def test_every_trainable_tensor_is_a_block_once(model):
-    found = states({"": model})
-    assert found == {
+    """Those of a criterion, which may share tensors with the model, too."""
+    criterion = nn.Module()
+    criterion.own = nn.Linear(2, 2, bias=False)
+    criterion.shared = model.embed
+    modules = {"": model, "criterion": criterion}
+    assert states(modules) == {
         "scalar": "learned",
         "embed.weight": "learned",
         "inner.in_proj_weight": "learned",
@@ -54,23 +58,11 @@ def test_every_trainable_tensor_is_a_block_once(model):
         "norm.weight": "norm gain",
         "norm.bias": "norm gain",
         "out.bias": "zero",
+        "criterion.own.weight": "learned",
     }
-    assert list(found) == [n for n, p in model.named_parameters() if p.requires_grad]
-    assert frozen_names({"": model}) == ["frozen.weight", "frozen.bias"]
-
-
-def test_biases_are_told_by_their_own_name(model):
-    biases = {block.name for block in collect_blocks({"": model}, "fixed") if block.is_bias}
+    biases = {block.name for block in collect_blocks(modules, "fixed") if block.is_bias}
     assert biases == {"inner.in_proj_bias", "inner.out_proj.bias", "norm.bias", "out.bias"}
-
-
-def test_a_criterion_has_blocks_too_and_shares_them(model):
-    criterion = nn.Module()
-    criterion.own = nn.Linear(2, 2, bias=False)
-    criterion.shared = model.embed
-    found = states({"": model, "criterion": criterion})
-    assert found["criterion.own.weight"] == "learned"
-    assert "criterion.shared.weight" not in found
+    assert frozen_names(modules) == ["frozen.weight", "frozen.bias"]
 
 
 def test_weights_are_set_to_scale_times_initial_value(model):

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import GRADINIT, Training, train_here
+from conftest import GRADINIT, train_here
 from test_train import STANDSTILL, same, scales_in
 from tiny import in_ranks
 from torch import nn
@@ -18,7 +17,10 @@ from fairseq_gradinit.scales.file import SCALES_FILE
 
 
 class Residual(nn.Module):
-    """Two post-LN blocks, used in another order than they are listed in, and norms beside them."""
+    """Two post-LN blocks in another order than they are listed in, and norms beside them.
+
+    Some batches pass through the first block twice, others never.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -26,33 +28,19 @@ class Residual(nn.Module):
         self.first, self.norm_1 = nn.Linear(6, 6), nn.LayerNorm(6)
         self.unused = nn.LayerNorm(6)
         self.without_bias = nn.LayerNorm(6, bias=False)
-        self.frozen = nn.LayerNorm(6)
-        self.frozen.requires_grad_(False)
+        self.frozen = nn.LayerNorm(6).requires_grad_(False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.norm_1(x + self.first(x).relu())
+        for _ in range({3: 1, 7: 2, 5: 0}[x.shape[1]]):
+            x = self.norm_1(x + self.first(x).relu())
         x = self.norm_2(x + self.second(x).relu())
         return self.frozen(self.without_bias(x))
 
 
-class Twice(nn.Module):
-    """A LayerNorm that some batches pass through twice, and others never, before another one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm_1, self.norm_2 = nn.LayerNorm(6), nn.LayerNorm(6)
-        self.layer = nn.Linear(6, 6)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.norm_1(self.layer(x)) if x.shape[1] != 5 else x
-        x = self.norm_1(x + self.layer(x).relu()) if x.shape[1] == 7 else x
-        return self.norm_2(x)
-
-
-@pytest.fixture(params=[Residual, Twice])
-def model(request) -> nn.Module:
+@pytest.fixture
+def model() -> nn.Module:
     torch.manual_seed(0)
-    return request.param().double()
+    return Residual().double()
 
 
 @pytest.fixture
@@ -73,7 +61,6 @@ def mean_output(model: nn.Module, norm: nn.Module, batches: list[torch.Tensor]) 
 
 def test_a_bias_is_minus_the_mean_output_without_it_whatever_it_was(model, batches):
     """Every pass through a LayerNorm counts; nothing else changes."""
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
     expected = copy.deepcopy(model)
     for norm in (expected.norm_1, expected.norm_2):
         norm.bias.data.zero_()
@@ -82,8 +69,6 @@ def test_a_bias_is_minus_the_mean_output_without_it_whatever_it_was(model, batch
     assert center_layer_norms([model], model, batches) == 2
     found, wanted = list(model.parameters()), list(expected.parameters())
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
-    changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
-    assert changed == {"norm_1.bias", "norm_2.bias"}
     again = copy.deepcopy(model)
     with torch.no_grad():
         again.norm_1.bias.add_(3.0)
@@ -107,37 +92,26 @@ def test_processes_share_the_batches(model, batches):
 
 
 def test_output_that_is_not_finite(model, batches):
-    with torch.no_grad():
-        next(p for p in model.parameters() if p.dim() == 2)[0, 0] = torch.inf
-    with pytest.raises(GradInitError, match=r"the output of norm_\d is not finite before training"):
+    model.first.weight.data[0, 0] = torch.inf
+    with pytest.raises(GradInitError, match="the output of norm_1 is not finite before training"):
         center_layer_norms([model], model, batches)
 
 
 # ---- Runs of fairseq-train.
 
 
-@pytest.fixture(scope="module")
-def centered(corpus, tmp_path_factory) -> tuple[Path, Training]:
-    folder = tmp_path_factory.mktemp("centered")
-    return folder, train_here(corpus.translation, folder, *GRADINIT, *STANDSTILL)
-
-
 def biases(weights: dict) -> list[torch.Tensor]:
     return [w for n, w in weights.items() if n.endswith("layer_norm.bias")]
 
 
-def test_a_run_centers_every_layer_norm_before_and_after_learning(centered):
-    _, run = centered
+def test_a_run_centers_every_layer_norm_and_so_does_one_with_its_scales(corpus, tmp_path):
+    """Unless it is switched off."""
+    folder = tmp_path / "centered"
+    run = train_here(corpus.translation, folder, *GRADINIT, *STANDSTILL)
     assert len(run.lines("centered the outputs of 5 LayerNorms on 32 sentences")) == 2
     assert len(biases(run.first)) == 5
     assert all(bias.any() for bias in biases(run.first))
-    assert not any(bias.any() for bias in biases(run.initial))
     assert "|centering:on|" in run.output
-
-
-def test_scales_from_a_file_are_centered_to_the_same_weights(centered, corpus, tmp_path):
-    """Unless it is switched off, which the new file says."""
-    folder, run = centered
     options = ["--gradinit-preset", "paper", "--gradinit-max-tokens", "900", *STANDSTILL]
     options += ["--gradinit", "--gradinit-scales", folder / SCALES_FILE]
     again = train_here(corpus.translation, tmp_path / "again", *options)

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
 
 import pytest
 import torch
 from tiny import (
     central_differences,
     gradients,
-    in_ranks,
     loss_after,
     loss_of,
     make_learner,
     make_model,
     make_pair,
     move_away_from_one,
-    step,
 )
 from torch import nn
 
@@ -25,10 +22,33 @@ from fairseq_gradinit.engine.batch_pairs import BatchPair
 from fairseq_gradinit.engine.blocks import collect_blocks
 from fairseq_gradinit.engine.config import GradInitConfig
 from fairseq_gradinit.engine.determinism import deterministic
-from fairseq_gradinit.engine.learner import Learned, ScaleLearner
 from fairseq_gradinit.engine.learning import learn_scales
-from fairseq_gradinit.engine.processes import OneProcess, Processes
 from fairseq_gradinit.errors import GradInitError
+
+
+class Zoo(nn.Module):
+    """Convolution, batch norm, packed attention, recurrence, positions and a bare parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.conv = nn.Conv1d(8, 8, 3, padding=1)
+        self.batch_norm = nn.BatchNorm1d(8)
+        self.positions = nn.Parameter(torch.randn(4, 8) * 0.1)
+        self.attention = nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True)
+        self.group_norm = nn.GroupNorm(2, 8)
+        self.recurrence = nn.GRU(8, 8, num_layers=2, dropout=0.5, batch_first=True)
+        self.bilinear = nn.Bilinear(8, 8, 11)
+        self.temperature = nn.Parameter(torch.tensor(1.5))
+        self.tied = nn.Linear(8, 8, bias=False)
+        self.tied.weight = self.attention.out_proj.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.conv(self.embed(tokens).mT)
+        x = torch.tanh(self.batch_norm(x)).mT + self.positions
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        x = self.tied(self.group_norm(x.mT).mT)
+        return self.bilinear(self.recurrence(x)[0], x) * self.temperature
 
 
 @pytest.fixture
@@ -37,13 +57,25 @@ def model() -> nn.Module:
 
 
 @pytest.fixture
+def zoo() -> nn.Module:
+    torch.manual_seed(3)
+    return Zoo().double()
+
+
+@pytest.fixture(params=["model", "zoo"])
+def any_model(request) -> nn.Module:
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
 def pair() -> BatchPair:
     return make_pair()
 
 
 @pytest.mark.parametrize("target", ["adam", "sgd", "sgd-normalized", "clipped"])
-def test_objective_gradient_equals_central_differences(model, pair, target):
+def test_objective_gradient_equals_central_differences(any_model, pair, target):
     settings = {"target": "sgd", "clip_norm": 0.1} if target == "clipped" else {"target": target}
+    model = any_model
     with deterministic(model):
         learner = make_learner(model, **settings)
         move_away_from_one(learner, pair)
@@ -69,7 +101,8 @@ def test_objective_gradient_equals_central_differences(model, pair, target):
 
 
 @pytest.mark.parametrize(("target", "order"), [("adam", 1), ("sgd", 2)])
-def test_constraint_gradient_equals_central_differences(model, pair, target, order):
+def test_constraint_gradient_equals_central_differences(any_model, pair, target, order):
+    model = any_model
     with deterministic(model):
         learner = make_learner(model, target=target, gamma=1e-3, second_order="exact")
         move_away_from_one(learner, pair)
@@ -103,7 +136,9 @@ def test_kinds_of_iteration_keep_separate_moments(model, pair):
     with deterministic(model):
         norm = make_learner(model).gradient(pair).norm
         learner = make_learner(model, gamma=norm * 0.999, lr=0.01)
-        kinds = [step(learner, pair).kind for _ in range(12)]
+        for _ in range(12):
+            learner.step(pair)
+    kinds = [iteration.kind for iteration in learner.learned().history]
     assert set(kinds) == {"constraint", "objective"}
     steps = {kind: moments.step for kind, moments in learner.state().moments.items()}
     assert steps == {kind: kinds.count(kind) for kind in steps}
@@ -116,13 +151,9 @@ def test_weights_are_restored_to_the_last_bit(model, pair):
         learner.gradient(pair)
         assert all(map(torch.equal, initial, model.parameters()))
         learner.step(pair)
-        scale_of = learner.learned().scale_of
-        names = [name for name, _ in model.named_parameters()]
-        for name, w, p in zip(names, initial, model.parameters(), strict=True):
-            assert torch.equal(p, w * scale_of[name])
-        assert all(p.grad is None for p in model.parameters())
         learner.weights.restore()
     assert all(map(torch.equal, initial, model.parameters()))
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_scales_stay_in_their_bounds_and_biases_have_their_own(model, pair):
@@ -137,56 +168,14 @@ def test_scales_stay_in_their_bounds_and_biases_have_their_own(model, pair):
     assert 0.5 <= min(scales.values()) < 0.9
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"target": "adam"},
-        {"target": "sgd", "gamma": 0.1, "second_order": "exact"},
-        {"target": "adam", "gamma": 1.0, "second_order": "auto"},
-    ],
-    ids=lambda settings: "-".join(map(str, settings.values())),
-)
-def test_ranks_learn_what_one_process_learns_with_all_micro_batches(ranks, settings):
-    """Also from shares of different sizes, and when the third of three ranks has none."""
-    rng = torch.Generator().manual_seed(7)
-    sizes = [(4, 2, 3, 2, 5), (3, 2), (3, 2)]
-    drawn = [[torch.randint(11, (n, 5), generator=rng) for n in size] for size in sizes]
-
-    def work(processes: Processes) -> Learned:
-        model = make_model()
-        config = GradInitConfig(eta=0.05, iterations=3, norm_gains="learned", **settings)
-        shares = [batches[processes.rank :: processes.count] for batches in drawn]
-        pairs = [BatchPair(share, share[::-1]) for share in shares]
-        with deterministic(model):
-            blocks = collect_blocks({"": model}, config.norm_gains)
-            return learn_scales(blocks, loss_of(model), pairs, config, processes=processes)
-
-    together, alone = in_ranks(ranks, work), work(OneProcess())
-    assert together == [together[0]] * ranks
-    kind = "constraint" if "gamma" in settings else "objective"
-    assert [iteration.kind for iteration in alone.history] == [kind] * 3
-    # Finite differences magnify rounding.
-    precision = 1e-5 if alone.second_order == "finite-difference" else 1e-9
-    assert together[0].scale_of == pytest.approx(alone.scale_of, rel=precision)
-    for found, expected in zip(together[0].history, alone.history, strict=True):
-        for name, value in asdict(expected).items():
-            if value is not None and name != "kind":
-                value = pytest.approx(value, rel=precision)
-            assert getattr(found, name) == value
-
-
 def test_learning_lowers_the_loss_after_the_trial_step(model, pair):
-    blocks = collect_blocks({"": model}, "fixed")
-    config = GradInitConfig(eta=0.05, iterations=30)
-    seen = []
+    learner = make_learner(model)
     with deterministic(model):
-        history = learn_scales(
-            blocks, loss_of(model), [pair] * 30, config, on_iteration=seen.append
-        ).history
+        for _ in range(30):
+            learner.step(pair)
+    history = learner.learned().history
     assert history[-1].trial_loss < history[0].trial_loss - 0.1
     assert [iteration.index for iteration in history] == list(range(1, 31))
-    assert tuple(seen) == history
 
 
 def test_batches_that_end_early_are_an_error(model, pair):
@@ -198,10 +187,6 @@ def test_batches_that_end_early_are_an_error(model, pair):
 
 
 def test_a_batch_that_counts_nothing_is_an_error(model, pair):
-    blocks = collect_blocks({"": model}, "fixed")
-
-    def loss(tokens):
-        return loss_of(model)(tokens)[0], 0.0
-
+    learner = make_learner(model, lambda tokens: (loss_of(model)(tokens)[0], 0.0))
     with deterministic(model), pytest.raises(GradInitError, match=r"counts 0\.0 items"):
-        ScaleLearner(blocks, loss, GradInitConfig(eta=0.05)).step(pair)
+        learner.step(pair)

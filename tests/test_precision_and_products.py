@@ -1,15 +1,16 @@
-"""In fairseq: autocast, activation checkpointing, other optimizers, too little memory."""
+"""In fairseq: autocast, activation checkpointing, too little memory."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import GRADINIT, SCALES_ALONE, Corpus, Training, train_here, usual_options
+from conftest import GRADINIT, SCALES_ALONE, Corpus, Training, train_here
 from fairseq.tasks.fairseq_task import FairseqTask
 from test_train import STANDSTILL, scales_in
+
+from fairseq_gradinit.plugin.loss import TaskLoss
 
 # With ReLU, whose slope jumps, the derivative of the gradient norm depends on the way it is taken.
 CONSTRAINED = ["--gradinit-gamma", "30", "--activation-fn", "gelu"]
@@ -64,32 +65,10 @@ def test_finite_differences_lead_to_nearly_the_same_scales(corpus, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("options", "signature"),
-    [
-        (["--optimizer", "nag", "--momentum", "0.9"], "|optimizer:sgd|eta:0.0019|"),
-        (["--optimizer", "sgd", "--clip-norm", "0.5"], "|optimizer:sgd|clip-norm:0.5|eta:0.001|"),
-    ],
-)
-def test_the_step_of_the_run_is_the_one_tried(options, signature, corpus, tmp_path):
-    base = [*usual_options("--optimizer", "--adam-betas"), "--lr", "1e-3", "--max-update", "2"]
-    run = train_here(corpus.translation, tmp_path, *GRADINIT, *options, base=base)
-    assert run.code == 0, run.output
-    assert signature in run.output
-    assert len(run.updates) == 2
-    history = json.loads((tmp_path / "gradinit_scales.json").read_text())["history"]
-    assert len({i["trial_loss"] for i in history}) == 3
-
-
-@pytest.mark.slow
 def test_a_batch_that_does_not_fit_in_memory_is_cut(corpus, tmp_path, monkeypatch):
-    from fairseq_gradinit.plugin.loss import TaskLoss
-
     plain = TaskLoss.__call__
-    sizes = []
 
     def little_memory(self, batch):
-        sizes.append(len(batch.indices))
         if len(batch.indices) > 20:
             raise torch.OutOfMemoryError("out of memory")
         return plain(self, batch)
@@ -97,7 +76,5 @@ def test_a_batch_that_does_not_fit_in_memory_is_cut(corpus, tmp_path, monkeypatc
     learn(corpus, tmp_path / "whole")
     monkeypatch.setattr(TaskLoss, "__call__", little_memory)
     cut = learn(corpus, tmp_path / "cut")
-    assert max(sizes) > 20
-    assert max(sizes[-8:]) <= 20
     assert cut.lines("with each micro-batch in ")
     assert differences(tmp_path / "whole", tmp_path / "cut")[-1] < 1e-3

@@ -16,6 +16,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ from fairseq_gradinit.engine.config import GradInitConfig
 from fairseq_gradinit.engine.determinism import deterministic
 from fairseq_gradinit.engine.learner import Learned
 from fairseq_gradinit.engine.learning import learn_scales
-from fairseq_gradinit.engine.processes import Processes
+from fairseq_gradinit.engine.processes import OneProcess, Processes
 from fairseq_gradinit.engine.state import StateFile
 from fairseq_gradinit.errors import GradInitError, GradInitStopped
 from fairseq_gradinit.plugin.safe_loading import read_checkpoint
@@ -47,22 +48,20 @@ from fairseq_gradinit.scales.file import SCALES_FILE, Scales
 # ---- The engine.
 
 
+PAIRS = [make_pair(seed) for seed in range(5)]
+
+
 def learn(
     processes: Processes,
-    iterations: int = 4,
-    skip: int = 0,
+    pairs: Sequence[BatchPair] = PAIRS,
     spoil: Callable[..., torch.Tensor] | None = None,
     at: int = 0,
     path: Path | None = None,
     stop: Callable[[], bool] = lambda: False,
     seed: int = 3,
-    **settings: float,
+    **settings: Any,
 ) -> Learned:
-    """A process's part of the learning; `spoil` spoils the loss of rank 1 in its call `at`.
-
-    Args:
-        skip: pairs to leave out at the beginning.
-    """
+    """A process's part of the learning; `spoil` spoils the loss of rank 1 in its call `at`."""
     model = make_model(seed)
     calls = itertools.count()
 
@@ -73,15 +72,43 @@ def learn(
         return value, count
 
     share = slice(processes.rank, None, processes.count)
-    pairs = [make_pair(i) for i in range(skip, skip + 5)]
-    pairs = [BatchPair(pair.first[share], pair.second[share]) for pair in pairs]
-    config = GradInitConfig(eta=0.05, iterations=iterations, **settings)
+    shares = [BatchPair(pair.first[share], pair.second[share]) for pair in pairs]
+    config = GradInitConfig(eta=0.05, iterations=3, **settings)
     state = None if path is None else StateFile(path, processes=processes)
     with deterministic(model):
         blocks = collect_blocks({"": model}, "fixed")
         return learn_scales(
-            blocks, loss, pairs, config, processes=processes, state_file=state, stop=stop
+            blocks, loss, shares, config, processes=processes, state_file=state, stop=stop
         )
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target": "adam"},
+        {"target": "sgd", "gamma": 0.1, "second_order": "exact"},
+        {"target": "adam", "gamma": 1.0, "second_order": "auto"},
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())),
+)
+def test_ranks_learn_what_one_process_learns_with_all_micro_batches(ranks, settings):
+    """Also from shares of different sizes, and when the third of three ranks has none."""
+    rng = torch.Generator().manual_seed(7)
+    sizes = [(4, 2, 3, 2, 5), (3, 2), (3, 2)]
+    drawn = [[torch.randint(11, (n, 5), generator=rng) for n in size] for size in sizes]
+    pairs = [BatchPair(batches, batches[::-1]) for batches in drawn]
+    together = in_ranks(ranks, partial(learn, pairs=pairs, **settings))
+    alone = learn(OneProcess(), pairs, **settings)
+    assert together == [together[0]] * ranks
+    # Finite differences magnify rounding.
+    precision = 1e-5 if alone.second_order == "finite-difference" else 1e-9
+    assert together[0].scale_of == pytest.approx(alone.scale_of, rel=precision)
+    kind = "constraint" if "gamma" in settings else "objective"
+    for found, expected in zip(together[0].history, alone.history, strict=True):
+        assert found.kind == kind
+        numbers = [[i.loss, i.trial_loss or 0.0, i.grad_norm] for i in (found, expected)]
+        assert numbers[0] == pytest.approx(numbers[1], rel=precision)
 
 
 def test_other_initial_weights_or_settings_are_an_error():
@@ -94,7 +121,7 @@ def test_other_initial_weights_or_settings_are_an_error():
 @pytest.mark.parametrize("spoil", SPOILERS.values(), ids=SPOILERS)
 def test_a_batch_that_is_not_finite_in_one_process_is_skipped_by_all(spoil):
     """And too many are the same error in all."""
-    expected = in_ranks(2, partial(learn, skip=1))[0]
+    expected = in_ranks(2, partial(learn, pairs=PAIRS[1:]))[0]
     # Rank 1 has one micro-batch of S, and after the trial step one of S~.
     for at in (0, 1):
         found = in_ranks(2, partial(learn, spoil=spoil, at=at, max_skipped=1))
@@ -139,11 +166,7 @@ FAULTY = ["--user-dir", str(ROOT / "tests" / "faulty_user_dir")]
 
 
 def train_on_two_ranks(
-    data: Path,
-    save_dir: Path,
-    *arguments: object,
-    how: Sequence[str] = LEARNING,
-    harm: Mapping[str, str] | None = None,
+    data: Path, save_dir: Path, *arguments: object, harm: Mapping[str, str] | None = None
 ) -> list[Outcome]:
     """fairseq-train as two processes; fairseq itself starts them only where there are GPUs.
 
@@ -159,8 +182,8 @@ def train_on_two_ranks(
         ranks = [
             subprocess.Popen(
                 [
-                    *(BIN / "fairseq-train", data, *usual_options("--max-update"), *PLUGIN, *how),
-                    *("--save-dir", save_dir, "--max-update", "2"),
+                    *(BIN / "fairseq-train", data, *usual_options("--max-update"), *PLUGIN),
+                    *(*LEARNING, "--save-dir", save_dir, "--max-update", "2"),
                     *("--distributed-world-size", "2", "--distributed-rank", str(rank)),
                     *("--distributed-init-method", f"file://{save_dir}/rendezvous"),
                     *("--distributed-no-spawn", "--distributed-backend", "gloo"),

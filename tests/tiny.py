@@ -13,7 +13,7 @@ from torch import nn
 from fairseq_gradinit.engine.batch_pairs import BatchPair
 from fairseq_gradinit.engine.blocks import collect_blocks
 from fairseq_gradinit.engine.config import GradInitConfig
-from fairseq_gradinit.engine.history import Iteration
+from fairseq_gradinit.engine.gradients import LossFunction
 from fairseq_gradinit.engine.learner import ScaleLearner
 from fairseq_gradinit.engine.processes import Processes
 from fairseq_gradinit.errors import GradInitError
@@ -113,15 +113,10 @@ def central_differences(learner: ScaleLearner, model: nn.Module, function) -> to
     return torch.tensor(found, dtype=torch.float64)
 
 
-def make_learner(model: nn.Module, **settings) -> ScaleLearner:
+def make_learner(model: nn.Module, loss: LossFunction | None = None, **settings) -> ScaleLearner:
     config = GradInitConfig(**{"eta": 0.05, "norm_gains": "learned", **settings})
-    return ScaleLearner(collect_blocks({"": model}, config.norm_gains), loss_of(model), config)
-
-
-def step(learner: ScaleLearner, pair: BatchPair) -> Iteration:
-    learner.step(pair)
-    learner.flush()
-    return learner.outcomes.history[-1]
+    blocks = collect_blocks({"": model}, config.norm_gains)
+    return ScaleLearner(blocks, loss or loss_of(model), config)
 
 
 def move_away_from_one(learner: ScaleLearner, pair: BatchPair) -> None:
