@@ -9,10 +9,7 @@ docs/experiments.md.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
-from functools import partial
 from typing import Any
 
 import torch
@@ -33,34 +30,31 @@ def center_layer_norms(
     """Set the bias of every LayerNorm to minus the mean of its output without bias.
 
     One after the other in the order of the forward pass, since each changes the input of the next.
-    What the biases were before has no influence. Call this inside `deterministic`.
+    What the biases were before has no influence. Call this inside `deterministic`. It returns how
+    many LayerNorms were centered.
 
     Args:
         modules: where to look for LayerNorms (by class name: torch's, fairseq's and apex's). Only
             those with a trainable bias that the first batch passes through are centered.
         evaluate: runs the model on a batch.
         batches: the same ones in every process; without padding, which would count as tokens.
-        processes: each of them must call this function; they share the work and end up with the
-            same biases, bit for bit.
+        processes: share the work and end up with the same biases, bit for bit.
         chosen: whether a LayerNorm with this bias is centered.
-
-    Returns:
-        How many LayerNorms were centered.
 
     Raises:
         GradInitError: an output is not finite.
     """
     processes = processes or OneProcess()
-    names = {norm: name for root in modules for name, norm in root.named_modules()}
+    names = {m: name for root in modules for name, m in root.named_modules() if _is_layer_norm(m)}
     # In all processes the same, whatever their share of the batches.
-    norms = [n for n in _calls(names, partial(evaluate, batches[0])) if chosen(n.bias)]
-    runs = [partial(evaluate, batch) for batch in batches[processes.rank :: processes.count]]
-    calls = [_calls(names, run) for run in runs]
+    passed = dict.fromkeys(norm for norm, _ in _sums(names, evaluate, batches[0]))
+    norms = [norm for norm in passed if chosen(norm.bias)]
     for norm in norms:
         norm.bias.zero_()
         total = torch.zeros(norm.bias.numel() + 1, dtype=torch.float64, device=norm.bias.device)
-        for run, counted in zip(runs, calls, strict=True):
-            _add_outputs(norm, counted[norm], run, total)
+        for batch in batches[processes.rank :: processes.count]:
+            for _, rows in _sums([norm], evaluate, batch):
+                total += rows
         processes.sum_([total])
         norm.bias.copy_(-total[:-1] / total[-1])
         if not torch.isfinite(norm.bias).all():
@@ -77,53 +71,25 @@ def layer_norm_biases(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
     return found
 
 
-class _Seen(Exception):
-    """A forward pass has come as far as it was needed."""
-
-
-def _add_outputs(norm: Any, calls: int, run: Callable[[], object], total: Tensor) -> None:
-    """Add the rows of all outputs of `norm` in `run` to `total`, their number to its last element.
-
-    Args:
-        calls: how often `run` calls it; what comes after the last time is left out.
-    """
-    left = calls
-
-    def add(_: nn.Module, __: object, output: Tensor) -> None:
-        nonlocal left
-        rows = output.reshape(-1, output.shape[-1]).double()
-        total[:-1] += rows.sum(0)
-        total[-1] += len(rows)
-        left -= 1
-        if not left:
-            raise _Seen
-
-    if not calls:
-        return
-    handle = norm.register_forward_hook(add)
-    try:
-        with suppress(_Seen):
-            run()
-    finally:
-        handle.remove()
-
-
-def _calls(modules: Iterable[nn.Module], run: Callable[[], object]) -> Counter[Any]:
-    """How often `run` calls each LayerNorm with a trainable bias, by the first call of each."""
-    used: Counter[Any] = Counter()
+def _sums(
+    norms: Iterable[Any], evaluate: Callable[[Any], object], batch: Any
+) -> list[tuple[Any, Tensor]]:
+    """The sum of the rows of each output of `norms`, followed by their number, in order."""
+    found: list[tuple[Any, Tensor]] = []
 
     def note(norm: Any, _: object, output: object) -> None:
         # A user's module of such a name may be something else, with states or several outputs.
         if isinstance(output, Tensor) and output.shape[-1:] == norm.bias.shape:
-            used[norm] += 1
+            rows = output.reshape(-1, output.shape[-1]).double()
+            found.append((norm, torch.cat([rows.sum(0), rows.new_tensor([len(rows)])])))
 
-    handles = [m.register_forward_hook(note) for m in modules if _is_layer_norm(m)]
+    handles = [norm.register_forward_hook(note) for norm in norms]
     try:
-        run()
+        evaluate(batch)
     finally:
         for handle in handles:
             handle.remove()
-    return used
+    return found
 
 
 def _is_layer_norm(module: nn.Module) -> bool:
