@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -54,11 +53,7 @@ class Initialization:
         return self.learned.history
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the scales file that `fairseq-gradinit report` and `diff` read.
-
-        Raises:
-            GradInitError: the file cannot be written.
-        """
+        """Write the scales file that `fairseq-gradinit report` and `diff` read."""
         self.learned.save(Path(path))
 
 
@@ -85,8 +80,9 @@ def initialize(
     Efficient Training" (NeurIPS 2021, arXiv:2102.08098). Call it once, before the first update and
     before the model is wrapped for several GPUs or a scheduler changes the learning rate.
 
-    The weights of `model` change in place. Its modes, buffers and gradients, and the global random
-    number generators, are afterwards as they were. A generator of the loader's own moves on.
+    The weights of `model` change in place, and its gradients are None afterwards. Its modes and
+    buffers, and the global random number generators, are as they were. A generator of the loader's
+    own moves on.
 
     Args:
         model: freshly initialised, its trainable parameters in float32 or float64 on one device.
@@ -147,7 +143,9 @@ def initialize(
         bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
         bar.update()
 
-    with _gradients_kept(blocks), deterministic(model), bar:
+    # The engine uses the gradients of the parameters as work space.
+    model.zero_grad()
+    with deterministic(model), bar:
         learned = learn_scales(blocks, _summed(loss_fn, model), pairs, config, on_iteration=advance)
     settings = description.settings(learned.second_order)
     return Initialization(Scales.of(blocks, learned.scale_of, settings, learned.history))
@@ -175,11 +173,7 @@ FIRST_STEPS: dict[type[torch.optim.Optimizer], TargetName] = {
 
 
 def _first_step(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[TargetName, float]:
-    """The direction and the length of the first step; weight decay is left out, as in the method.
-
-    Raises:
-        GradInitError: it is no step of the method's, or not one of all parameters of the model.
-    """
+    """The direction and the length of the first step, without weight decay, as in the method."""
     given = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in given:
@@ -213,16 +207,3 @@ def _summed(loss_fn: Callable[[nn.Module, Any], Loss], model: nn.Module) -> Loss
         return total, count
 
     return loss
-
-
-@contextmanager
-def _gradients_kept(blocks: Sequence[Block]) -> Iterator[None]:
-    """The engine uses the gradients of the parameters as work space."""
-    kept = [block.parameter.grad for block in blocks]
-    for block in blocks:
-        block.parameter.grad = None
-    try:
-        yield
-    finally:
-        for block, gradient in zip(blocks, kept, strict=True):
-            block.parameter.grad = gradient
