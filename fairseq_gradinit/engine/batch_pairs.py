@@ -20,10 +20,7 @@ class BatchPair:
 
     S and S~ should share half of their examples: independent batches make the scales chase
     noise, identical ones overfit the step (section 3.3). A process may have no micro-batches.
-
-    Attributes:
-        first: S, whose gradient makes the trial step.
-        second: S~, on which the loss after it is taken.
+    The gradient of S (`first`) makes the trial step, the loss after it is taken on S~ (`second`).
     """
 
     first: Sequence[Any]
@@ -47,13 +44,9 @@ def overlapping_thirds(order: Order) -> tuple[Order, Order]:
 
 
 def pair_batches(loader: Iterable[Any], split: Split, device: torch.device) -> Iterator[BatchPair]:
-    """One pair after another, without end.
+    """One pair after another on `device`, iterating `loader` again when it ends.
 
     Batches that are too small are left out: an epoch's last one may be.
-
-    Args:
-        loader: is iterated again when it ends.
-        device: where tensors in tuples, lists and dictionaries are moved to.
 
     Raises:
         GradInitError: there are no more batches.
@@ -75,8 +68,7 @@ def pair_batches(loader: Iterable[Any], split: Split, device: torch.device) -> I
 def thirds(batch: Any) -> tuple[Any, Any] | None:
     """A batch shuffled and cut by `overlapping_thirds`; None if it has fewer than three examples.
 
-    Args:
-        batch: a tensor, or tuples, lists and dictionaries of tensors, shape (examples, ...).
+    It is a tensor, or tuples, lists and dictionaries of tensors, shape (examples, ...).
 
     Raises:
         GradInitError: it is something else.

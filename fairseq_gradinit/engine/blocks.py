@@ -28,10 +28,9 @@ class Block:
 
     Attributes:
         name: dotted name in the model, of its first occurrence when it is shared.
-        state: `learned` when it gets a scale; `zero` when all its elements are zero, so that no
-            scale could change it; `norm gain` when it belongs to a normalisation layer and the
-            configuration leaves those at scale 1; `centered` when it is a bias that centers a
-            LayerNorm; `fixed` when its scale was given.
+        state: `learned` when it gets a scale; `zero` when all its elements are zero; `norm gain`
+            when it belongs to a normalisation layer and those are left at scale 1; `centered` when
+            it is a bias that centers a LayerNorm; `fixed` when its scale was given.
         fixed_scale: the scale of a block that is not learned.
     """
 
@@ -57,39 +56,35 @@ def collect_blocks(
     """List the blocks of `modules`, in the order of `named_parameters`.
 
     Args:
-        modules: prefix of the names to module, for example `{"": model, "criterion": criterion}`.
-        norm_gains: `fixed` leaves parameters of normalisation layers out of the learning.
+        modules: by the prefix of their names, for example `{"": model, "criterion": criterion}`.
         fixed: the scale of the tensor of this name if it is given and not learned, else None.
 
     Raises:
         GradInitError: no block is left to learn a scale for, or a tensor is not finite.
     """
-    blocks = []
-    seen: set[int] = set()
+    blocks: dict[nn.Parameter, Block] = {}
     for name, owner, parameter in _named_parameters(modules):
-        if id(parameter) in seen or not parameter.requires_grad:
+        if parameter in blocks or not parameter.requires_grad:
             continue
-        seen.add(id(parameter))
-        state: BlockState = "learned"
         if not torch.isfinite(parameter).all():
             raise GradInitError(
                 f"parameter {name} holds NaN or infinity before GradInit begins: "
                 "check how the model initialises it"
             )
         if not parameter.any():
-            state = "zero"
+            blocks[parameter] = Block(name, parameter, "zero")
         elif norm_gains == "fixed" and _is_normalisation(owner):
-            state = "norm gain"
-        scale = fixed(name) if state == "learned" else None
-        if scale is not None:
-            state = "fixed"
-        blocks.append(Block(name, parameter, state, 1.0 if scale is None else scale))
-    if not any(block.learned for block in blocks):
+            blocks[parameter] = Block(name, parameter, "norm gain")
+        elif (scale := fixed(name)) is not None:
+            blocks[parameter] = Block(name, parameter, "fixed", scale)
+        else:
+            blocks[parameter] = Block(name, parameter, "learned")
+    if not any(block.learned for block in blocks.values()):
         raise GradInitError(
             "the model has no parameter tensor that GradInit could scale: every one is frozen, "
             "all zero, or a gain of a normalisation layer"
         )
-    return blocks
+    return list(blocks.values())
 
 
 def frozen_names(modules: Mapping[str, nn.Module]) -> list[str]:
@@ -122,9 +117,8 @@ def base_weights(blocks: Sequence[Block]) -> list[Tensor]:
 def set_weights(blocks: list[Block], base: list[Tensor], scales: Tensor) -> None:
     """Set every learned block to m_i W_i and every other to its fixed scale times W_i, in place.
 
-    Args:
-        scales: shape (number of learned blocks,), in the order of the learned blocks. The same
-            `scales` give the same weights to the last bit, however often they are set.
+    `scales` are those of the learned blocks, in their order. The same ones give the same weights
+    to the last bit, however often they are set.
     """
     torch._foreach_copy_([block.parameter for block in blocks], base)
     learned: list[Tensor] = [block.parameter for block in blocks if block.learned]
@@ -140,15 +134,13 @@ def at_fixed_scales(blocks: Sequence[Block]) -> Iterator[None]:
     """Inside, the blocks whose scale was given have it."""
     fixed = [block for block in blocks if block.state == "fixed"]
     base = base_weights(fixed)
-    with torch.no_grad():
-        for block in fixed:
-            block.parameter.mul_(block.fixed_scale)
+    for block in fixed:
+        block.parameter.data.mul_(block.fixed_scale)
     try:
         yield
     finally:
-        with torch.no_grad():
-            for block, weights in zip(fixed, base, strict=True):
-                block.parameter.copy_(weights)
+        for block, weights in zip(fixed, base, strict=True):
+            block.parameter.data.copy_(weights)
 
 
 def fingerprint(blocks: Sequence[Block]) -> str:

@@ -31,16 +31,13 @@ class GradInitConfig:
         clip_norm: bound on the l2 norm of the gradient that `sgd` steps along; `math.inf` for none.
         gamma: bound on the gradient norm; `math.inf` switches the constraint off.
         lr: learning rate of Adam on the scales (tau in the paper), in units of a scale.
-        min_bias_scale: lower bound of a bias tensor's scale.
         norm_gains: whether the gains of normalisation layers get a learned scale or keep 1.
-        second_order: how Hessian-vector products are taken: `exact` by double backward,
-            `finite-difference` from two gradients, `auto` by finite differences if two lengths of
-            the difference agree, and exactly if not.
+        second_order: Hessian-vector products: `exact` by double backward, `finite-difference` from
+            two gradients, `auto` by differences if those of two lengths agree, and exactly if not.
         precision: `bf16` evaluates the loss under autocast to bfloat16; weights, gradients and
             scales keep their own precision.
         max_skipped: batches that may be skipped because their loss or gradient is not finite.
-        seed: where the random number generators are set to before each pair of batches is drawn,
-            so that an interrupted run can go on as if it had not been.
+        seed: of the random numbers that pairs of batches are drawn with.
 
     Raises:
         GradInitError: on construction, when a value is outside its range.

@@ -20,15 +20,13 @@ NOT_STATE = vars(nn.Module()).keys() - {"training"}
 def deterministic(*modules: nn.Module) -> Iterator[None]:
     """Switch every stochastic regulariser of `modules` off, then put everything back.
 
-    Modules are in evaluation mode inside, so that dropout, layer drop and quantisation noise are
-    off. Batch normalisation uses the statistics of the batch, as training will; recurrent layers
-    stay in training mode with dropout 0, because cuDNN has no backward pass for them otherwise.
-    Calls of `train()` and `eval()` on one of `modules` itself have no effect inside.
+    Modules are in evaluation mode inside. Batch normalisation uses the statistics of the batch, as
+    training will; recurrent layers stay in training mode with dropout 0, because cuDNN has no
+    backward pass for them otherwise. Calls of `train()` and `eval()` on one of `modules` itself
+    have no effect inside.
 
-    On exit the modules are as they were on entry, except for parameters, submodules and hooks:
-    modes, buffers (running statistics) and plain attributes (counters, caches), but not what has
-    changed inside the objects that these are. The state of every random number generator is as it
-    was, too.
+    On exit modes, buffers (running statistics), plain attributes (counters, caches) and the state
+    of every random number generator are as they were.
     """
     everything = list(dict.fromkeys(module for root in modules for module in root.modules()))
     devices = {p.device for root in modules for p in root.parameters() if p.is_cuda}

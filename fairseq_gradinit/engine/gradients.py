@@ -29,8 +29,7 @@ class MeanGradient:
     """The mean loss of a batch and its gradient.
 
     Attributes:
-        loss: mean loss over all processes, shape ().
-        count: what the summed loss was divided by, over all processes, shape ().
+        loss, count: mean loss and what it was divided by, over all processes; shape ().
         by_parameter: the gradient, or this process's part of it, one tensor for each parameter.
         graph: empty, or this process's part before the division by `count` as tensors that can
             be differentiated again (None for a parameter that is not used), as the only item.
@@ -45,11 +44,7 @@ class MeanGradient:
 class LossGradients:
     """Takes gradients of a loss by the parameters, one micro-batch after the other.
 
-    The `grad` of the parameters is work space, and None between calls.
-
-    Args:
-        parameters: all of one type and on one device.
-        halve: how to cut a batch that does not fit in the memory of a GPU.
+    The `grad` of the parameters, all of one type and device, is work space: None between calls.
     """
 
     def __init__(
@@ -71,9 +66,8 @@ class LossGradients:
     def of_mean(self, batches: Sequence[Any], keep_graph: bool = False) -> MeanGradient:
         """The mean loss, and this process's part of its gradient: the parts add up to it.
 
-        Args:
-            batches: this process's micro-batches, none being a share of nothing.
-            keep_graph: keep the gradient's graph too, if there is one micro-batch and it fits.
+        `batches` are this process's micro-batches. With `keep_graph` the gradient's graph is kept
+        too, if there is one micro-batch and it fits.
         """
         totals = torch.zeros(2, dtype=torch.float64, device=self._device)
         graph: list[Sequence[Tensor | None]] = []
@@ -131,13 +125,10 @@ class LossGradients:
             torch.zeros_like(p) if p.grad is None else p.grad.detach() for p in self._parameters
         ]
         gradients = [g.to_dense() if g.is_sparse else g for g in gradients]
-        self._drop()
-        torch._foreach_div_(gradients, count.to(gradients[0].dtype))
-        return gradients
-
-    def _drop(self) -> None:
         for parameter in self._parameters:
             parameter.grad = None
+        torch._foreach_div_(gradients, count.to(gradients[0].dtype))
+        return gradients
 
     def _accumulate(
         self, batches: Sequence[Any], differentiate: Callable[[Any], None], reset: Callable[[], Any]
@@ -157,7 +148,8 @@ class LossGradients:
             except torch.OutOfMemoryError as error:
                 message = said_by(error)
             # Outside of the handler, where the error no longer keeps what was computed alive.
-            self._drop()
+            for parameter in self._parameters:
+                parameter.grad = None
             reset()
             self._halvings += 1
             if len(self._pieces(batches, self._halvings)) == len(pieces):

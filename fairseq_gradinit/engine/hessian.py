@@ -39,7 +39,6 @@ class HessianProducts:
         self.second_order = config.second_order
         self._precision = config.precision
         self._weights = weights
-        self._parameters = weights.parameters
         self._gradients = gradients
 
     def by_scales(
@@ -47,9 +46,8 @@ class HessianProducts:
     ) -> Tensor:
         """<H v, W_i> for every learned block, shape (learned,); leaves the weights as they were.
 
-        Args:
-            gradient: at the same weights and batches, the sum over processes; it is used up.
-            vector: v; it is used up.
+        `gradient`, at the same weights and batches and summed over processes, and `vector` are
+        used up.
 
         Raises:
             GradInitError: `exact` products of a model with an operation without second derivative.
@@ -113,19 +111,16 @@ class HessianProducts:
 
         The length e is in proportion to ||theta|| / ||v||, see `RELATIVE_LENGTH`, and rounded to
         a power of two: parameters that are equal, as fresh gains of normalisation layers are,
-        would all round the same way after another step.
-
-        Args:
-            lengthening: factor on e, a power of two.
+        would all round the same way after another step. `lengthening` is a factor on it.
         """
         size = global_norm(vector, 2)
-        dtype = self._parameters[0].dtype
+        dtype = self._weights.parameters[0].dtype
         relative = RELATIVE_LENGTH[self._precision] * torch.finfo(dtype).eps ** 0.5
-        wanted = relative * global_norm(self._parameters, 2) / size
+        wanted = relative * global_norm(self._weights.parameters, 2) / size
         length = torch.where(size > 0.0, torch.exp2(torch.log2(wanted).round()), 1.0).to(dtype)
         length = length * lengthening
         torch._foreach_mul_(vector, length)
-        torch._foreach_add_(self._parameters, vector)
+        torch._foreach_add_(self._weights.parameters, vector)
         vector.clear()
         with torch.enable_grad():
             moved = self._gradients.of_mean(batches).by_parameter

@@ -42,7 +42,6 @@ class Learned:
 
     Attributes:
         scale_of: the scale of every block by name, of those that are not learned too.
-        skipped: batches skipped because a loss or gradient was not finite.
         second_order: how second-order products were taken; `auto` when it never had to choose.
     """
 
@@ -55,18 +54,9 @@ class Learned:
 class ScaleLearner:
     """Learns one scale per learned block, one iteration at a time.
 
-    Between iterations the parameters hold m_i W_i, and their gradients are None.
-
-    Args:
-        loss: the training loss, with everything stochastic switched off (`deterministic`).
-        processes: those that share each batch, every one of them with a learner of its own.
-        halve: how to cut a batch that does not fit in the memory of a GPU.
-
-    Attributes:
-        outcomes: what the iterations came to, as far as it has been read.
-
-    Raises:
-        GradInitError: the processes hold different weights.
+    Between iterations the parameters hold m_i W_i, and their gradients are None. Each of the
+    `processes` that share the batches has a learner of its own; GradInitError if they hold
+    different weights. For the other arguments see `learn_scales`.
     """
 
     def __init__(
@@ -85,7 +75,6 @@ class ScaleLearner:
             self.weights.parameters, loss, config.precision, self._processes, halve
         )
         self._products = HessianProducts(self.weights, self._gradients, config)
-        # Loss of the first batch of all, at the initial weights; None if not finite.
         self._first_loss: float | None = None
         self._last_kind: IterationKind | None = None
 
@@ -97,11 +86,8 @@ class ScaleLearner:
     def step(self, pair: BatchPair, stop: bool = False) -> None:
         """Do one iteration: descend `gradient(pair)` by Adam, keep the scales in their bounds.
 
-        A pair whose loss or gradient is not finite is skipped and counted.
-
-        Args:
-            stop: this process wants all of them to stop after this iteration. Their next call
-                sets `outcomes.stopped` on each, and does nothing else.
+        A pair whose loss or gradient is not finite is skipped and counted. If one process says
+        `stop`, the next call sets `outcomes.stopped` on each, and does nothing else.
 
         Raises:
             GradInitError: too many batches were skipped, or the processes differ.
@@ -116,16 +102,12 @@ class ScaleLearner:
         self.weights.descend(found.kind, found.by_scales, usable)
         scales = self.weights.scales.detach()
         own = torch.stack([usable.double(), trial_loss.double(), *torch.aminmax(scales)])
-        self.outcomes.expect(found, torch.cat([own, self.weights.compare(scales, stop)]))
+        self.outcomes.pending = found, torch.cat([own, self.weights.compare(scales, stop)])
 
     def gradient(self, pair: BatchPair) -> ScaleGradient | None:
         """The derivative to descend at the present scales; leaves the weights as they were.
 
-        Returns:
-            None when the loss or its gradient is not finite, or the learner has stopped.
-
-        Raises:
-            GradInitError: a batch counts nothing; see `step`.
+        None when the loss or its gradient is not finite, or the learner has stopped.
         """
         # An exact product is likely to follow: kinds of iterations come in runs. Never in the first
         # iteration, where the product is held against an ordinary gradient.
@@ -161,9 +143,7 @@ class ScaleLearner:
     def _objective(self, batches: Sequence[Any], first: MeanGradient) -> tuple[Tensor, Tensor]:
         """d L(S~; theta_m - eta A[g_m]) / dm_i over eta, and L(S~) there; A[g_m] is a constant.
 
-        Args:
-            batches: S~.
-            first: g_m, the sum over processes; it is used up.
+        `batches` are S~, and `first` is g_m, the sum over processes; it is used up.
         """
         with torch.no_grad():
             step = first_step(first.by_parameter, self.config)
@@ -200,9 +180,8 @@ class ScaleLearner:
     def fits(self, state: LearnerState, pair: BatchPair) -> bool:
         """Whether the first batch of all, `pair`, has the loss that it had in the run of `state`.
 
-        What the identity of a file does not tell shows here if it changes the loss by more than
-        0.1 %: other data under the same indices, or another model of the same weights. To be asked
-        before the first iteration.
+        Other data under the same indices, or another model of the same weights, show here if they
+        change the loss by more than 0.1 %. To be asked before the first iteration.
         """
         loss = float(self._gradients.of_mean(pair.first).loss)
         if state.first_loss is None:

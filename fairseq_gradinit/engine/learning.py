@@ -40,7 +40,6 @@ def learn_scales(
     Args:
         pairs: at least `config.iterations` pairs of batches, the same ones in every process's
             life; each process gives its own share of them.
-        on_iteration: called with each iteration's record, in order.
         processes: those that share each batch; each of them must call this function.
         halve: cuts a batch that does not fit in the memory of a GPU.
         state_file: where to go on from, and to keep the state; None keeps none.
@@ -79,9 +78,9 @@ def _resume(
 ) -> Iterator[BatchPair]:
     """Load the state in `file`, if it is of any use; what is left of `drawn` for the learner."""
     state = file.load()
-    first = None if state is None else next(drawn, None)
-    if state is None or first is None:
+    if state is None:
         return drawn
+    first = next(drawn)
     if not learner.fits(state, first):
         logger.warning(
             "learning the scales from scratch: %s is of a run with other data or another loss",
@@ -89,12 +88,8 @@ def _resume(
         )
         return chain([first], drawn)
     learner.load(state)
-    logger.info(
-        "going on after iteration %d of %d, from %s",
-        learner.outcomes.iterations_done,
-        learner.config.iterations,
-        file.path,
-    )
+    done, asked = learner.outcomes.iterations_done, learner.config.iterations
+    logger.info("going on after iteration %d of %d, from %s", done, asked, file.path)
     # Drawn even if nothing is left to learn: the source's own account of the data must be whole.
     for _ in range(learner.pairs_used - 1):
         next(drawn, None)

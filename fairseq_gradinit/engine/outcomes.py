@@ -19,13 +19,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ScaleGradient:
-    """What one iteration descends.
+    """What one iteration descends; for loss, trial_loss (shape ()) and norm see `Iteration`.
 
     Attributes:
-        kind: which function of the scales it is the derivative of: the gradient norm
-            (`constraint`), or the loss after the trial step over eta (`objective`).
-        by_scales: the derivative, shape (learned blocks,).
-        loss, trial_loss, norm: see `Iteration`; trial_loss is a tensor of shape ().
+        by_scales: shape (learned blocks,), the derivative of the gradient norm (`constraint`) or
+            of the loss after the trial step over eta (`objective`).
     """
 
     kind: IterationKind
@@ -36,14 +34,15 @@ class ScaleGradient:
 
 
 class Outcomes:
-    """Reads the outcome of an iteration together with the next one's norm, and keeps the record.
-
-    So the host waits for the device once in each iteration.
+    """Keeps the record; the outcome of an iteration is read together with the next one's norm.
 
     Attributes:
         history: the iterations whose outcome has been read.
         skipped: batches skipped so far because a loss or gradient was not finite.
         stopped: whether the processes have agreed to stop.
+        pending: an iteration, and its outcome still on the device, shape (6,): whether the scales
+            were updated, the trial loss, the smallest and the largest scale, and
+            `ScaledWeights.compare`.
     """
 
     def __init__(self, weights: ScaledWeights, max_skipped: int) -> None:
@@ -52,20 +51,11 @@ class Outcomes:
         self.stopped = False
         self._weights = weights
         self._max_skipped = max_skipped
-        self._pending: tuple[ScaleGradient, Tensor] | None = None
+        self.pending: tuple[ScaleGradient, Tensor] | None = None
 
     @property
     def iterations_done(self) -> int:
-        return len(self.history) + (self._pending is not None)
-
-    def expect(self, descended: ScaleGradient, outcome: Tensor) -> None:
-        """Take note of an iteration whose outcome is still on the device.
-
-        Args:
-            outcome: whether the scales were updated, the trial loss, the smallest and the largest
-                scale, and `ScaledWeights.compare`; shape (6,).
-        """
-        self._pending = descended, outcome
+        return len(self.history) + (self.pending is not None)
 
     def read(self, values: Sequence[Tensor]) -> list[float]:
         """`values` on the host; records the last iteration, or counts its batch as skipped.
@@ -74,12 +64,11 @@ class Outcomes:
             GradInitError: too many batches were skipped, or the processes differ.
         """
         tensors = [value.double().reshape(1) for value in values]
-        if self._pending is None:
+        if self.pending is None:
             return torch.cat(tensors).tolist() if tensors else []
-        (descended, outcome), self._pending = self._pending, None
-        usable, trial_loss, low, high, differ, stop, *floats = torch.cat(
-            [outcome, *tensors]
-        ).tolist()
+        (descended, outcome), self.pending = self.pending, None
+        on_host = torch.cat([outcome, *tensors]).tolist()
+        usable, trial_loss, low, high, differ, stop, *floats = on_host
         self._weights.require_same("scales", differ)
         self.stopped = bool(stop)
         if usable:
@@ -95,11 +84,7 @@ class Outcomes:
         return floats
 
     def skip(self, what: str, value: float) -> None:
-        """Count a batch that gave no usable gradient.
-
-        Raises:
-            GradInitError: there were too many.
-        """
+        """Count a batch that gave no usable gradient; GradInitError if there were too many."""
         self.skipped += 1
         iteration = len(self.history) + 1
         logger.warning(

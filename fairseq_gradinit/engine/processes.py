@@ -48,11 +48,7 @@ class ProcessGroup:
         self.rank = torch.distributed.get_rank(group)
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by its sum over the processes, bit for bit the same on each.
-
-        Args:
-            tensors: all of one type and on one device.
-        """
+        """Replace tensors of one type and device by their sums, bit for bit the same on each."""
         flat = torch.cat([tensor.flatten() for tensor in tensors])
         self._call(torch.distributed.all_reduce, flat, torch.distributed.ReduceOp.SUM, self._group)
         parts = torch.split(flat, [tensor.numel() for tensor in tensors])
@@ -92,8 +88,7 @@ def require_same_setup(
     """What `prepare` returns, when it has succeeded in all processes and they describe it alike.
 
     Once they have begun, a process that fails leaves the others waiting for it, and processes that
-    were started differently give to one collective what belongs to another: gloo aborts the program
-    then, or they train on, each towards something else.
+    were started differently give to one collective what belongs to another.
 
     Args:
         prepare: must not wait for another process.

@@ -26,11 +26,7 @@ FORMAT = Format("fairseq-gradinit-state", 2, "the state of a learning of scales"
 
 @dataclass(frozen=True)
 class Moments:
-    """What Adam remembers of the gradients of one kind of iteration.
-
-    Attributes:
-        mean, square: running averages of the gradient and its square, one for each learned block.
-    """
+    """What Adam remembers of one kind of iteration: running averages for each learned block."""
 
     step: int
     mean: tuple[float, ...]
@@ -42,9 +38,9 @@ class LearnerState:
     """Everything that the iterations to come depend on, but for the weights and the data.
 
     Attributes:
-        moments: by kind of iteration; a kind that has not occurred is not there.
+        moments: of the kinds of iterations that have occurred.
         skipped: batches skipped so far; with the iterations, the position in the data.
-        second_order: how second-order products are taken; `auto` while that is to be chosen.
+        second_order: `auto` while the way is to be chosen.
         first_loss: loss of the first batch of all, at the initial weights; None if not finite.
         last_kind: of the last iteration, also if its batch was skipped.
     """
@@ -70,10 +66,8 @@ class Saved:
 class StateFile:
     """Keeps the latest state in one file, which rank 0 reads and writes for all processes.
 
-    Args:
-        identity: what the run must have in common with one whose state it continues, by name: all
-            that determines the scales.
-        interval: iterations from one writing to the next.
+    The `identity` is what a run must have in common with one whose state it continues, by name.
+    The `interval` counts iterations from one writing to the next.
     """
 
     def __init__(
@@ -89,11 +83,7 @@ class StateFile:
         self._processes = processes or OneProcess()
 
     def save(self, state: LearnerState) -> None:
-        """Write the file, whole or not at all.
-
-        Raises:
-            GradInitError: the file cannot be written.
-        """
+        """Write the file, whole or not at all; GradInitError if it cannot be written."""
         if self._processes.rank == 0:
             digest = _digest_of(self._identity, state)
             save_document(self.path, FORMAT, Saved(self._identity, state, digest))

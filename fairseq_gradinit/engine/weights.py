@@ -18,29 +18,23 @@ from fairseq_gradinit.errors import GradInitError
 class ScaledWeights:
     """Keeps m_i W_i in the parameters of a model, and descends by the scales m_i.
 
-    Args:
-        blocks: their parameters hold the initial weights W_i, the same in all `processes`.
-
-    Attributes:
-        scales: of the learned blocks, shape (learned blocks,), float64.
+    At first the parameters of `blocks` hold the initial weights W_i. The `scales` are those of the
+    learned blocks, shape (learned,), float64.
 
     Raises:
         GradInitError: the processes hold different weights.
     """
 
-    def __init__(
-        self, blocks: Sequence[Block], config: GradInitConfig, processes: Processes
-    ) -> None:
-        self.blocks = list(blocks)
+    def __init__(self, blocks: list[Block], config: GradInitConfig, processes: Processes) -> None:
+        self.blocks = blocks
         self.processes = processes
         self.parameters: list[Tensor] = [block.parameter for block in blocks]
         self._learned = [i for i, block in enumerate(blocks) if block.learned]
         self._base = base_weights(blocks)
         self._device = self.parameters[self._learned[0]].device
         biases = [blocks[i].is_bias for i in self._learned]
-        self._lower = self._vector(
-            [config.min_bias_scale if b else config.min_scale for b in biases]
-        )
+        lower = [config.min_bias_scale if is_bias else config.min_scale for is_bias in biases]
+        self._lower = self._vector(lower)
         self._upper = torch.full_like(self._lower, config.max_scale)
         self.scales = torch.ones_like(self._lower, requires_grad=True)
         # One Adam for each kind of iteration: their gradients differ by orders of magnitude, and
@@ -115,15 +109,9 @@ class ScaledWeights:
         self.put()
 
     def compare(self, values: Tensor, stop: bool) -> Tensor:
-        """What the processes have to tell each other after an iteration.
+        """The first index where the processes have different values, or -1; whether one says stop.
 
-        Args:
-            values: shape (learned,).
-            stop: whether this process wants all of them to stop.
-
-        Returns:
-            Shape (2,): the first index where the processes have different values, or -1; and
-            whether one of them wants to stop.
+        `values` have shape (learned,), the answer has shape (2,).
         """
         extremes = torch.cat([values, -values, torch.full_like(values[:1], float(stop))])
         self.processes.max_(extremes)
