@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
+from itertools import chain, count
 
 from fairseq_gradinit.engine.batch_pairs import BatchPair
 from fairseq_gradinit.engine.blocks import Block
@@ -64,13 +64,13 @@ def learn_scales(
 
 def _draw(pairs: Iterable[BatchPair], seed: int) -> Iterator[BatchPair]:
     iterator = iter(pairs)
-    while True:
-        seed_everything(seed)
-        try:
-            yield next(iterator)
-        except StopIteration:
+    for number in count(seed):
+        # So that an interrupted run can go on as if it had not been.
+        seed_everything(number)
+        pair = next(iterator, None)
+        if pair is None:
             return
-        seed += 1
+        yield pair
 
 
 def _resume(
