@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import training_report as shown
+from heat_map import draw
 from matplotlib.figure import Figure
 from record import REPOSITORY, RESULTS, Table, markdown_table
 
 from fairseq_gradinit.results import RunRecord, append_run, read_runs, source
-from fairseq_gradinit.results.heat_map import draw
 from fairseq_gradinit.results.tables import count
 
 # The recipes are no package: they are programs beside each other, as the benchmarks are.

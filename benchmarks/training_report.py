@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from heat_map import LOSS, Panel, Point, mean_loss
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from record import Table
 
 from fairseq_gradinit.results import MARGIN, RunRecord, Settings
-from fairseq_gradinit.results.heat_map import LOSS, Panel, Point, mean_loss
 from fairseq_gradinit.results.tables import by, ratio, seeds, spread
 
 COLOURS = {"default": "#c0392b", "warmup": "#1b3a6b", "gradinit": "#e8a33d"}

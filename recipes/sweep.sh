@@ -81,8 +81,9 @@ status=0
 points | xargs -P "$JOBS" --process-slot-var=SLOT -L 1 \
     bash "$HERE/sweep.sh" "${options[@]}" --point || status=1
 [[ ! $dry_run ]] || exit "$status"
-PATH=$PATH:$HERE/../.venv/bin
+# Outside a virtual environment, the one that make has made.
+command -v fairseq-train >/dev/null || PATH=$HERE/../.venv/bin:$PATH
 fairseq-gradinit table "$results" --published "${PUBLISHED:-$HERE/published.json}"
-fairseq-gradinit heat-map "$results" --out "$RUNS/heat-map.png"
+python3 "$HERE/heat_map.py" "$results" --out "$RUNS/heat-map.png"
 echo "picture: $RUNS/heat-map.png"
 exit "$status"

@@ -26,7 +26,6 @@ SUBCOMMANDS = {
     "report": ("report.command:add_report", "make a page that shows what GradInit did"),
     "diff": ("scales.diff:add_diff", "compare the scales of two runs"),
     "table": ("results.commands:add_table", "print Markdown tables of runs"),
-    "heat-map": ("results.commands:add_heat_map", "draw the runs of sweeps"),
     "doctor": ("cli.doctor:add_doctor", "say whether GradInit can work here"),
 }
 """For each the function, by module and name, and its line in the program's help."""

@@ -1,7 +1,4 @@
-"""Records of training runs, and the tables and pictures that are made of them.
-
-`heat_map` needs matplotlib, and is imported by those who draw.
-"""
+"""Records of training runs, and the tables that are made of them."""
 
 from fairseq_gradinit.results.circumstances import Circumstances, current_circumstances, source
 from fairseq_gradinit.results.records import (

@@ -1,13 +1,18 @@
-"""Heat maps of sweeps: validation loss over learning rate and another setting.
+"""Heat maps of sweeps: validation loss over learning rate and settings of the optimizer.
 
-Needs matplotlib (`pip install 'fairseq-gradinit[plot]'`).
+    python recipes/heat_map.py RESULTS... --out FILE.png
+
+A panel for each recipe, with how many of its cells train: in those every run ends at least
+`MARGIN` bits below the unigram plateau of its corpus.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -15,7 +20,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from fairseq_gradinit.results.records import RunRecord, Settings, trains
+from fairseq_gradinit.results import RunRecord, Settings, read_runs
+from fairseq_gradinit.results.records import trains
 from fairseq_gradinit.results.tables import by
 
 LOSS = "validation loss, base 2"
@@ -126,3 +132,15 @@ def panels_of(runs: Sequence[RunRecord]) -> list[Panel]:
         title = f"{recipe}, warmup {settings.warmup}"
         panels.append(Panel(title, f"settings of {settings.optimizer}", points))
     return panels
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n")[0])
+    parser.add_argument("results", type=Path, nargs="+", help="files of records of runs")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.png")
+    options = parser.parse_args(arguments)
+    draw(panels_of(read_runs(options.results))).savefig(options.out, format="png", dpi=120)
+
+
+if __name__ == "__main__":
+    main()
