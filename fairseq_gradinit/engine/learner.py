@@ -109,8 +109,7 @@ class ScaleLearner:
 
         None when the loss or its gradient is not finite, or the learner has stopped.
         """
-        # An exact product is likely to follow: kinds of iterations come in runs. Never in the first
-        # iteration, where the product is held against an ordinary gradient.
+        # An exact product is likely to follow: kinds of iterations come in runs.
         keep_graph = self._products.second_order == "exact" and self._last_kind == "constraint"
         first = self._gradients.of_mean(pair.first, keep_graph)
         # Its sign and its norm are those of the sum, not sums of signs and norms.
