@@ -5,7 +5,6 @@ checkpoint of any task, and a fairseq without this plugin drops them when it loa
 """
 # No postponed annotations here: fairseq reads the types of dataclass fields as objects.
 
-import math
 from dataclasses import Field, dataclass, field
 from enum import Enum
 from types import NoneType
@@ -14,7 +13,13 @@ from typing import Any, Literal, Optional, get_args
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from omegaconf import ListConfig
 
-from fairseq_gradinit.engine import PRECISION_NAMES, SECOND_ORDER_NAMES, NormGains, SecondOrder
+from fairseq_gradinit.engine import (
+    PRECISION_NAMES,
+    SECOND_ORDER_NAMES,
+    GradInitConfig,
+    NormGains,
+    SecondOrder,
+)
 from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.plugin.optimizers import CHOICES
 from fairseq_gradinit.storage import abbreviate
@@ -31,16 +36,16 @@ class Preset:
     eta: float | None = None
     centering: Literal["on", "off"] = "on"
     encoder_branches: float = 0.1
-    gamma: float = math.inf
-    iterations: int = 60
-    lr: float = 1e-2
-    betas: tuple[float, float] = (0.9, 0.98)
-    min_scale: float = 0.2
-    min_bias_scale: float = 0.2
-    max_scale: float = 5.0
-    norm_gains: NormGains = "fixed"
+    gamma: float = GradInitConfig.gamma
+    iterations: int = GradInitConfig.iterations
+    lr: float = GradInitConfig.lr
+    betas: tuple[float, float] = GradInitConfig.betas
+    min_scale: float = GradInitConfig.min_scale
+    min_bias_scale: float = GradInitConfig.min_bias_scale
+    max_scale: float = GradInitConfig.max_scale
+    norm_gains: NormGains = GradInitConfig.norm_gains
     max_tokens: int | None = None
-    second_order: SecondOrder = "auto"
+    second_order: SecondOrder = GradInitConfig.second_order
     batch_per_training_batch: float = 1.5
 
 
