@@ -144,7 +144,7 @@ def whole_runs() -> tuple[dict[str, float], dict[str, str]]:
 
 
 def iteration_table(
-    workload: str, seconds: Mapping[str, Sequence[float]], memory: Mapping[str, int]
+    of_what: str, seconds: Mapping[str, Sequence[float]], memory: Mapping[str, int]
 ) -> Table:
     """Time and memory of every contender, absolute and in training steps."""
     rows = []
@@ -160,7 +160,7 @@ def iteration_table(
             ]
         )
     header = ["", "ms (lowest to highest)", "of a step", "target", "peak MiB", "of training"]
-    return Table(f"Iterations, {workload}", [*header, "target"], rows)
+    return Table(f"Iterations, {of_what}", [*header, "target"], rows)
 
 
 def run_table(
@@ -215,8 +215,7 @@ def measure_growth() -> list[Table]:
         for size in dict.fromkeys([*deeper, *wider, *larger])
         for name in GROWING
     }
-    memory = {key: workload.peak_memory(new) for key, new in contenders.items()}
-    times = workload.interleaved_seconds(contenders, REPETITIONS)
+    times, memory = measure(contenders)
     seconds = {key: median(found) for key, found in times.items()}
     save_picture(RESULTS / "scaling-cpu.png", axes, seconds, memory)
     return [growth_table(axes, seconds, memory)]

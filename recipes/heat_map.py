@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
+from fairseq_gradinit.errors import GradInitError
 from fairseq_gradinit.results import RunRecord, Settings, read_runs
 from fairseq_gradinit.results.records import trains
 from fairseq_gradinit.results.tables import by
@@ -134,13 +136,19 @@ def panels_of(runs: Sequence[RunRecord]) -> list[Panel]:
     return panels
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program; returns its exit status."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n")[0])
     parser.add_argument("results", type=Path, nargs="+", help="files of records of runs")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.png")
     options = parser.parse_args(arguments)
-    draw(panels_of(read_runs(options.results))).savefig(options.out, format="png", dpi=120)
+    try:
+        draw(panels_of(read_runs(options.results))).savefig(options.out, format="png", dpi=120)
+    except (GradInitError, OSError) as error:
+        print(f"heat_map: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

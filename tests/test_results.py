@@ -379,9 +379,11 @@ def test_the_program_prints_the_tables(kept, capsys) -> None:
     assert capsys.readouterr().out == tables.report([BASELINE, RUN], [FIGURE], line)
 
 
-def test_the_program_draws_the_heat_map(kept) -> None:
-    heat_map.main(["results.jsonl", "--out", "sweep.png"])
+def test_the_program_draws_the_heat_map(kept, capsys) -> None:
+    assert heat_map.main(["results.jsonl", "--out", "sweep.png"]) == 0
     assert (kept / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert heat_map.main(["results.jsonl", "--out", "no/a.png"]) == 1
+    assert "no/a.png" in capsys.readouterr().err
 
 
 def test_a_defect_does_not_end_as_a_finding(monkeypatch, capsys) -> None:
